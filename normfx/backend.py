@@ -1,0 +1,136 @@
+"""The pipeline behind torch.compile(..., backend="normfx"): one call per stage, no logic of its own."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch.fx import GraphModule
+
+from normfx.capture import Captured, capture, module_path, source_line
+from normfx.errors import NormfxWarning, StageError, stage_warning
+from normfx.ir import ops
+from normfx.ir.aliasing import functionalize_local, mutated
+from normfx.ir.printer import print_graph
+from normfx.ir.verify import verify
+from normfx.lower.inductor import compile_graph, inductor_options
+from normfx.lower.verified import verified
+from normfx.options import Options
+from normfx.plan import Plan, make_plan
+from normfx.recognize import recognize
+from normfx.report import GraphReport, Report, graph_report
+from normfx.rewrite import rewrite
+from normfx.weights import live_folds
+
+log = logging.getLogger("normfx")
+
+_listeners: list[Callable[[GraphReport], None]] = []
+
+
+@contextmanager
+def listening(listener: Callable[[GraphReport], None]) -> Iterator[None]:
+    """Call `listener` with the report of every graph that the backend compiles meanwhile."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+def normfx(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The torch.compile backend: rewrite the norms of a Dynamo graph and compile it with Inductor.
+
+    Raises OptionError for bad options. Any other failure of a stage of normfx gives one NormfxWarning and the untouched
+    graph is compiled, unless options["strict"] is set; Inductor's own exceptions pass through.
+    """
+    settings = Options.parse(options, mode)
+    patches = inductor_options(settings.mode, settings.inductor)
+    rewritten, report = transform(gm, example_inputs, settings)
+    compiled = compile_graph(rewritten, example_inputs, patches)
+    for listener in _listeners:
+        listener(report)
+    return verified(compiled, gm) if settings.verify and rewritten is not gm else compiled
+
+
+def transform(gm: GraphModule, example_inputs: Sequence[Any], settings: Options) -> tuple[GraphModule, GraphReport]:
+    """Dynamo graph → rewritten canonical graph, or the graph itself when nothing applies or a stage failed."""
+    stages = _Stages()
+    try:
+        captured = stages.run("capture", capture, gm, example_inputs)
+        rewritten, report = transform_canonical(captured, settings, stages)
+    except Exception as error:
+        if settings.strict:
+            raise StageError(stages.current, error) from error
+        warnings.warn(stage_warning(stages.current, error), NormfxWarning, stacklevel=2)
+        return gm, GraphReport(())
+    return (gm if rewritten is None else rewritten), report
+
+
+def transform_canonical(
+    captured: Captured, settings: Options, stages: _Stages | None = None
+) -> tuple[GraphModule | None, GraphReport]:
+    """Canonical graph → rewritten graph (None when no rule applies) and report."""
+    stages = stages or _Stages()
+    canonical, graph = captured.graph_module, captured.graph_module.graph
+    weights = frozenset(n for n, s in captured.sources.items() if s.kind != "input")
+    names = {n: s.name for n, s in captured.sources.items()}
+    stages.run("functionalize", functionalize_local, canonical)
+    _check(settings, canonical, "capture")
+    sites = stages.run("recognize", recognize, graph, weights, mutated(graph), module_path, source_line)
+    plan = stages.run("plan", make_plan, sites, settings.rules)
+    before = print_graph(graph, names, module_path)
+    changed = any(True for _ in plan.applied())
+    if changed:
+        stages.run("rewrite", rewrite, canonical, plan)
+        _check(settings, canonical, "rewrite")
+    after = print_graph(graph, names, module_path) if changed else before
+    report = graph_report(plan, before, after, module_path, _count_folds(canonical, weights), stages.seconds)
+    _log(report, plan, settings)
+    return (canonical if changed else None), report
+
+
+def _count_folds(gm: GraphModule, weights: frozenset[Any]) -> tuple[int, int]:
+    folds = live_folds(gm.graph, [n for n in gm.graph.nodes if n in weights])
+    centrings = [n for n in gm.graph.nodes if n.target is ops.CENTER and n not in folds]
+    return len(folds), len(centrings)
+
+
+def _check(settings: Options, gm: GraphModule, stage: str) -> None:
+    if settings.check:
+        verify(gm, stage)
+
+
+def _log(report: GraphReport, plan: Plan, settings: Options) -> None:
+    text = str(Report((report,)))
+    log.info("%s", text)
+    log.debug("before:\n%s\nafter:\n%s", report.before, report.after)
+    if settings.debug >= 1:
+        stages = ", ".join(f"{name} {1e3 * s:.1f} ms" for name, s in report.seconds.items())
+        print(f"normfx: {text}\nnormfx: {stages}")
+    if settings.debug >= 2:
+        print(f"normfx: before\n{report.before}\nnormfx: after\n{report.after}")
+
+
+class _Stages:
+    """Runs stages by name and keeps their seconds; `current` is the one that failed, if one did."""
+
+    def __init__(self) -> None:
+        self.current = "capture"
+        self.seconds: dict[str, float] = {}
+
+    def run(self, name: str, stage: Callable[..., Any], *args: Any) -> Any:
+        self.current = name
+        begin = time.perf_counter()
+        result = stage(*args)
+        self.seconds[name] = time.perf_counter() - begin
+        return result

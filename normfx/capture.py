@@ -1,0 +1,496 @@
+"""Dynamo graph → canonical graph: pre-dispatch ATen, what `torch.export` calls training IR.
+
+One `make_fx(pre_dispatch=True)` trace of an interpreter over Dynamo's graph. Ordinary nodes run, so every Python spelling
+collapses into one ATen op, while `layer_norm`, `linear`, `dropout`, `scaled_dot_product_attention` stay whole and autograd
+and autocast still act on the result. Nodes that carry subgraphs (checkpoint, custom autograd, cond, while, invoke_subgraph,
+flex_attention, user Triton kernels) and functorch regions are copied over as they are: a plain re-trace inlines a custom
+`autograd.Function` under `no_grad`, and its gradient is silently gone.
+
+Torch-private names used here were tried on torch 2.13 and 2.15.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import PurePath
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+import torch.utils._pytree as pytree
+from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.source import ConstantSource, is_from_unspecialized_param_buffer_source
+from torch._guards import TracingContext, detect_fake_mode
+from torch._ops import HigherOrderOperator
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorConverter
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental import proxy_tensor
+from torch.fx.experimental.symbolic_shapes import rebind_unbacked
+
+from normfx.errors import NormfxError
+from normfx.ir.expand import expand_encoder_layers
+
+Kind = Literal["parameter", "buffer", "input", "constant"]
+
+PLACEHOLDER_META = ("tensor_dict", "grapharg", "example_value")
+"""What Dynamo writes on a placeholder and AOTAutograd reads: without it no input is static and caches miss."""
+
+UNTRACEABLE = frozenset({"requires_grad_", "retain_grad", "register_hook", "backward", "set_"})
+"""Tensor methods that act on autograd's state and leave no node behind when they are traced."""
+
+MODES = frozenset({"_enter_inference_mode", "_exit_inference_mode", "_enter_autocast", "_exit_autocast"})
+"""Mode switches that make_fx either loses (inference mode) or records without running them (autocast)."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the value of a placeholder or a tensor attribute comes from."""
+
+    kind: Kind
+    name: str
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A canonical graph: same placeholders in the same order, same output structure as the graph it was made from."""
+
+    graph_module: GraphModule
+    sources: Mapping[Node, Source]
+
+
+def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> Captured:
+    """Canonical form of a Dynamo graph, under the grad mode and autocast of the call.
+
+    `example_inputs` are the values the backend was called with; they are neither read nor written, and no random number
+    is drawn. Raises `NormfxError` for a graph that cannot be re-traced faithfully.
+    """
+    mode = _fake_mode(example_inputs)
+    interpreter = _Canonicaliser(gm, mode)
+    with _isolated(mode):
+        fakes = _fake_inputs(gm, example_inputs, mode)
+        interpreter.prepare()
+        with mode, enable_python_dispatcher(), torch.fx.traceback.preserve_node_meta():
+            canonical = proxy_tensor.make_fx(lambda *a: interpreter.run(*a), pre_dispatch=True)(*fakes)
+        _inherit(gm, canonical)
+        return _finish(canonical, mode, _dynamo_sources(gm, canonical))
+
+
+def capture_exported(ep: torch.export.ExportedProgram) -> Captured:
+    """The graph of an ExportedProgram, which is canonical already, in a copy that may be edited."""
+    original = ep.graph_module
+    graph = copy.deepcopy(original.graph)
+    canonical = GraphModule(original, graph)
+    canonical.meta.update(original.meta)
+    mode = _mode_of(graph)
+    return _finish(canonical, mode, _export_sources(ep, graph))
+
+
+def _finish(gm: GraphModule, mode: FakeTensorMode | None, sources: dict[Node, Source]) -> Captured:
+    _inline_scalar_constants(gm, mode)
+    for node in gm.graph.find_nodes(op="get_attr"):
+        _describe_attribute(gm, node, mode, sources)
+    expand_encoder_layers(gm)
+    gm.graph.eliminate_dead_code(_must_stay)
+    gm.graph.lint()
+    gm.recompile()
+    alive = set(gm.graph.nodes)
+    return Captured(gm, MappingProxyType({n: s for n, s in sources.items() if n in alive}))
+
+
+# ---------------------------------------------------------------------------------------------- fake inputs
+
+
+def _fake_mode(example_inputs: Sequence[Any]) -> FakeTensorMode:
+    context = TracingContext.try_get()
+    mode = context.fake_mode if context is not None else None
+    mode = mode or detect_fake_mode(example_inputs)
+    return mode or FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def _mode_of(graph: Graph) -> FakeTensorMode | None:
+    return detect_fake_mode([n.meta.get("val") for n in graph.nodes])
+
+
+@contextmanager
+def _isolated(mode: FakeTensorMode) -> Iterator[None]:
+    """Give the trace its own fakes, and the caller its grad mode back.
+
+    The mode remembers one fake per real tensor and hands the same to AOTAutograd. A traced in-place op may change a fake
+    for good (its `requires_grad` by `x.add_(weight)`, its strides by `x.t_()`), and AOTAutograd would see the change.
+    Unbacked symbols of this trace are rebound to Dynamo's, so they are not pending for anybody.
+    """
+    shared, grad = mode.fake_tensor_converter, torch.is_grad_enabled()
+    mode.fake_tensor_converter = FakeTensorConverter(copy_data=shared.meta_converter.copy_data, export=shared.export)
+    try:
+        yield
+    finally:
+        mode.fake_tensor_converter = shared
+        torch._C._set_grad_enabled(grad)
+
+
+def _fake_inputs(gm: GraphModule, example_inputs: Sequence[Any], mode: FakeTensorMode) -> list[Any]:
+    nodes = gm.graph.find_nodes(op="placeholder")
+    if len(nodes) != len(example_inputs):
+        raise NormfxError(f"normfx: {len(nodes)} placeholders but {len(example_inputs)} example inputs")
+    return [_fake_input(node, x, mode) for node, x in zip(nodes, example_inputs, strict=True)]
+
+
+def _fake_input(node: Node, x: Any, mode: FakeTensorMode) -> Any:
+    """A fake of one input with the symbols Dynamo gave it.
+
+    `meta['example_value']` belongs to Dynamo's own fake mode, so a tensor is faked anew; a SymInt has no mode. Without
+    `source` a dynamic dimension becomes a fresh symbol, Dynamo then breaks the graph silently.
+    """
+    if not isinstance(x, torch.Tensor):
+        return node.meta.get("example_value", x)
+    if isinstance(x, FakeTensor) and x.fake_mode is mode:
+        return x
+    context = TracingContext.try_get()
+    symbolic = context.tensor_to_context.get(x) if context is not None else None
+    source = symbolic.tensor_source if symbolic is not None else None
+    static = context is None or symbolic is None
+    return mode.from_tensor(x, static_shapes=static or None, symbolic_context=symbolic, source=source, trace=False)
+
+
+# ---------------------------------------------------------------------------------------------- the trace
+
+
+class _Opaque:
+    """A carried value that no traced op touches, so that only its place in the graph is known."""
+
+    def __init__(self, proxy: torch.fx.Proxy, value: Any = None) -> None:
+        self.proxy, self.value = proxy, value
+
+
+class _Subgraph:
+    """A module argument of a carried node."""
+
+    def __init__(self, name: str, module: torch.nn.Module) -> None:
+        self.name, self.module = name, module
+
+
+class _Canonicaliser(torch.fx.Interpreter):
+    """Runs Dynamo's graph under make_fx; carried nodes become proxies with a fresh fake as their value."""
+
+    def __init__(self, gm: GraphModule, mode: FakeTensorMode) -> None:
+        super().__init__(gm)
+        self.mode = mode
+        self.carried = _carried(gm.graph)
+        self.fresh: dict[Node, Any] = {}
+        self.attributes: dict[str, torch.Tensor] = {}
+
+    def prepare(self) -> None:
+        """Make the fakes of carried nodes and of tensor attributes: inside the trace that would leave nodes."""
+        for node in self.carried:
+            if any(user not in self.carried for user in node.users) or _is_plain(node.meta.get("example_value")):
+                self.fresh[node] = pytree.tree_map(self._refake, node.meta.get("example_value"))
+        for node in self.module.graph.find_nodes(op="get_attr"):
+            value = self.fetch_attr(node.target)
+            if isinstance(value, torch.Tensor) and node.target not in self.attributes:
+                self.attributes[node.target] = _static_fake(value, self.mode)
+
+    def _refake(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        with self.mode, torch.no_grad():
+            fake = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
+        if not value.requires_grad:
+            return fake
+        with self.mode, torch.enable_grad():  # not a leaf: in-place ops on it are legal, as on the original
+            return fake.requires_grad_(True).view_as(fake)
+
+    def run_node(self, n: Node) -> Any:
+        name = _target_name(n)
+        if n.op == "call_method" and name in UNTRACEABLE:
+            raise NormfxError(f"normfx: Tensor.{name} at {source_line(n) or n.name} cannot be traced")
+        if n in self.carried:
+            return self._carry(n)
+        if n.op == "get_attr":
+            return self._attribute(n)
+        if name in MODES:
+            return self._switch_mode(n, name)
+        result = super().run_node(n)
+        # torch 2.13, 2.15: make_fx gave `item()` and the like new symbols; the guards know Dynamo's
+        if n.meta.get("unbacked_bindings") and self.mode.shape_env is not None:
+            rebind_unbacked(self.mode.shape_env, n, result)
+        return result
+
+    @property
+    def tracer(self) -> Any:
+        key = torch._C._TorchDispatchModeKey.PROXY
+        return torch._ops._get_dispatch_mode_pre_dispatch(key).tracer  # type: ignore[union-attr]
+
+    def _attribute(self, n: Node) -> Any:
+        value = self.fetch_attr(n.target)
+        if isinstance(value, torch.nn.Module):
+            return _Subgraph(str(n.target), value)
+        if not isinstance(value, torch.Tensor):
+            return value
+        proxy = self._create(n, (), {}, target=_set_attribute(self.tracer.root, str(n.target), value))
+        return proxy_tensor.track_tensor_tree(
+            self.attributes[str(n.target)], proxy, constant=None, tracer=self.tracer
+        )
+
+    def _switch_mode(self, n: Node, name: str) -> Any:
+        """Keep the node and run it, out of make_fx's sight.
+
+        Inference mode is traced as no_grad: inference tensors cannot be tracked, and no fake shows the difference.
+        """
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        proxy = self._create(n, *self._proxies(args, kwargs))
+        with torch._C.DisableTorchFunction():
+            if name == "_enter_autocast":
+                return _Opaque(proxy, n.target(*args, **kwargs))  # type: ignore[operator]
+            if name == "_exit_autocast":
+                n.target(args[0].value)  # type: ignore[operator]
+            elif name == "_enter_inference_mode":
+                grad = torch.is_grad_enabled()
+                torch._C._set_grad_enabled(grad and not (args and args[0]))
+                return _Opaque(proxy, grad)
+            else:
+                torch._C._set_grad_enabled(args[0].value)
+        return _Opaque(proxy)
+
+    def _carry(self, n: Node) -> Any:
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        proxy = self._create(n, *self._proxies(args, kwargs))
+        if n not in self.fresh:
+            return _Opaque(proxy)
+        return proxy_tensor.track_tensor_tree(self.fresh[n], proxy, constant=None, tracer=self.tracer)
+
+    def _create(self, n: Node, args: Any, kwargs: Any, target: Any = None) -> torch.fx.Proxy:
+        proxy = self.tracer.create_proxy(n.op, target or n.target, args, kwargs, name=n.name)
+        proxy.node.meta.update({k: v for k, v in n.meta.items() if k != "example_value"})
+        return proxy
+
+    def _proxies(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        return pytree.tree_map(
+            self._proxy, (tuple(args), dict(kwargs)), is_leaf=lambda x: isinstance(x, (_Subgraph, _Opaque))
+        )
+
+    def _proxy(self, value: Any) -> Any:
+        tracer = self.tracer
+        if isinstance(value, _Opaque):
+            return value.proxy
+        if isinstance(value, _Subgraph):
+            return tracer.create_proxy("get_attr", _set_attribute(tracer.root, value.name, value.module), (), {})
+        if isinstance(value, torch.Tensor):
+            return proxy_tensor.get_proxy_slot(value, tracer, value, lambda slot: slot.proxy)
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return proxy_tensor.get_proxy_slot(value, tracer, value, lambda slot: slot.force())
+        return value
+
+
+def _carried(graph: Graph) -> set[Node]:
+    """Nodes that are copied, not run: higher-order ops, module calls, and everything inside a functorch level."""
+    carried: set[Node] = set()
+    depth = 0
+    for node in graph.nodes:
+        if node.op in ("placeholder", "output", "get_attr"):
+            continue
+        name, home = _target_name(node), getattr(node.target, "__module__", None) or ""
+        if name.endswith("_increment_nesting") or name == "_enter_dual_level":
+            depth += 1
+        higher = isinstance(node.target, HigherOrderOperator) or node.op == "call_module"
+        if depth or higher or home.startswith(("torch._functorch", "torch._C._functorch")):
+            carried.add(node)
+        if name.endswith("_decrement_nesting") or name == "_exit_dual_level":
+            depth -= 1
+    return carried
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value can be faked anew: no functorch wrapper, no tensor subclass."""
+    leaves = [x for x in pytree.tree_leaves(value) if isinstance(x, torch.Tensor)]
+    return bool(leaves) and all(
+        type(x) is FakeTensor and not torch._C._functorch.is_functorch_wrapped_tensor(x) for x in leaves
+    )
+
+
+def _target_name(node: Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def _static_fake(value: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
+    return mode.from_tensor(value, static_shapes=True, trace=False)
+
+
+def _set_attribute(root: torch.nn.Module, path: str, value: Any) -> str:
+    """Store `value` on the tracer's root under a flat name, which is returned."""
+    name = path.replace(".", "_")
+    setattr(root, name, value)
+    return name
+
+
+# ---------------------------------------------------------------------------------------------- after the trace
+
+
+def _inherit(gm: GraphModule, canonical: GraphModule) -> None:
+    """Hand on what Dynamo left for AOTAutograd and Inductor (read by both on torch 2.13 and 2.15)."""
+    canonical.meta.update(gm.meta)
+    if hasattr(gm, "_param_name_to_source"):
+        names = dict(gm._param_name_to_source)
+        for path in list(names):
+            names.setdefault(path.replace(".", "_"), names[path])
+        for name, _ in [*canonical.named_parameters(), *canonical.named_buffers()]:
+            names.setdefault(name, ConstantSource(name))
+        canonical._param_name_to_source = names
+    old, new = gm.graph.find_nodes(op="placeholder"), canonical.graph.find_nodes(op="placeholder")
+    for before, after in zip(old, new, strict=True):
+        if hasattr(before, "_dynamo_source"):
+            after._dynamo_source = before._dynamo_source
+        for key in (*PLACEHOLDER_META, "stack_trace", "nn_module_stack"):
+            if key in before.meta:
+                after.meta[key] = before.meta[key]
+        after.type, after.target = None, before.name
+        after._rename(before.name)
+
+
+def _inline_scalar_constants(gm: GraphModule, mode: FakeTensorMode | None) -> None:
+    """`torch.tensor(0.5)` in a forward: one number in the graph, not one more input of the compiled code.
+
+    As an input a CPU scalar would switch CUDA graphs off.
+    """
+    lifted = torch.ops.aten.lift_fresh_copy.default
+    for node in gm.graph.find_nodes(op="call_function", target=lifted):
+        attribute = node.args[0]
+        if attribute.op != "get_attr" or not attribute.target.startswith("_tensor_constant"):
+            continue
+        value = getattr(gm, attribute.target)
+        if isinstance(value, FakeTensor) or value.dim() or value.device.type != "cpu" or value.is_complex():
+            continue
+        with gm.graph.inserting_before(node):
+            options = {"dtype": value.dtype, "device": value.device, "pin_memory": False}
+            number = gm.graph.call_function(torch.ops.aten.full.default, ([], value.item()), options)
+        number.meta = dict(node.meta)
+        node.replace_all_uses_with(number)
+        gm.graph.erase_node(node)
+
+
+def _describe_attribute(
+    gm: GraphModule, node: Node, mode: FakeTensorMode | None, sources: dict[Node, Source]
+) -> None:
+    value = _lookup(gm, str(node.target))
+    if not isinstance(value, torch.Tensor):
+        return
+    if "val" not in node.meta and mode is not None:
+        node.meta["val"] = value if isinstance(value, FakeTensor) else _static_fake(value, mode)
+    if node in sources:
+        return
+    source = getattr(gm, "_param_name_to_source", {}).get(str(node.target))
+    known = source is not None and not isinstance(source, ConstantSource)
+    kind: Kind = "parameter" if isinstance(value, torch.nn.Parameter) else "buffer" if known else "constant"
+    sources[node] = Source(kind, dotted(_source_name(source)) if known else str(node.target))
+
+
+def _lookup(gm: GraphModule, path: str) -> Any:
+    value: Any = gm
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _must_stay(node: Node) -> bool:
+    """Whether an unused node must be kept: everything but pure, deterministic ATen ops and reads.
+
+    A dead dropout still draws random numbers, and dropping it would change every later draw.
+    """
+    if node.op == "get_attr":
+        return False
+    target = node.target
+    if node.op != "call_function":
+        return True
+    if isinstance(target, torch._ops.OpOverload):
+        random = torch.Tag.nondeterministic_seeded in target.tags
+        known = target.namespace == "aten" and bool(target._schema.returns)
+        unbacked = bool(node.meta.get("unbacked_bindings"))
+        return random or not known or unbacked or "fractional_max" in target._schema.name or node.is_impure()
+    return not (getattr(target, "__module__", "") == "_operator" and not node.is_impure())
+
+
+# ---------------------------------------------------------------------------------------------- names
+
+
+def _dynamo_sources(gm: GraphModule, canonical: GraphModule) -> dict[Node, Source]:
+    old, new = gm.graph.find_nodes(op="placeholder"), canonical.graph.find_nodes(op="placeholder")
+    return {after: _placeholder_source(before) for before, after in zip(old, new, strict=True)}
+
+
+def _placeholder_source(node: Node) -> Source:
+    source = getattr(node, "_dynamo_source", None)
+    kind: Kind = "input"
+    if isinstance(node.meta.get("example_value"), torch.nn.Parameter):
+        kind = "parameter"
+    elif source is not None and is_from_unspecialized_param_buffer_source(source):
+        kind = "buffer"
+    return Source(kind, dotted(_source_name(source)) or node.name)
+
+
+def _source_name(source: Any) -> str:
+    """`source.name` is a property since torch 2.10 and a method before."""
+    if source is None:
+        return ""
+    name = source.name
+    return name() if callable(name) else name
+
+
+def _export_sources(ep: torch.export.ExportedProgram, graph: Graph) -> dict[Node, Source]:
+    signature = ep.graph_signature
+    tables: list[tuple[Kind, Mapping[str, str]]] = [
+        ("parameter", signature.inputs_to_parameters),
+        ("buffer", signature.inputs_to_buffers),
+        ("constant", signature.inputs_to_lifted_tensor_constants),
+    ]
+    sources = {}
+    for node in graph.find_nodes(op="placeholder"):
+        found = [Source(kind, table[node.name]) for kind, table in tables if node.name in table]
+        sources[node] = found[0] if found else Source("input", node.name)
+    return sources
+
+
+_STEP = re.compile(r"\[['\"]?([^\]'\"]*)['\"]?\]|\.?([^.\[\]]+)")
+_NOISE = frozenset({"_modules", "_parameters", "_buffers", "_orig_mod", "_module"})
+
+
+def dotted(expression: str) -> str:
+    """A Dynamo source or module-stack path as a dotted path.
+
+    >>> dotted("L['self']._modules['h']._modules['0']._parameters['weight']")
+    'h.0.weight'
+    >>> dotted("L['self'].h[0].ln_1")
+    'h.0.ln_1'
+    """
+    steps = [(bracket or plain) for bracket, plain in _STEP.findall(expression.replace(".size()[", ".size["))]
+    if steps and steps[0] in ("L", "G"):
+        steps = steps[1:]
+    if steps and steps[0] == "self":
+        steps = steps[1:]
+    return ".".join(s for s in steps if s and s not in _NOISE)
+
+
+def module_path(node: Node) -> str:
+    """Dotted path of the innermost module a node was made in; '' when there is none."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = list(stack.values())[-1][0]
+    return dotted(path)
+
+
+_FRAME = re.compile(r'File "(?P<file>.*)", line (?P<line>\d+), in (?P<where>.*)\n(?P<code>.*)')
+_TORCH = str(PurePath(torch.__file__).parent)
+
+
+def source_line(node: Node) -> str:
+    """'model.py:210 in forward: x = self.ln_1(x)': the innermost frame outside torch; '' when there is no trace."""
+    frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
+    if not frames:
+        return ""
+    outside = [f for f in frames if not f["file"].startswith(_TORCH)]
+    frame = (outside or frames)[-1]
+    return f"{PurePath(frame['file']).name}:{frame['line']} in {frame['where']}: {frame['code'].strip()}"

@@ -1,0 +1,1 @@
+"""Canonical graph: ops, records, invariants and text."""

@@ -1,0 +1,121 @@
+"""Small questions about canonical graphs that several rooms ask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import sympy
+import torch
+import torch.utils._pytree as pytree
+from torch.fx import Graph, Node
+
+SHAPE_READS = frozenset({"aten::sym_size.int", "aten::sym_stride.int", "aten::sym_numel", "aten::_assert_tensor_metadata"})
+"""Ops that read a value's shape or dtype, never its entries."""
+
+RANDOM = torch.Tag.nondeterministic_seeded
+
+
+def op_name(node: Node) -> str:
+    """'aten::add.Tensor' for an ATen call ('aten::add' for its default overload), '' for any other node."""
+    target = node.target
+    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+        return ""
+    return target.name()
+
+
+def value(node: object) -> torch.Tensor | None:
+    """The fake tensor a node stands for; None for anything that is not one tensor."""
+    if not isinstance(node, Node):
+        return None
+    val = node.meta.get("val")
+    return val if isinstance(val, torch.Tensor) else None
+
+
+def shape(node: Node) -> tuple[int | torch.SymInt, ...]:
+    val = value(node)
+    assert val is not None, f"{node} is not a tensor"
+    return tuple(val.shape)
+
+
+def parameter_only(graph: Graph, parameters: Iterable[Node]) -> frozenset[Node]:
+    """Tensor nodes that depend on nothing but parameters, buffers and constants, by deterministic pure ops."""
+    known: set[Node] = set(parameters)
+    for node in graph.nodes:
+        if not op_name(node) or value(node) is None or node.is_impure():
+            continue
+        target = node.target
+        if RANDOM in target.tags or target._schema.is_mutable:
+            continue
+        inputs = node.all_input_nodes
+        tensors = [n for n in inputs if value(n) is not None]
+        if tensors and len(tensors) == len(inputs) and all(n in known for n in tensors):
+            known.add(node)
+    return frozenset(known)
+
+
+def arguments(node: Node) -> dict[str, Any]:
+    """Arguments of an ATen call by schema name, defaults filled in."""
+    schema = node.target._schema  # type: ignore[union-attr]  # op_name(node) was checked by the caller
+    bound = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+    bound.update(zip((a.name for a in schema.arguments), node.args, strict=False))
+    bound.update(node.kwargs)
+    return bound
+
+
+def occurrences(node: Node, operand: Node) -> int:
+    """How often `operand` stands among the arguments of `node`."""
+    found = [a for a in pytree.arg_tree_leaves(*node.args, **node.kwargs) if a is operand]
+    return len(found)
+
+
+def extent(dim: int | torch.SymInt) -> sympy.Expr:
+    """A dimension as a sympy expression (never adds a guard)."""
+    return dim.node.expr if isinstance(dim, torch.SymInt) else sympy.Integer(dim)
+
+
+def is_one(dim: int | torch.SymInt) -> bool:
+    """Whether a dimension is known to be 1 (a symbolic one never is)."""
+    return isinstance(dim, int) and dim == 1
+
+
+_INDEXING = frozenset({"aten::embedding", "aten::index.Tensor", "aten::index_select", "aten::gather", "aten::take"})
+
+
+def packed_sources(weight: Node) -> tuple[Node, ...]:
+    """Integer values that a floating weight is computed from: packed or quantised storage (indices do not count)."""
+    found: list[Node] = []
+    seen: set[Node] = set()
+    work = [weight]
+    while work:
+        node = work.pop()
+        fake = value(node)
+        if node in seen or fake is None:
+            continue
+        seen.add(node)
+        if not fake.is_floating_point() and not fake.is_complex() and fake.dtype != torch.bool and fake.ndim > 0:
+            found.append(node)
+        elif op_name(node) in _INDEXING:
+            work.append(node.all_input_nodes[0])
+        else:
+            work += node.all_input_nodes
+    return tuple(found)
+
+
+def entries(dims: Iterable[int | torch.SymInt]) -> sympy.Expr:
+    """Number of entries as a sympy expression."""
+    return sympy.prod([extent(d) for d in dims])
+
+
+def size_hint(expr: sympy.Expr, nodes: Iterable[Node]) -> int:
+    """An expression's value at the sizes seen when the graph was captured; unknown (data-dependent) sizes count 64.
+
+    nodes: tensor nodes whose shapes contain the expression's symbols.
+    """
+    hints: dict[sympy.Symbol, int] = {}
+    for node in nodes:
+        for dim in shape(node):
+            if isinstance(dim, torch.SymInt) and dim.node.expr.is_Symbol:
+                hints[dim.node.expr] = dim.node.hint if dim.node.has_hint() else 64
+    known = expr.subs(hints)
+    return int(known.subs(dict.fromkeys(known.free_symbols, 64)))

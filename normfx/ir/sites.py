@@ -1,0 +1,168 @@
+"""Frozen records of what was found in a canonical graph. Rules see these, never `node.args[i]`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch.fx import Node
+
+NormKind = Literal["LayerNorm", "RMSNorm", "BatchNorm", "GroupNorm", "InstanceNorm"]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The feature axis inside a value: `dim` seen as (outer, size, inner), and of these the middle one.
+
+    A whole dimension has outer = inner = 1. Per-head features of a (tokens, heads·size) value have inner = 1 and
+    outer = heads; strided heads (tokens, size·heads) have inner = heads.
+    """
+
+    dim: int
+    size: int
+    inner: int = 1
+
+    def at(self, dim: int) -> Axis:
+        return Axis(dim, self.size, self.inner)
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """One normalisation: output = weight ⊙ (x − mean)·rstd + bias, without the mean for an RMSNorm.
+
+    name:          module path, or the name of the output node where the model calls a function
+    input, output: the values before and after; `nodes` are all nodes that compute it, output included
+    dims:          normalised dimensions of `input`, non-negative, ascending
+    size:          number of normalised entries d (0 where unknown or symbolic)
+    eps:           as written in the graph; `eps_place` says where: rstd = 1/sqrt(var + eps) is "inside",
+                   1/(sqrt(var) + eps) "outside", 1/sqrt(max(var, eps)) or 1/max(sqrt(var), eps) "clamped"
+    correction:    0 for the biased variance (every nn.LayerNorm), 1 for torch.var's default
+    weight, bias:  parameter-only nodes of shape (d,) up to size-1 dimensions, or None; `1 + w` is one node
+    compute_dtype: dtype of the statistics; out_dtype: dtype of `output`
+    obstacle:      why no rule may touch this norm ("" when nothing speaks against it)
+    """
+
+    name: str
+    kind: NormKind
+    source: str
+    input: Node
+    output: Node
+    nodes: frozenset[Node]
+    dims: tuple[int, ...]
+    size: int
+    eps: float
+    eps_place: Literal["inside", "outside", "clamped"]
+    correction: int
+    weight: Node | None
+    bias: Node | None
+    compute_dtype: torch.dtype
+    out_dtype: torch.dtype
+    obstacle: str = ""
+
+    @property
+    def axis(self) -> Axis | None:
+        """The feature axis, when the norm runs over exactly one dimension of static size ≥ 2."""
+        return Axis(self.dims[0], self.size) if len(self.dims) == 1 and self.size >= 2 else None
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """A linear that reads a value: node = value · weightᵀ + bias over one dimension of the value.
+
+    weight_arg, bias_arg: names of schema arguments (bias_arg None: the op has no bias slot)
+    in_dim:               dimension of the weight that runs over the input features
+    """
+
+    node: Node
+    value: Node
+    weight: Node
+    bias: Node | None
+    weight_arg: str
+    bias_arg: str | None
+    in_dim: int
+
+
+LeafKind = Literal["parameter", "centred", "scaled", "embedding", "norm", "raw", "value"]
+
+
+@dataclass(frozen=True, eq=False)
+class Leaf:
+    """A value that enters a stream from outside; the stream reads a centred copy of it.
+
+    parameter: depends on parameters only: centre it where it is used (a weight, bias or table)
+    centred:   output of a LayerNorm without weight and bias: its mean is 0 already
+    scaled:    λ ⊙ (Wa + b) with a parameter λ: fold λ, then centre (M11)
+    embedding: looked-up rows: centre the rows
+    norm:      output of another norm, which has a mean (T3)
+    raw:       a value of the stream whose original is read too ("observer" reads it)
+    value:     any other activation or graph input
+    """
+
+    node: Node
+    axis: Axis
+    kind: LeafKind
+    users: tuple[Node | Norm, ...]
+    observer: Node | None = None
+    scale: Node | None = None
+    linear: Node | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """Values read only by norms that ignore their mean: they may be stored centred.
+
+    nodes:   values inside the stream, each a linear map (M3) of others and of leaves
+    norms:   LayerNorms that read it
+    dropped: (node, argument name) pairs: additive terms constant along the features; their centred form is 0
+    joins:   values are added or joined on the way; otherwise one writer feeds the norms (M4)
+    obstacle: code of what forbids centring it ("" when nothing does), with a detail and the nodes in the way
+    """
+
+    norms: tuple[Norm, ...]
+    nodes: tuple[Node, ...]
+    leaves: tuple[Leaf, ...]
+    dropped: tuple[tuple[Node, str], ...] = ()
+    joins: bool = True
+    obstacle: str = ""
+    detail: str = ""
+    obstacle_nodes: tuple[Node, ...] = ()
+
+    def explicit(self) -> Iterator[Leaf]:
+        """Leaves that must be centred while the model runs, at the cost of a pass over them."""
+        return (leaf for leaf in self.leaves if leaf.kind not in ("parameter", "centred", "scaled"))
+
+
+@dataclass(frozen=True, eq=False)
+class Scaled:
+    """norm(x)·k with a number k, where only the multiplication reads the norm."""
+
+    norm: Norm
+    node: Node
+    factor: float
+
+
+@dataclass(frozen=True, eq=False)
+class Readers:
+    """Everything that reads one norm's output through row-preserving ops.
+
+    linears: (Linear, axis of the norm's features inside the linear's weight, product of numbers multiplied on the way)
+    path:    the row-preserving nodes between
+    others:  readers that are not linears over the feature axis
+    """
+
+    norm: Norm
+    linears: tuple[tuple[Linear, Axis, float], ...]
+    path: tuple[Node, ...]
+    others: tuple[Node, ...]
+
+
+@dataclass(frozen=True)
+class Sites:
+    """All facts about one graph."""
+
+    norms: tuple[Norm, ...]
+    streams: tuple[Stream, ...] = ()
+    readers: Mapping[Norm, Readers] = field(default_factory=dict)
+    scaled: Mapping[Norm, Scaled] = field(default_factory=dict)

@@ -1,0 +1,1 @@
+def verify(gm, stage): pass

@@ -1,0 +1,1 @@
+"""Rewritten graph → callable."""

@@ -1,0 +1,66 @@
+"""Hand a rewritten graph to Inductor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch._inductor.compile_fx import compile_fx  # private; as torch.compile's own backend does (torch 2.11 to 2.15)
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from normfx.errors import OptionError
+from normfx.ir.ops import OPS
+
+
+def inductor_options(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The config patches of Inductor's mode and of options["inductor"], the latter winning.
+
+    Raises OptionError for a mode or option Inductor does not know.
+    """
+    patches: dict[str, Any] = {}
+    if mode is not None and mode != "default":
+        modes = torch._inductor.list_mode_options()  # private; torch 2.11 to 2.15
+        if mode not in modes:
+            raise OptionError.unknown("mode", mode, ("default", *modes), "mode")
+        patches.update(modes[mode])
+    known = set(torch._inductor.list_options())
+    for key, given in options.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            raise OptionError(f"normfx: unknown Inductor option {key!r} in options['inductor']; see torch._inductor.list_options()")
+        patches[name] = given
+    return patches
+
+
+def compile_graph(
+    gm: GraphModule, example_inputs: Sequence[Any], patches: Mapping[str, Any]
+) -> Callable[..., Any]:
+    """Compile with Inductor. Canonical normfx ops are composites: autograd and Inductor see their ATen bodies."""
+    compiled: Callable[..., Any] = compile_fx(gm, list(example_inputs), config_patches=dict(patches) or None)
+    return compiled
+
+
+def inline_canonical_ops(gm: GraphModule) -> GraphModule:
+    """Replace each normfx op by the ATen ops of its body, in place (for graphs that leave the process)."""
+    for node in [n for n in gm.graph.nodes if n.target in OPS]:
+        tensors = [a for a in node.args if isinstance(a, torch.fx.Node)]
+
+        def body(*values: torch.Tensor, node: torch.fx.Node = node, tensors: list[torch.fx.Node] = tensors) -> Any:
+            given = dict(zip(tensors, values, strict=True))
+            return node.target(*[given.get(a, a) if isinstance(a, torch.fx.Node) else a for a in node.args])  # type: ignore[operator]
+
+        traced = make_fx(body, pre_dispatch=True)(*[t.meta["val"] for t in tensors])
+        inside = dict(zip(traced.graph.find_nodes(op="placeholder"), tensors, strict=True))
+        with gm.graph.inserting_before(node):
+            out = gm.graph.graph_copy(traced.graph, inside)
+        assert isinstance(out, torch.fx.Node)
+        for new in inside.values():
+            for key in ("stack_trace", "nn_module_stack"):
+                if new not in tensors and key in node.meta:
+                    new.meta.setdefault(key, node.meta[key])
+        node.replace_all_uses_with(out)
+        gm.graph.erase_node(node)
+    gm.recompile()
+    return gm

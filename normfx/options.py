@@ -1,0 +1,136 @@
+"""Options of the backend: one frozen value, parsed once; the only reader of NORMFX_* variables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from normfx.errors import OptionError
+
+RULE_NAMES = ("pre_rms_norm", "linear_norm", "fold_scale", "fold_affine")
+"""Every rule of this version, in the order in which they are decided."""
+DEFAULT_RULES = RULE_NAMES
+FOLDS = ("auto", "live")
+LOWERINGS = ("auto", "inductor")
+KEYS = ("rules", "fold", "lowering", "strict", "verify", "inductor", "mode")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `torch.compile(..., backend="normfx", options={...})` accepts.
+
+    rules:     names of the rules that may fire, in the order of RULE_NAMES
+    fold:      "live" writes folds as graph expressions on the parameters; "auto" chooses (today: live)
+    lowering:  "inductor" hands every norm to Inductor; "auto" chooses (today: inductor)
+    strict:    raise when a stage of normfx fails, in place of compiling the untouched graph
+    verify:    on the first call also run the original graph and compare
+    mode:      Inductor's mode ("reduce-overhead", "max-autotune", …), as torch.compile's `mode=`
+    inductor:  options passed on to Inductor
+    debug:     0 silent, 1 plan, 2 graphs, 3 kernels (from NORMFX_DEBUG)
+    check:     check graph invariants between stages (from NORMFX_VERIFY)
+    """
+
+    rules: tuple[str, ...] = DEFAULT_RULES
+    fold: str = "auto"
+    lowering: str = "auto"
+    strict: bool = False
+    verify: bool = False
+    mode: str | None = None
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+    debug: int = 0
+    check: bool = False
+
+    @classmethod
+    def parse(
+        cls,
+        options: Mapping[str, Any] | None = None,
+        mode: str | None = None,
+        environ: Mapping[str, str] | None = None,
+    ) -> Options:
+        """Options from the mapping given to torch.compile, then the NORMFX_* environment variables.
+
+        Raises OptionError, listing the valid ones, for an unknown key, rule or value.
+        """
+        given = dict(options or {})
+        env = os.environ if environ is None else environ
+        for key in given:
+            if key not in KEYS:
+                raise OptionError.unknown("option", key, KEYS, "options")
+        if mode is not None and given.get("mode") not in (None, mode):
+            raise OptionError(f"normfx: mode={mode!r} and options['mode']={given['mode']!r} disagree; give one")
+        rules = parse_rules(given.get("rules", "default"), DEFAULT_RULES, "options['rules']")
+        rules = parse_rules(env.get("NORMFX_RULES", ""), rules, "NORMFX_RULES")
+        inductor = given.get("inductor") or {}
+        if not isinstance(inductor, Mapping):
+            raise OptionError(f"normfx: options['inductor'] must be a mapping, not {type(inductor).__name__}")
+        return cls(
+            rules=rules,
+            fold=_choice(given, "fold", FOLDS),
+            lowering=_choice(given, "lowering", LOWERINGS),
+            strict=_flag(given, "strict") or _env_flag(env, "NORMFX_STRICT"),
+            verify=_flag(given, "verify"),
+            mode=mode or given.get("mode"),
+            inductor=dict(inductor),
+            debug=_env_level(env, "NORMFX_DEBUG"),
+            check=_env_flag(env, "NORMFX_VERIFY"),
+        )
+
+
+def parse_rules(spec: str | Iterable[str], start: tuple[str, ...], where: str) -> tuple[str, ...]:
+    """'default,+a,-b', 'all', 'none', 'a,b' or a list of such words → rule names in RULE_NAMES order.
+
+    A word with a sign changes the set so far (at first `start`); plain names replace it.
+    """
+    if isinstance(spec, str):
+        words = [w.strip() for w in spec.split(",") if w.strip()]
+    elif isinstance(spec, Iterable):
+        words = [str(w) for w in spec]
+        if not words:
+            return ()
+    else:
+        raise OptionError(f"normfx: {where} must be a string or a list of rule names, not {type(spec).__name__}")
+    sets = {"default": DEFAULT_RULES, "all": RULE_NAMES, "none": ()}
+    chosen, fresh = set(start), True
+    for word in words:
+        sign, name = (word[0], word[1:].strip()) if word[0] in "+-" else ("", word)
+        if name not in sets and name not in RULE_NAMES:
+            raise OptionError.unknown("rule", name, (*RULE_NAMES, *sets), where)
+        members = set(sets.get(name, (name,)))
+        if sign == "-":
+            chosen -= members
+        elif sign == "+" or not fresh:
+            chosen |= members
+        else:
+            chosen = members
+        fresh = False
+    return tuple(rule for rule in RULE_NAMES if rule in chosen)
+
+
+def _choice(given: Mapping[str, Any], key: str, valid: tuple[str, ...]) -> str:
+    value = given.get(key, valid[0])
+    if value not in valid:
+        raise OptionError.unknown("value", value, valid, f"options[{key!r}]")
+    return str(value)
+
+
+def _flag(given: Mapping[str, Any], key: str) -> bool:
+    value = given.get(key, False)
+    if not isinstance(value, bool):
+        raise OptionError(f"normfx: options[{key!r}] must be True or False, not {value!r}")
+    return value
+
+
+def _env_flag(env: Mapping[str, str], name: str) -> bool:
+    value = env.get(name, "0").strip().lower()
+    if value not in ("", "0", "1", "false", "true"):
+        raise OptionError.unknown("value", value, ("0", "1"), name)
+    return value in ("1", "true")
+
+
+def _env_level(env: Mapping[str, str], name: str) -> int:
+    value = env.get(name, "0").strip() or "0"
+    if value not in ("0", "1", "2", "3"):
+        raise OptionError.unknown("value", value, ("0", "1", "2", "3"), name)
+    return int(value)

@@ -1,0 +1,131 @@
+"""What reads a norm: linears reached through ops that pass whole rows on, and everything else."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from normfx.ir.graph import SHAPE_READS, arguments, occurrences, op_name, shape, value
+from normfx.ir.sites import Axis, Linear, Norm, Readers, Scaled
+from normfx.recognize.axes import reshape_axis
+from normfx.recognize.flow import CASTS, PARTS, RESHAPES, flow
+
+ROW_OPS = (
+    RESHAPES
+    | CASTS
+    | PARTS
+    | {
+        "aten::permute", "aten::transpose.int", "aten::t", "aten::mT", "aten::swapaxes", "aten::movedim.int",
+        "aten::movedim.intlist", "aten::expand", "aten::expand_as", "aten::dropout", "aten::select.int",
+        "aten::slice.Tensor", "aten::narrow", "aten::index_select", "aten::index.Tensor", "aten::roll", "aten::flip",
+        "aten::repeat", "aten::repeat_interleave.self_int",
+    }
+)  # fmt: skip
+"""Ops whose every output row is one input row: γ and β pass them (M7). Not cat, padding, sums or token scales."""
+
+NUMBER_SCALES = frozenset({"aten::mul.Tensor", "aten::mul.Scalar", "aten::div.Tensor", "aten::div.Scalar"})
+
+
+def number_factor(node: Node, operand: Node) -> float | None:
+    """k where the node is operand·k or operand/k with a finite number k ≠ 0."""
+    if op_name(node) not in NUMBER_SCALES:
+        return None
+    args = arguments(node)
+    other = args["other"] if args["self"] is operand else args["self"]
+    if not isinstance(other, (int, float)) or isinstance(other, bool):
+        return None
+    divides = op_name(node).startswith("aten::div")
+    if divides and args["self"] is not operand:
+        return None
+    if other == 0 or other != other or abs(other) == float("inf"):
+        return None
+    return 1.0 / other if divides else float(other)
+
+
+def find_scaled(norm: Norm) -> Scaled | None:
+    """norm(x)·k, when the multiplication is the norm's only reader."""
+    users = [u for u in norm.output.users if op_name(u) not in SHAPE_READS]
+    if norm.obstacle or len(users) != 1:
+        return None
+    factor = number_factor(users[0], norm.output)
+    return None if factor is None else Scaled(norm, users[0], factor)
+
+
+def find_readers(norm: Norm, parameters: frozenset[Node], barred: frozenset[Node]) -> Readers:
+    """Walk forwards from a norm's output along its feature axis."""
+    linears: list[tuple[Linear, Axis, float]] = []
+    path: list[Node] = []
+    others: list[Node] = []
+    axis = norm.axis
+    work = [(norm.output, axis, 1.0)] if axis is not None else []
+    if axis is None:
+        others += norm.output.users
+    while work:
+        node, axis, factor = work.pop()
+        for user in node.users:
+            if op_name(user) in SHAPE_READS:
+                continue
+            linear = linear_reader(user, node, axis, parameters)
+            factor_here = number_factor(user, node)
+            onward = _forward(user, node, axis) if op_name(user) in ROW_OPS or _is_part(user) else None
+            if linear is not None and user not in barred and linear.weight not in barred and linear.bias not in barred:
+                linears.append((linear, Axis(linear.in_dim, axis.size, axis.inner), factor))
+            elif factor_here is not None and user not in barred:
+                path.append(user)
+                work.append((user, axis, factor * factor_here))
+            elif onward is not None and user not in barred:
+                path.append(user)
+                work.append((user, onward, factor))
+            else:
+                others.append(user)
+    return Readers(norm, tuple(linears), tuple(path), tuple(others))
+
+
+def _is_part(node: Node) -> bool:
+    return node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem"
+
+
+def _forward(user: Node, node: Node, axis: Axis) -> Axis | None:
+    """The axis inside `user` that flow() traces back to `axis` of `node`."""
+    fake = value(user)
+    if op_name(user) in RESHAPES:
+        found = reshape_axis(shape(node), shape(user), axis)
+        candidates = [] if found is None else [found]
+    else:
+        ndim = fake.ndim if fake is not None else len(value_of_part(user).shape)
+        candidates = [axis.at(dim) for dim in range(ndim)]
+    for candidate in candidates:
+        step = flow(user, candidate)
+        if step is not None and step.carried == ((node, axis),) and not step.dropped and occurrences(user, node) == 1:
+            return candidate
+    return None
+
+
+def value_of_part(node: Node):  # type: ignore[no-untyped-def]  # a fake tensor, whose class is torch-private
+    """Fake value of the first piece of a list-valued node."""
+    return node.meta["val"][0]
+
+
+def linear_reader(user: Node, node: Node, axis: Axis, parameters: frozenset[Node]) -> Linear | None:
+    """The linear through which `user` reads `node` over its feature axis, with a floating 2-D weight of parameters."""
+    name = op_name(user)
+    if name not in ("aten::linear", "aten::addmm", "aten::mm", "aten::matmul") or occurrences(user, node) != 1:
+        return None
+    args = arguments(user)
+    if axis.dim != len(shape(node)) - 1:
+        return None
+    if name == "aten::linear":
+        found = Linear(user, args["input"], args["weight"], args["bias"], "weight", "bias", 1)
+    elif name == "aten::addmm":
+        bias = value(args["self"])
+        if args["beta"] != 1 or args["alpha"] != 1 or bias is None or bias.shape != shape(user)[1:]:
+            return None
+        found = Linear(user, args["mat1"], args["mat2"], args["self"], "mat2", "self", 0)
+    else:
+        slot = "mat2" if name == "aten::mm" else "other"
+        found = Linear(user, args["self"], args[slot], None, slot, None, 0)
+    weight = value(found.weight)
+    if found.value is not node or found.weight not in parameters or weight is None:
+        return None
+    if weight.ndim != 2 or not weight.is_floating_point() or (found.bias is not None and value(found.bias) is None):
+        return None
+    return found

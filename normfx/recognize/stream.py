@@ -1,0 +1,244 @@
+"""Residual streams: which values may be stored centred, proved on the graph.
+
+Backwards from the input of every LayerNorm, through the M3 ops of flow.py, lie the values that could be centred
+("candidates"). A candidate may be centred in place iff each of its uses is a LayerNorm over exactly its feature axis, or
+an M3 op whose result may itself be centred ("blind"). All others are "raw": somebody reads their mean. Values that
+enter the blind region from outside (parameters, raw values, activations) are leaves; the region reads centred copies
+of them, so their other users never forbid anything. Regions connected through blind values or shared leaves form one
+Stream, which is decided as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import networkx
+from torch.fx import Graph, Node
+
+from normfx.ir.graph import SHAPE_READS, arguments, occurrences, op_name, packed_sources, value
+from normfx.ir.sites import Axis, Leaf, LeafKind, Norm, Stream
+from normfx.recognize.flow import LINEARS, Flow, constant_along, flow
+
+
+@dataclass
+class _Region:
+    """Candidates of a graph with their axis, and what reads raw ones."""
+
+    norms: dict[Node, list[Norm]]
+    parameters: frozenset[Node]
+    barred: frozenset[Node]
+    outputs: Mapping[Node, Norm]
+    axes: dict[Node, Axis] = field(default_factory=dict)
+    flows: dict[Node, Flow] = field(default_factory=dict)
+    conflicts: set[Node] = field(default_factory=set)
+    witness: dict[Node, Node] = field(default_factory=dict)
+
+    def blind(self, node: Node) -> bool:
+        return node in self.flows and node not in self.witness
+
+
+def find_streams(
+    graph: Graph, norms: Iterable[Norm], parameters: frozenset[Node], barred: frozenset[Node]
+) -> tuple[Stream, ...]:
+    """All streams of a graph, in the order of their first norm; each LayerNorm is in exactly one.
+
+    barred: values that are written in place somewhere; nothing is assumed of them.
+    """
+    seeds: dict[Node, list[Norm]] = {}
+    outputs = {norm.output: norm for norm in norms}
+    alone: list[Stream] = []
+    for norm in outputs.values():
+        if norm.kind != "LayerNorm":
+            continue
+        if norm.obstacle or norm.eps_place == "clamped":
+            detail = norm.obstacle or "its eps is a lower bound"
+            alone.append(Stream((norm,), (), (), obstacle="opaque_norm", detail=detail, obstacle_nodes=(norm.output,)))
+        elif norm.axis is None:
+            detail = f"dimensions {norm.dims} of {norm.input.name}"
+            alone.append(Stream((norm,), (), (), obstacle="several_axes", detail=detail, obstacle_nodes=(norm.output,)))
+        else:
+            seeds.setdefault(norm.input, []).append(norm)
+    region = _Region(seeds, parameters, barred, outputs)
+    _collect(region)
+    _mark_raw(graph, region)
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    return tuple(sorted([*alone, *_streams(graph, region, order)], key=lambda s: order[s.norms[0].output]))
+
+
+def _collect(region: _Region) -> None:
+    """Candidates: everything reached backwards through M3 ops, each with its feature axis."""
+    work: list[tuple[Node, Axis]] = []
+    for node, norms in region.norms.items():
+        for norm in norms:
+            assert norm.axis is not None
+            work.append((node, norm.axis))
+    while work:
+        node, axis = work.pop()
+        if node in region.axes:
+            if region.axes[node] != axis:
+                region.conflicts.add(node)
+            continue
+        if node in region.parameters or node in region.barred or node in region.outputs:
+            continue
+        step = flow(node, axis)
+        if step is None or any(_also_coefficient(node, operand, step) for operand, _ in step.carried):
+            continue
+        region.axes[node], region.flows[node] = axis, step
+        work.extend(step.carried)
+
+
+def _also_coefficient(node: Node, operand: Node, step: Flow) -> bool:
+    return occurrences(node, operand) != sum(operand is carried for carried, _ in step.carried)
+
+
+def _mark_raw(graph: Graph, region: _Region) -> None:
+    """Fill `witness`: raw candidates, with the node that observes them (directly or through other raw values)."""
+    for node in reversed(graph.nodes):
+        if node not in region.flows:
+            continue
+        if node in region.conflicts:
+            region.witness[node] = node
+            continue
+        for user in node.users:
+            if op_name(user) in SHAPE_READS or _is_norm_use(node, user, region):
+                continue
+            axis = next((a for o, a in region.flows[user].carried if o is node), None) if user in region.flows else None
+            if axis != region.axes[node]:
+                region.witness[node] = user
+                break
+            if user in region.witness:
+                region.witness[node] = region.witness[user]
+                break
+
+
+def _is_norm_use(node: Node, user: Node, region: _Region) -> bool:
+    """Whether this use is that of LayerNorms over exactly the candidate's axis."""
+    for norm in region.norms.get(node, ()):
+        if user in norm.nodes and norm.axis == region.axes[node]:
+            return True
+    return False
+
+
+def _streams(graph: Graph, region: _Region, order: Mapping[Node, int]) -> list[Stream]:
+    """Connected components of blind values, the norms that read them and their leaves."""
+    links = networkx.Graph()
+    users: dict[tuple[Node, Axis], list[Node | Norm]] = {}
+    for node in graph.nodes:
+        for norm in region.norms.get(node, ()):
+            assert norm.axis is not None
+            _link(links, users, norm, node, norm.axis, region)
+        if region.blind(node):
+            links.add_node(node)
+            for operand, axis in region.flows[node].carried:
+                _link(links, users, node, operand, axis, region)
+    streams = []
+    for part in networkx.connected_components(links):
+        norms = sorted((p for p in part if isinstance(p, Norm)), key=lambda n: order[n.output])
+        nodes = sorted((p for p in part if isinstance(p, Node)), key=order.__getitem__)
+        members = {*norms, *nodes}
+        keys = [key for key, readers in users.items() if any(r in members for r in readers)]
+        if norms:
+            leaves = [_leaf(key, [r for r in users[key] if r in members], region) for key in keys]
+            streams.append(_stream(norms, nodes, leaves, region))
+    return streams
+
+
+def _link(
+    links: networkx.Graph,
+    users: dict[tuple[Node, Axis], list[Node | Norm]],
+    reader: Node | Norm,
+    operand: Node,
+    axis: Axis,
+    region: _Region,
+) -> None:
+    links.add_node(reader)
+    if region.blind(operand) and region.axes[operand] == axis:
+        links.add_edge(reader, operand)
+        return
+    key = (operand, axis)
+    users.setdefault(key, []).append(reader)
+    if operand not in region.parameters:
+        links.add_edge(reader, key)  # one centred copy serves all its readers, so they are decided together
+
+
+def _leaf(key: tuple[Node, Axis], users: list[Node | Norm], region: _Region) -> Leaf:
+    node, axis = key
+    kind: LeafKind = "value"
+    scale = linear = None
+    if op_name(node) == "aten::embedding":
+        kind = "embedding"
+    elif node in region.parameters:
+        kind = "parameter"
+    elif node in region.flows:
+        kind = "raw"
+    elif node in region.outputs:
+        norm = region.outputs[node]
+        centred = norm.kind == "LayerNorm" and norm.weight is None and norm.bias is None and norm.axis == axis
+        kind = "centred" if centred else "norm"
+    else:
+        scaled = _scaled_writer(node, axis, users, region)
+        if scaled is not None:
+            kind, (linear, scale) = "scaled", scaled
+    return Leaf(node, axis, kind, tuple(users), region.witness.get(node), scale, linear)
+
+
+def _scaled_writer(node: Node, axis: Axis, users: list[Node | Norm], region: _Region) -> tuple[Node, Node] | None:
+    """(linear, λ) when the node is λ ⊙ linear with a parameter λ over the whole feature axis, and nobody else reads
+    either (M11). Ops that pass rows on unchanged may stand between."""
+    if op_name(node) != "aten::mul.Tensor" or set(node.users) - _graph_users(users):
+        return None
+    args = arguments(node)
+    for scale, source in ((args["self"], args["other"]), (args["other"], args["self"])):
+        if scale not in region.parameters or source in region.parameters or value(source) is None:
+            continue
+        fake = value(scale)
+        ndim = value(node).ndim  # type: ignore[union-attr]
+        if fake is None or fake.numel() != axis.size or constant_along(scale, ndim, axis):
+            continue
+        if value(source).shape != value(node).shape:  # type: ignore[union-attr]
+            continue
+        inside = axis
+        while len(source.users) == 1 and source not in region.barred and source not in region.outputs:
+            step = flow(source, inside)
+            if step is None or inside.inner != 1 or value(source).shape[inside.dim] != axis.size:  # type: ignore[union-attr]
+                break
+            if op_name(source) in LINEARS:
+                whole = all(o in region.parameters for o, _ in step.carried) and not step.dropped
+                return (source, scale) if whole else None
+            if len(step.carried) != 1 or step.dropped:
+                break
+            source, inside = step.carried[0]
+    return None
+
+
+def _graph_users(users: Iterable[Node | Norm]) -> set[Node]:
+    found: set[Node] = set()
+    for user in users:
+        found |= user.nodes if isinstance(user, Norm) else {user}
+    return found
+
+
+def _stream(norms: list[Norm], nodes: list[Node], leaves: list[Leaf], region: _Region) -> Stream:
+    dropped = tuple((node, name) for node in nodes for name in region.flows[node].dropped)
+    obstacle = ""
+    culprits: tuple[Node, ...] = ()
+    packed = tuple(leaf.node for leaf in leaves if leaf.kind == "parameter" and packed_sources(leaf.node))
+    written = tuple(leaf.node for leaf in leaves if leaf.node in region.barred)
+    integers = tuple(
+        leaf.node for leaf in leaves if (fake := value(leaf.node)) is None or not fake.is_floating_point()
+    )
+    if written:
+        obstacle, culprits = "mutated", written
+    elif integers:
+        obstacle, culprits = "not_floating", integers
+    elif packed:
+        obstacle, culprits = "packed_weight", packed
+    joins = not nodes or any(_joins(node, region) for node in nodes) or not any(op_name(n) in LINEARS for n in nodes)
+    detail = ", ".join(node.name for node in culprits)
+    return Stream(tuple(norms), tuple(nodes), tuple(leaves), dropped, joins, obstacle, detail, culprits)
+
+
+def _joins(node: Node, region: _Region) -> bool:
+    step = region.flows[node]
+    return bool(step.dropped) or (len(step.carried) > 1 and op_name(node) not in LINEARS)

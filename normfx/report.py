@@ -1,0 +1,165 @@
+"""What normfx did to a model and why: plans and graphs → text, JSON, HTML. Pure."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch.fx import Node
+
+from normfx.plan import Plan
+
+
+@dataclass(frozen=True)
+class RefusalReport:
+    """Why a rule left a norm alone; `nodes` are graph values with the module they belong to."""
+
+    rule: str
+    code: str
+    detail: str
+    hint: str
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One norm: its module path, kind, the rules applied in order, the refusals, and where it is written."""
+
+    name: str
+    kind: str
+    rules: tuple[str, ...]
+    refusals: tuple[RefusalReport, ...]
+    source: str
+
+    @property
+    def to_rms_norm(self) -> bool:
+        """Whether a LayerNorm became an RMSNorm here."""
+        return self.kind == "LayerNorm" and bool({"pre_rms_norm", "linear_norm"} & set(self.rules))
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """One captured graph. before, after: printer text; kernels: name → generated source; seconds: per stage."""
+
+    sites: tuple[SiteReport, ...]
+    before: str = ""
+    after: str = ""
+    kernels: Mapping[str, str] = field(default_factory=dict)
+    folds: int = 0
+    centrings: int = 0
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+_KINDS = {
+    "LayerNorm": "layer_norm",
+    "RMSNorm": "rms_norm",
+    "BatchNorm": "batch_norm",
+    "GroupNorm": "group_norm",
+    "InstanceNorm": "instance_norm",
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """All graphs of a model, in the order in which they were captured."""
+
+    graphs: tuple[GraphReport, ...]
+    graph_breaks: int = 0
+
+    @property
+    def sites(self) -> tuple[SiteReport, ...]:
+        return tuple(site for graph in self.graphs for site in graph.sites)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Norms by kind, "to_rms_norm", a count for each applied rule, graphs and graph breaks, run-time centrings."""
+        kinds = Counter(_KINDS[site.kind] for site in self.sites)
+        rules = Counter(rule for site in self.sites for rule in site.rules)
+        counts = {name: kinds[name] for name in _KINDS.values() if kinds[name] or name in ("layer_norm", "rms_norm")}
+        counts["to_rms_norm"] = sum(site.to_rms_norm for site in self.sites)
+        counts.update(sorted(rules.items()))
+        counts["centrings"] = sum(graph.centrings for graph in self.graphs)
+        counts["folds"] = sum(graph.folds for graph in self.graphs)
+        counts["graphs"] = len(self.graphs)
+        counts["graph_breaks"] = self.graph_breaks
+        return counts
+
+    def __str__(self) -> str:
+        lines = [", ".join(f"{name}: {n}" for name, n in self.counts.items())]
+        width = max((len(site.name) for site in self.sites), default=0)
+        for site in self.sites:
+            lines.append(f"{site.name:{width}}  {site.kind:9}  {', '.join(site.rules) or '-'}")
+            lines += [f"{'':{width}}    {r.rule} refused ({r.code}): {r.detail}" for r in site.refusals]
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """The whole report as JSON text."""
+        return json.dumps({"counts": self.counts, "graphs": [asdict(graph) for graph in self.graphs]}, indent=2)
+
+    def to_html(self, path: str | Path) -> None:
+        """Write the report as one self-contained HTML page."""
+        Path(path).write_text(_html(self), encoding="utf-8")
+
+
+def graph_report(
+    plan: Plan,
+    before: str,
+    after: str,
+    source_of: Callable[[Node], str],
+    counts: tuple[int, int],
+    seconds: Mapping[str, float],
+) -> GraphReport:
+    """The report of one graph. counts: live folds, run-time centrings."""
+    sites = tuple(
+        SiteReport(
+            norm.name,
+            norm.kind,
+            plan.rules(norm),
+            tuple(
+                RefusalReport(r.rule, r.code, r.detail, r.hint, tuple(_place(n, source_of) for n in r.nodes))
+                for r in plan.refusals(norm)
+            ),
+            norm.source,
+        )
+        for norm in plan.norms
+    )
+    return GraphReport(sites, before, after, {}, *counts, dict(seconds))
+
+
+def _place(node: Node, source_of: Callable[[Node], str]) -> str:
+    where = source_of(node)
+    return f"{node.name} in {where}" if where else node.name
+
+
+def _html(report: Report) -> str:
+    rows = "".join(
+        f"<tr><td>{_cell(s.name)}</td><td>{s.kind}</td><td>{_cell(', '.join(s.rules))}</td><td>"
+        + "<br>".join(f"<b>{r.rule}: {r.code}</b> {_cell(r.detail)} <i>{_cell(r.hint)}</i>" for r in s.refusals)
+        + f"</td><td>{_cell(s.source)}</td></tr>"
+        for s in report.sites
+    )
+    graphs = "".join(
+        f"<details><summary>graph {i}: {len(g.sites)} norms</summary><h3>before</h3><pre>{_cell(g.before)}</pre>"
+        f"<h3>after</h3><pre>{_cell(g.after)}</pre></details>"
+        for i, g in enumerate(report.graphs)
+    )
+    counts = ", ".join(f"{name}: {n}" for name, n in report.counts.items())
+    style = "body{font-family:sans-serif}td{vertical-align:top;padding:2px 8px}pre{background:#f4f4f4;padding:8px}"
+    head = _row("th", ("norm", "kind", "applied", "refused", "source"))
+    return (
+        f'<!doctype html><meta charset="utf-8"><title>normfx report</title><style>{style}</style>'
+        f"<h1>normfx</h1><p>{counts}</p><table>{head}{rows}</table>{graphs}"
+    )
+
+
+def _row(tag: str, cells: Iterable[Any]) -> str:
+    return "<tr>" + "".join(f"<{tag}>{_cell(str(c))}</{tag}>" for c in cells) + "</tr>"
+
+
+def _cell(text: str) -> str:
+    return html.escape(text)

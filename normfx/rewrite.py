@@ -1,0 +1,231 @@
+"""Applies a plan to a canonical graph: the only module that edits one.
+
+New nodes stand where their result is used (folds) or right behind the value they centre, so nothing crosses an autocast
+or gradient-mode region. Rules describe their edits through `Edit`; norms are written last, once each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from normfx.ir import ops
+from normfx.ir.graph import arguments, value
+from normfx.ir.sites import Axis, Linear, Norm
+from normfx.plan import Plan
+
+
+@dataclass
+class NormState:
+    """What becomes of a norm: `centred`: its input has mean 0; `affine`: it keeps γ and β; `scale`: factor k."""
+
+    input: Node
+    output: Node
+    out_dtype: torch.dtype
+    centred: bool = False
+    affine: bool = True
+    scale: float = 1.0
+
+
+def rewrite(gm: GraphModule, plan: Plan) -> GraphModule:
+    """Apply all decisions of a plan in place and return the graph module; unchanged when nothing applies."""
+    edit = Edit(gm)
+    for decision in plan.applied():
+        decision.rule.rewrite(decision.site, edit)
+    if edit.norms:
+        edit.finish()
+    return gm
+
+
+class Edit:
+    """The edits a rule may ask for, on one graph."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        self.gm = gm
+        self.graph = gm.graph
+        self.norms: dict[Norm, NormState] = {}
+
+    def norm(self, norm: Norm) -> NormState:
+        if norm not in self.norms:
+            self.norms[norm] = NormState(norm.input, norm.output, norm.out_dtype)
+        return self.norms[norm]
+
+    def absorb(self, norm: Norm, node: Node) -> None:
+        """The norm now also computes `node`, a multiple of its output."""
+        state = self.norm(norm)
+        fake = value(node)
+        assert fake is not None
+        state.output, state.out_dtype = node, fake.dtype
+
+    def center_value(self, node: Node, axis: Axis, users: Iterable[Node | Norm]) -> None:
+        """Readers of a value read its centred copy, made right behind it."""
+        behind = node
+        while node.op == "placeholder" and behind.next.op == "placeholder":
+            behind = behind.next
+        with self.graph.inserting_after(behind):
+            centred = self._call(ops.CENTER, (node, axis.dim, axis.size, axis.inner), node)
+        for user in users:
+            self._redirect(user, node, centred)
+
+    def center_operand(self, node: Node, axis: Axis, users: Iterable[Node | Norm]) -> None:
+        """Each reader of a weight, bias or table gets its centred form, computed just before the reader."""
+        for user in users:
+            place = user.output if isinstance(user, Norm) else user
+            with self.graph.inserting_before(self._first(user) if isinstance(user, Norm) else place):
+                centred = self._call(ops.CENTER, (node, axis.dim, axis.size, axis.inner), place)
+            self._redirect(user, node, centred)
+
+    def center_writer(self, linear: Node, axis: Axis) -> None:
+        """Centre the weight and bias of a linear over its whole output axis, as they stand now."""
+        for name, dim in _output_dims(linear).items():
+            operand = arguments(linear)[name]
+            with self.graph.inserting_before(linear):
+                centred = self._call(ops.CENTER, (operand, dim, axis.size, 1), linear)
+            self._set(linear, name, centred)
+
+    def fold_output_scale(self, linear: Node, scale: Node, product: Node) -> None:
+        """scale ⊙ linear → the linear with λ in weight and bias; readers of the product read its other operand."""
+        fake = value(scale)
+        assert fake is not None
+        for name, dim in _output_dims(linear).items():
+            operand = arguments(linear)[name]
+            with self.graph.inserting_before(linear):
+                scaled = self._call(ops.SCALE_FEATURES, (operand, scale, dim, fake.numel(), 1), linear)
+            self._set(linear, name, scaled)
+        args = arguments(product)
+        plain = args["other"] if args["self"] is scale else args["self"]
+        self._replace(product, self._cast(plain, product))
+
+    def drop_term(self, node: Node, name: str) -> None:
+        """Replace an additive term that is constant along the features by its centred form, 0.
+
+        A tensor becomes c − c, so that a parameter still gets a zero gradient, and NaN or inf still spread.
+        """
+        term = arguments(node)[name]
+        if not isinstance(term, Node):
+            self._set(node, name, 0)
+            return
+        with self.graph.inserting_before(node):
+            zero = self._call(torch.ops.aten.sub.Tensor, (term, term), node)
+        self._set(node, name, zero)
+
+    def fold_reader(self, linear: Linear, axis: Axis, gamma: Node | None, beta: Node | None, factor: float) -> None:
+        """Move γ into the reader's weight and β into its bias, created when missing."""
+        node, now = linear.node, arguments(linear.node)
+        weight, bias = now[linear.weight_arg], linear.bias and now[linear.bias_arg]
+        fake_weight, fake_out = value(weight), value(node)
+        assert fake_weight is not None and fake_out is not None
+        sizes = (axis.dim, axis.size, axis.inner)
+        with self.graph.inserting_before(node):
+            if beta is not None:
+                dtype = fake_weight.dtype if linear.bias_arg is not None else fake_out.dtype
+                bias = self._call(ops.FOLD_SHIFT, (weight, beta, bias, factor, *sizes, dtype), node)
+            if gamma is not None:
+                weight = self._call(ops.SCALE_FEATURES, (weight, gamma, *sizes), node)
+        self._set(node, linear.weight_arg, weight)
+        if beta is None:
+            return
+        if linear.bias_arg is not None:
+            self._set(node, linear.bias_arg, bias)
+            return
+        with self.graph.inserting_after(node):
+            total = self._call(torch.ops.aten.add.Tensor, (node, node), node)
+        self._replace(node, total)
+        total.args = (node, bias)
+
+    def finish(self) -> None:
+        """Write the norms, drop what they no longer need, check the graph."""
+        for norm, state in self.norms.items():
+            self._write_norm(norm, state)
+        self.graph.eliminate_dead_code(_is_impure)
+        self.graph.lint()
+        self.gm.recompile()
+
+    def _write_norm(self, norm: Norm, state: NormState) -> None:
+        centred = state.centred or norm.kind == "RMSNorm"
+        weight = norm.weight if state.affine else None
+        bias = norm.bias if state.affine else None
+        dim = norm.dims[0]
+        args = (state.input, weight, bias, dim, norm.eps, norm.eps_place, norm.correction, state.scale)
+        with self.graph.inserting_before(state.output):
+            op = ops.RMS_NORM if centred else ops.LAYER_NORM
+            new = self._call(op, (*args, norm.compute_dtype, state.out_dtype), norm.output)
+        self._replace(state.output, new)
+
+    def _redirect(self, user: Node | Norm, old: Node, new: Node) -> None:
+        if isinstance(user, Norm):
+            self.norm(user).input = new
+        else:
+            user.replace_input_with(old, new)
+
+    def _first(self, norm: Norm) -> Node:
+        """The earliest node of a norm."""
+        return next(node for node in self.graph.nodes if node in norm.nodes)
+
+    def _replace(self, old: Node, new: Node) -> None:
+        for state in self.norms.values():
+            if state.input is old:
+                state.input = new
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+
+    def _cast(self, node: Node, like: Node) -> Node:
+        """The node, cast where its dtype differs from that of `like`."""
+        want, have = value(like), value(node)
+        assert want is not None and have is not None
+        if want.dtype == have.dtype:
+            return node
+        with self.graph.inserting_before(like):
+            return self._call(torch.ops.aten.to.dtype, (node, want.dtype), like)
+
+    def _set(self, node: Node, name: str, new: Any) -> None:
+        if name in node.kwargs:
+            node.update_kwarg(name, new)
+            return
+        names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]  # an ATen call
+        index = names.index(name)
+        args = [*node.args, *[None] * (index + 1 - len(node.args))]
+        args[index] = new
+        node.args = tuple(args)
+
+    def _call(self, op: torch._ops.OpOverload, args: tuple[Any, ...], like: Node) -> Node:
+        """A new node whose fake value is computed, and whose module path and source line are those of `like`."""
+        node = self.graph.call_function(op, args)
+        fakes = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
+        mode = next(f.fake_mode for f in fakes if isinstance(f, torch.Tensor))
+        with mode, torch.no_grad():
+            node.meta["val"] = op(*fakes)
+        for key in ("stack_trace", "nn_module_stack", "seq_nr", "custom"):
+            if key in like.meta:
+                node.meta[key] = like.meta[key]
+        return node
+
+
+def _output_dims(linear: Node) -> dict[str, int]:
+    """Arguments of a linear or convolution that run over its output features, with that dimension."""
+    args = arguments(linear)
+    if "mat1" in args:
+        return {"mat2": 1, "self": value(args["self"]).ndim - 1}  # type: ignore[union-attr]
+    if "weight" not in args:
+        return {"mat2" if "mat2" in args else "other": 1}
+    target = linear.target.name()  # type: ignore[union-attr]
+    transposed = args.get("transposed", "transpose" in target)
+    dims = {"weight": 1 if transposed else 0}
+    return {**dims, "bias": 0} if args["bias"] is not None else dims
+
+
+def _is_impure(node: Node) -> bool:
+    """Keep random ops (a rewrite never changes how many numbers are drawn) and everything with an effect."""
+    if node.op in ("placeholder", "output"):
+        return True
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags or node.is_impure()
+    return node.op != "get_attr" and getattr(target, "__name__", "") != "getitem" and not _is_symbolic(node)
+
+
+def _is_symbolic(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool))

@@ -1,0 +1,99 @@
+"""What pre_rms_norm and linear_norm share: deciding and centring one stream.
+
+Costs are counted in passes over entries. A LayerNorm reads a row for its mean, for its variance and to normalise it; an
+RMSNorm saves the first. Centring an activation while the model runs reads it for the mean and writes the difference;
+for looked-up embedding rows the write is the lookup's own. Weights are free: they do not grow with the tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import sympy
+from torch.fx import Node
+
+from normfx.ir.graph import entries, shape, size_hint
+from normfx.ir.sites import Stream
+from normfx.rules.rule import Code, Cost
+
+CODES = {
+    "opaque_norm": Code(
+        "the norm's own statistics are used elsewhere, or its form is not an exact LayerNorm",
+        "compute what is needed from the norm's input, or use nn.LayerNorm",
+    ),
+    "several_axes": Code(
+        "the norm does not run over exactly one dimension of two or more entries",
+        "normalise the feature dimension alone",
+    ),
+    "mutated": Code(
+        "a value that enters the stream is written in place or shares memory with one that is",
+        "write out-of-place: x = x + y",
+    ),
+    "not_floating": Code("a value that enters the stream is not a floating tensor", "convert it before adding it"),
+    "packed_weight": Code(
+        "a writer's weight is computed from packed or quantised integers",
+        "none needed: the norm stays a LayerNorm so that the weight stays packed",
+    ),
+    "observed": Code(
+        "the stream's mean is read by something other than a LayerNorm over the same features",
+        "normalise the value before it is read, or do not return it",
+    ),
+    "uncentred_input": Code(
+        "a value enters the stream that can only be centred while the model runs, and that costs more than it saves",
+        "none needed: the norm stays a LayerNorm",
+    ),
+}
+
+_PASSES = {"embedding": 1, "norm": 2, "raw": 2, "value": 2}
+
+
+def cost(stream: Stream) -> Cost:
+    """Row passes over norm inputs and centred leaves, before and after."""
+    rows = sum((entries(shape(norm.input)) for norm in stream.norms), sympy.Integer(0))
+    centring = sum((_PASSES[leaf.kind] * entries(shape(leaf.node)) for leaf in stream.explicit()), sympy.Integer(0))
+    return Cost(3 * rows, 2 * rows + centring)
+
+
+def guard(stream: Stream) -> Iterator[tuple[str, str, tuple[Node, ...]]]:
+    """Objections to centring a stream: first what would be wrong, then what would not pay."""
+    if stream.obstacle:
+        yield stream.obstacle, stream.detail, stream.obstacle_nodes
+        return
+    price = cost(stream)
+    if size_hint(price.after, _nodes(stream)) <= size_hint(price.before, _nodes(stream)):
+        return
+    for leaf in stream.explicit():
+        if leaf.kind == "raw":
+            observer = leaf.observer or leaf.node
+            yield "observed", f"{leaf.node.name} is read by {observer.name}", (leaf.node, observer)
+        else:
+            yield "uncentred_input", f"{leaf.node.name} ({_LEAF_TEXT[leaf.kind]})", (leaf.node,)
+
+
+_LEAF_TEXT = {
+    "embedding": "embedding rows",
+    "norm": "output of a norm, which has a mean",
+    "value": "an activation or graph input",
+}
+
+
+def _nodes(stream: Stream) -> tuple[Node, ...]:
+    return (*(n.input for n in stream.norms), *(leaf.node for leaf in stream.leaves))
+
+
+def rewrite(stream: Stream, edit: Any) -> None:
+    """Centre every leaf and make the stream's norms RMSNorms (M1, M2, M11, M12)."""
+    for leaf in stream.leaves:
+        if leaf.kind == "scaled":
+            edit.fold_output_scale(leaf.linear, leaf.scale, leaf.node)
+            edit.center_writer(leaf.linear, leaf.axis)
+        elif leaf.kind == "parameter":
+            edit.center_operand(leaf.node, leaf.axis, leaf.users)
+        elif leaf.kind != "centred":
+            edit.center_value(leaf.node, leaf.axis, leaf.users)
+    for node, name in stream.dropped:
+        edit.drop_term(node, name)
+    for norm in stream.norms:
+        edit.norm(norm).centred = True
+

@@ -1,0 +1,149 @@
+"""fold_affine: move a norm's γ, β into the linears that read it.
+
+    W (γ⊙z + β)·k + c  ==  (W·γ)(k·z) + (k·Wβ + c)        z is the normalised row, k a number on the way
+
+Source: Jiang et al. 2023, appendix ("merge γ and β into the following linear"); here on live parameters (maths M7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Node
+
+from normfx.ir.graph import entries, packed_sources, shape, value
+from normfx.ir.sites import Norm, Readers, Sites
+from normfx.rules import centring
+from normfx.rules.rule import Code, Cost, Example, Rule, Symbols
+
+
+def fold(weight: Any, bias: Any, gamma: Any, beta: Any, k: Any) -> tuple[Any, Any]:
+    """(W·diag(γ), c + k·Wβ); runs on tensors and on arrays of symbols alike."""
+    return weight * gamma, bias + k * (weight @ beta)
+
+
+def identity(symbols: Symbols, d: int) -> Iterable[tuple[Any, Any]]:
+    weight, bias, z = symbols("W", 2, d), symbols("c", 2), symbols("z", d)
+    gamma, beta, k = symbols("gamma", d), symbols("beta", d), symbols("k", 1)[0]
+    new_weight, new_bias = fold(weight, bias, gamma, beta, k)
+    yield from zip(weight @ ((gamma * z + beta) * k) + bias, new_weight @ (k * z) + new_bias, strict=True)
+
+
+def candidates(sites: Sites) -> Iterable[Readers]:
+    return sites.readers.values()
+
+
+def norms(site: Readers) -> tuple[Norm, ...]:
+    return (site.norm,)
+
+
+def guard(site: Readers) -> Iterator[tuple[str, str, tuple[Node, ...]]]:
+    """γ and β can move only if every reader is a linear over the norm's features, with a floating weight."""
+    norm = site.norm
+    if norm.obstacle:
+        yield "opaque_norm", norm.obstacle, (norm.output,)
+        return
+    if norm.axis is None:
+        yield "several_axes", f"dimensions {norm.dims} of {norm.input.name}", (norm.output,)
+        return
+    if norm.weight is None and norm.bias is None:
+        yield "no_affine", "", (norm.output,)
+        return
+    if norm.eps_place == "clamped":
+        yield "opaque_norm", "its eps is a lower bound", (norm.output,)
+    outputs = tuple(node for node in site.others if node.op == "output")
+    if outputs:
+        yield "returned", "", outputs
+    others = tuple(node for node in site.others if node.op != "output")
+    if others:
+        yield "reader_not_linear", ", ".join(node.name for node in others), others
+    if not site.linears and not site.others:
+        yield "unread", "", (norm.output,)
+    packed = tuple(linear.node for linear, _, _ in site.linears if packed_sources(linear.weight))
+    if packed:
+        yield "packed_weight", ", ".join(node.name for node in packed), packed
+    odd = tuple(p for p in (norm.weight, norm.bias) if p is not None and not _per_feature(p, norm.size))
+    if odd:
+        yield "not_per_feature", ", ".join(node.name for node in odd), odd
+
+
+def _per_feature(vector: Node, size: int) -> bool:
+    fake = value(vector)
+    return fake is not None and fake.is_floating_point() and fake.numel() in (1, size)
+
+
+def cost(site: Readers) -> Cost:
+    """One pass over the rows for γ and β; afterwards none. The folded weights do not grow with the tokens."""
+    return Cost(entries(shape(site.norm.output)))
+
+
+def rewrite(site: Readers, edit: Any) -> None:
+    state = edit.norm(site.norm)
+    for linear, axis, factor in site.linears:
+        edit.fold_reader(linear, axis, site.norm.weight, site.norm.bias, factor)
+    state.affine = False
+
+
+class _Read(nn.Module):
+    """A norm read by a linear, and by `tap`."""
+
+    def __init__(self, tap: str = "", norm: nn.Module | None = None) -> None:
+        super().__init__()
+        self.tap = tap
+        self.norm = nn.LayerNorm(6) if norm is None else norm
+        self.read = nn.Linear(6, 4)
+        self.register_buffer("packed", torch.arange(24, dtype=torch.int8).reshape(4, 6))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        y = self.norm(x)
+        if self.tap == "unread":
+            return x + 0.0 * y.shape[0]
+        if self.tap == "padding":
+            y = nn.functional.pad(y, (0, 0, 1, 1))
+        weight = self.packed * 0.1 if self.tap == "packed" else self.read.weight
+        out = nn.functional.linear(y, weight, self.read.bias)
+        return {"output": (out, y), "activation": (out, torch.tanh(y))}.get(self.tap, out)
+
+
+def _input() -> tuple[torch.Tensor, ...]:
+    return (torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0)),)
+
+
+RULE = Rule(
+    name="fold_affine",
+    formula="W(γ⊙z + β) + c == (W·γ)z + (Wβ + c)",
+    source="Jiang et al. 2023",
+    codes={
+        "opaque_norm": centring.CODES["opaque_norm"],
+        "several_axes": centring.CODES["several_axes"],
+        "packed_weight": Code(
+            "a reader's weight is computed from packed or quantised integers", "none needed: γ and β stay in the norm"
+        ),
+        "no_affine": Code("the norm has neither weight nor bias", "none needed"),
+        "returned": Code("the norm's output leaves the graph", "none needed: γ and β stay in the norm"),
+        "reader_not_linear": Code(
+            "something other than a linear over the norm's features reads its output",
+            "none needed: γ and β stay in the norm",
+        ),
+        "unread": Code("nothing reads the norm's output", "remove the norm"),
+        "not_per_feature": Code("weight or bias does not have one entry a feature", "use a weight of shape (features,)"),
+    },
+    identity=identity,
+    candidates=candidates,
+    norms=norms,
+    guard=guard,
+    cost=cost,
+    rewrite=rewrite,
+    example=Example("read", _Read, _input),
+    counterexamples=(
+        Example("padded rows", lambda: _Read("padding"), _input, "reader_not_linear"),
+        Example("nonlinear reader", lambda: _Read("activation"), _input, "reader_not_linear"),
+        Example("returned", lambda: _Read("output"), _input, "returned"),
+        Example("packed", lambda: _Read("packed"), _input, "packed_weight"),
+        Example("no affine", lambda: _Read(norm=nn.LayerNorm(6, elementwise_affine=False)), _input, "no_affine"),
+        Example("two axes", lambda: _Read(norm=nn.LayerNorm((5, 6))), _input, "several_axes"),
+    ),
+)

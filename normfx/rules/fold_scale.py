@@ -1,0 +1,81 @@
+"""fold_scale: a number that multiplies a norm's output moves into the norm's row factor.
+
+    (γ ⊙ x·rstd + β)·k  ==  γ ⊙ x·(k·rstd) + k·β
+
+One multiplication a row in place of one an entry. Source: maths M10; LayerNorm Scaling ("The Curse of Depth in Large
+Language Models", Sun et al. 2025) is its usual customer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import sympy
+import torch
+from torch import nn
+from torch.fx import Node
+
+from normfx.ir.graph import entries, shape
+from normfx.ir.sites import Norm, Scaled, Sites
+from normfx.rules import algebra
+from normfx.rules.rule import Cost, Example, Rule, Symbols
+
+
+def identity(symbols: Symbols, d: int) -> Iterable[tuple[Any, Any]]:
+    x, gamma, beta = symbols("x", d), symbols("gamma", d), symbols("beta", d)
+    k, eps = symbols("k", 1)[0], symbols("eps", 1)[0]
+    rstd = 1 / sympy.sqrt((x * x).sum() / sympy.Integer(d) + eps)
+    outside = (gamma * algebra.rms_norm(x, eps) + beta) * k
+    yield from zip(outside, gamma * (x * (k * rstd)) + k * beta, strict=True)
+
+
+def candidates(sites: Sites) -> Iterable[Scaled]:
+    return sites.scaled.values()
+
+
+def norms(site: Scaled) -> tuple[Norm, ...]:
+    return (site.norm,)
+
+
+def guard(site: Scaled) -> Iterator[tuple[str, str, tuple[Node, ...]]]:
+    """A candidate is a norm whose only reader multiplies by a finite number; nothing speaks against it."""
+    return iter(())
+
+
+def cost(site: Scaled) -> Cost:
+    return Cost(entries(shape(site.node)), sympy.Integer(0))
+
+
+def rewrite(site: Scaled, edit: Any) -> None:
+    edit.norm(site.norm).scale *= site.factor
+    edit.absorb(site.norm, site.node)
+
+
+class _Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.read = nn.LayerNorm(6), nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.read(self.norm(x) / 3.0**0.5)
+        return out
+
+
+def _input() -> tuple[torch.Tensor, ...]:
+    return (torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0)),)
+
+
+RULE = Rule(
+    name="fold_scale",
+    formula="(γ⊙z + β)·k == γ⊙(k·z) + k·β",
+    source="Sun et al. 2025 (LayerNorm Scaling)",
+    codes={},
+    identity=identity,
+    candidates=candidates,
+    norms=norms,
+    guard=guard,
+    cost=cost,
+    rewrite=rewrite,
+    example=Example("scaled", _Scaled, _input),
+)

@@ -1,0 +1,68 @@
+"""linear_norm: a LayerNorm fed by one linear is an RMSNorm with that linear centred (no residual stream needed).
+
+    LN(Wa + b)  ==  RMS((PW)a + Pb)        P acts on exactly the features that form a row of the norm: per head, if so
+
+Same identity as pre_rms_norm with one writer (maths: M4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from normfx.ir.sites import Norm, Sites, Stream
+from normfx.rules import algebra, centring
+from normfx.rules.rule import Example, Rule, Symbols
+
+
+def identity(symbols: Symbols, d: int) -> Iterable[tuple[Any, Any]]:
+    """One linear with a bias."""
+    a, weight, bias, eps = symbols("a", 2), symbols("W", d, 2), symbols("b", d), symbols("eps", 1)[0]
+    plain = algebra.layer_norm(weight @ a + bias, eps)
+    centred = algebra.rms_norm(algebra.center(weight) @ a + algebra.center(bias), eps)
+    yield from zip(plain, centred, strict=True)
+
+
+def candidates(sites: Sites) -> Iterable[Stream]:
+    return (stream for stream in sites.streams if not stream.joins)
+
+
+def norms(stream: Stream) -> tuple[Norm, ...]:
+    return stream.norms
+
+
+class _Heads(nn.Module):
+    """A projection, split into heads, each normalised."""
+
+    def __init__(self, tap: bool = False) -> None:
+        super().__init__()
+        self.tap = tap
+        self.project, self.norm = nn.Linear(6, 12), nn.LayerNorm(4)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        y = self.project(x)
+        out = self.norm(y.unflatten(-1, (3, 4)))
+        return (out, y) if self.tap else out
+
+
+def _input() -> tuple[torch.Tensor, ...]:
+    return (torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0)),)
+
+
+RULE = Rule(
+    name="linear_norm",
+    formula="LN(Wa + b) == RMS(PW a + Pb)",
+    source="Jiang et al. 2023, equation 5 applied to a single linear",
+    codes={code: centring.CODES[code] for code in ("observed", "packed_weight", "mutated")},
+    identity=identity,
+    candidates=candidates,
+    norms=norms,
+    guard=centring.guard,
+    cost=centring.cost,
+    rewrite=centring.rewrite,
+    example=Example("heads", _Heads, _input),
+    counterexamples=(Example("observed", lambda: _Heads(tap=True), _input, "observed"),),
+)

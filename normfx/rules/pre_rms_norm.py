@@ -1,0 +1,98 @@
+"""pre_rms_norm: a LayerNorm on a centred stream is an RMSNorm.
+
+    P = I − 11ᵀ/d,  x = Σ writers(a)    ⇒    γ ⊙ LN(x) + β  ==  γ ⊙ RMS(Σ P writers(a)) + β,    P(Wa + b) = (PW)a + Pb
+
+"Pre-RMSNorm and Pre-CRMSNorm Transformers: Equivalent and Efficient Pre-LN Transformers" (Jiang et al. 2023), section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from normfx.ir.sites import Norm, Sites, Stream
+from normfx.rules import algebra, centring
+from normfx.rules.rule import Example, Rule, Symbols
+
+
+def identity(symbols: Symbols, d: int) -> Iterable[tuple[Any, Any]]:
+    """Two writers, one skip: LN of their sum against RMS of the sum of centred writers."""
+    x, a, weight, bias = symbols("x", d), symbols("a", 2), symbols("W", d, 2), symbols("b", d)
+    eps = symbols("eps", 1)[0]
+    plain = x + weight @ a + bias
+    centred = algebra.center(x) + algebra.center(weight) @ a + algebra.center(bias)
+    yield from zip(algebra.layer_norm(plain, eps), algebra.rms_norm(centred, eps), strict=True)
+
+
+def candidates(sites: Sites) -> Iterable[Stream]:
+    return (stream for stream in sites.streams if stream.joins)
+
+
+def norms(stream: Stream) -> tuple[Norm, ...]:
+    return stream.norms
+
+
+class _Block(nn.Module):
+    """Two pre-LN residual branches over an embedding, read through a final norm."""
+
+    def __init__(self, tap: str = "", norm_dims: int = 1) -> None:
+        super().__init__()
+        self.tap = tap
+        self.table = nn.Embedding(10, 8)
+        self.norm1, self.norm2 = nn.LayerNorm(8), nn.LayerNorm(8 if norm_dims == 1 else (4, 8))
+        self.up1, self.down1, self.head = nn.Linear(8, 6), nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        x = self.table(ids)
+        if self.tap == "detached write":
+            y = x.view(-1)
+            y.mul_(2.0)
+        if self.tap == "integers":
+            x = ids[..., None].expand(-1, -1, 8)
+        if self.tap == "activation":
+            x = torch.tanh(x)
+        x = x + self.down1(torch.relu(self.up1(self.norm1(x)))) if self.tap != "integers" else x
+        out = self.head(self.norm2(x.float()))
+        return (out, x) if self.tap == "output" else out
+
+
+def _ids() -> tuple[torch.Tensor, ...]:
+    return (torch.arange(8).reshape(2, 4),)
+
+
+class _Packed(nn.Module):
+    """A writer whose weight is stored as int8 with a scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.table = nn.LayerNorm(8), nn.Embedding(10, 8)
+        self.register_buffer("packed", torch.arange(64, dtype=torch.int8).reshape(8, 8))
+        self.scale = nn.Parameter(torch.full((8, 1), 0.01))
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        x = self.table(ids)
+        return self.norm(x + nn.functional.linear(x, self.packed * self.scale))
+
+
+RULE = Rule(
+    name="pre_rms_norm",
+    formula="LN(Σ w) == RMS(Σ P w)",
+    source="Jiang et al. 2023, section 3",
+    codes=centring.CODES,
+    identity=identity,
+    candidates=candidates,
+    norms=norms,
+    guard=centring.guard,
+    cost=centring.cost,
+    rewrite=centring.rewrite,
+    example=Example("block", _Block, _ids),
+    counterexamples=(
+        Example("observed", lambda: _Block("output"), _ids, "observed"),
+        Example("two axes", lambda: _Block(norm_dims=2), _ids, "several_axes"),
+        Example("written in place", lambda: _Block("detached write"), _ids, "mutated"),
+        Example("packed weight", _Packed, _ids, "packed_weight"),
+    ),
+)

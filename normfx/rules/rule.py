@@ -1,0 +1,93 @@
+"""What a rule is, and why it may refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+import sympy
+import torch
+from torch.fx import Node
+
+from normfx.ir.sites import Norm, Sites
+
+S = TypeVar("S")
+
+
+@dataclass(frozen=True)
+class Code:
+    """A kind of refusal: what it means, and the nearest thing a user can do about it."""
+
+    meaning: str
+    hint: str
+
+
+DISABLED = Code("the rule is switched off", "enable it with options={'rules': 'default,+RULE'} or NORMFX_RULES")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a rule left a norm alone. `nodes` names the graph values in the way."""
+
+    rule: str
+    code: str
+    detail: str
+    hint: str
+    nodes: tuple[Node, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Passes over the entries of activations, before and after, in the graph's symbolic sizes."""
+
+    before: sympy.Expr = sympy.Integer(0)
+    after: sympy.Expr = sympy.Integer(0)
+
+
+class Symbols(Protocol):
+    """Makes an object array of sympy symbols: symbols("x", 3) or symbols("W", 2, 3)."""
+
+    def __call__(self, name: str, *shape: int) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Example:
+    """A small module that shows a rule at work or, with `code`, refused. Shapes: `inputs` gives its arguments."""
+
+    name: str
+    build: Callable[[], torch.nn.Module]
+    inputs: Callable[[], tuple[torch.Tensor, ...]]
+    code: str = ""
+
+
+@dataclass(frozen=True)
+class Rule(Generic[S]):
+    """One identity, where it may be applied, and how.
+
+    identity(symbols, d): pairs (lhs, rhs) of sympy expressions that must be equal
+    candidates:           the sites of a graph to decide; `norms` says which norms a site concerns
+    guard:                every objection; none means apply
+    cost:                 passes before and after; a guard may object to it
+    rewrite(site, edit):  the edits, in terms of normfx.rewrite.Edit
+    """
+
+    name: str
+    formula: str
+    source: str
+    codes: Mapping[str, Code]
+    identity: Callable[[Symbols, int], Iterable[tuple[Any, Any]]]
+    candidates: Callable[[Sites], Iterable[S]]
+    norms: Callable[[S], tuple[Norm, ...]]
+    guard: Callable[[S], Iterator[tuple[str, str, tuple[Node, ...]]]]
+    cost: Callable[[S], Cost]
+    rewrite: Callable[[S, Any], None]
+    example: Example
+    counterexamples: tuple[Example, ...] = field(default=())
+
+    def refusals(self, site: S) -> tuple[Refusal, ...]:
+        return tuple(self.refuse(code, detail, nodes) for code, detail, nodes in self.guard(site))
+
+    def refuse(self, code: str, detail: str, nodes: tuple[Node, ...] = ()) -> Refusal:
+        known = self.codes[code]
+        return Refusal(self.name, code, f"{known.meaning}: {detail}" if detail else known.meaning, known.hint, nodes)

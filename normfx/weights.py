@@ -1,0 +1,22 @@
+"""Folded weights. Today every fold is live: an expression on the live parameters, computed where it is used (rewrite.py).
+
+Live folds cannot go stale: whatever writes a parameter, the next call reads it. They give the original parameters'
+gradients (maths M14) and leave the state dict, optimisers and checkpoints untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch.fx import Graph, Node
+
+from normfx.ir import ops
+from normfx.ir.graph import parameter_only
+
+_FOLDS = frozenset({ops.CENTER, ops.SCALE_FEATURES, ops.FOLD_SHIFT})
+
+
+def live_folds(graph: Graph, weights: Iterable[Node]) -> tuple[Node, ...]:
+    """The nodes of a rewritten graph that compute folded weights from parameters alone."""
+    known = parameter_only(graph, weights)
+    return tuple(node for node in graph.nodes if node.target in _FOLDS and node in known)
