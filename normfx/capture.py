@@ -25,7 +25,6 @@ import torch.utils._pytree as pytree
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource, is_from_unspecialized_param_buffer_source
 from torch._guards import TracingContext, detect_fake_mode
-from torch._ops import HigherOrderOperator
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import FakeTensorConverter
 from torch.fx import Graph, GraphModule, Node
@@ -34,6 +33,7 @@ from torch.fx.experimental.symbolic_shapes import rebind_unbacked
 
 from normfx.errors import NormfxError
 from normfx.ir.expand import expand_encoder_layers
+from normfx.ir.regions import carried, target_name
 
 Kind = Literal["parameter", "buffer", "input", "constant"]
 
@@ -91,7 +91,7 @@ def capture_exported(ep: torch.export.ExportedProgram) -> Captured:
 
 
 def _finish(gm: GraphModule, mode: FakeTensorMode | None, sources: dict[Node, Source]) -> Captured:
-    _inline_scalar_constants(gm, mode)
+    _simplify_constants(gm)
     for node in gm.graph.find_nodes(op="get_attr"):
         _describe_attribute(gm, node, mode, sources)
     expand_encoder_layers(gm)
@@ -180,7 +180,7 @@ class _Canonicaliser(torch.fx.Interpreter):
     def __init__(self, gm: GraphModule, mode: FakeTensorMode) -> None:
         super().__init__(gm)
         self.mode = mode
-        self.carried = _carried(gm.graph)
+        self.carried = carried(gm.graph)
         self.fresh: dict[Node, Any] = {}
         self.attributes: dict[str, torch.Tensor] = {}
 
@@ -201,11 +201,11 @@ class _Canonicaliser(torch.fx.Interpreter):
             fake = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
         if not value.requires_grad:
             return fake
-        with self.mode, torch.enable_grad():  # not a leaf: in-place ops on it are legal, as on the original
-            return fake.requires_grad_(True).view_as(fake)
+        with self.mode, torch.enable_grad():  # neither a leaf nor a view of one: in-place ops on it are legal
+            return fake.requires_grad_(True).clone()
 
     def run_node(self, n: Node) -> Any:
-        name = _target_name(n)
+        name = target_name(n)
         if n.op == "call_method" and name in UNTRACEABLE:
             raise NormfxError(f"normfx: Tensor.{name} at {source_line(n) or n.name} cannot be traced")
         if n in self.carried:
@@ -286,34 +286,12 @@ class _Canonicaliser(torch.fx.Interpreter):
         return value
 
 
-def _carried(graph: Graph) -> set[Node]:
-    """Nodes that are copied, not run: higher-order ops, module calls, and everything inside a functorch level."""
-    carried: set[Node] = set()
-    depth = 0
-    for node in graph.nodes:
-        if node.op in ("placeholder", "output", "get_attr"):
-            continue
-        name, home = _target_name(node), getattr(node.target, "__module__", None) or ""
-        if name.endswith("_increment_nesting") or name == "_enter_dual_level":
-            depth += 1
-        higher = isinstance(node.target, HigherOrderOperator) or node.op == "call_module"
-        if depth or higher or home.startswith(("torch._functorch", "torch._C._functorch")):
-            carried.add(node)
-        if name.endswith("_decrement_nesting") or name == "_exit_dual_level":
-            depth -= 1
-    return carried
-
-
 def _is_plain(value: Any) -> bool:
     """Whether a value can be faked anew: no functorch wrapper, no tensor subclass."""
     leaves = [x for x in pytree.tree_leaves(value) if isinstance(x, torch.Tensor)]
     return bool(leaves) and all(
         type(x) is FakeTensor and not torch._C._functorch.is_functorch_wrapped_tensor(x) for x in leaves
     )
-
-
-def _target_name(node: Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
 def _static_fake(value: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
@@ -351,16 +329,18 @@ def _inherit(gm: GraphModule, canonical: GraphModule) -> None:
         after._rename(before.name)
 
 
-def _inline_scalar_constants(gm: GraphModule, mode: FakeTensorMode | None) -> None:
-    """`torch.tensor(0.5)` in a forward: one number in the graph, not one more input of the compiled code.
+def _simplify_constants(gm: GraphModule) -> None:
+    """`torch.tensor(…)` in a forward is traced as constant → lift_fresh_copy → detach_; the last is void here.
 
-    As an input a CPU scalar would switch CUDA graphs off.
+    A CPU scalar becomes a number in the graph: as an input of the compiled code it would switch CUDA graphs off.
     """
-    lifted = torch.ops.aten.lift_fresh_copy.default
-    for node in gm.graph.find_nodes(op="call_function", target=lifted):
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.lift_fresh_copy.default):
         attribute = node.args[0]
         if attribute.op != "get_attr" or not attribute.target.startswith("_tensor_constant"):
             continue
+        for user in [u for u in node.users if u.target is torch.ops.aten.detach_.default]:
+            user.replace_all_uses_with(node)
+            gm.graph.erase_node(user)
         value = getattr(gm, attribute.target)
         if isinstance(value, FakeTensor) or value.dim() or value.device.type != "cpu" or value.is_complex():
             continue
@@ -454,6 +434,7 @@ def _export_sources(ep: torch.export.ExportedProgram, graph: Graph) -> dict[Node
 
 
 _STEP = re.compile(r"\[['\"]?([^\]'\"]*)['\"]?\]|\.?([^.\[\]]+)")
+_ROOTS = frozenset({"self", "fn"})  # `fn`: the module inside the wrapper Dynamo puts around a torch.nn module
 _NOISE = frozenset({"_modules", "_parameters", "_buffers", "_orig_mod", "_module"})
 
 
@@ -468,7 +449,7 @@ def dotted(expression: str) -> str:
     steps = [(bracket or plain) for bracket, plain in _STEP.findall(expression.replace(".size()[", ".size["))]
     if steps and steps[0] in ("L", "G"):
         steps = steps[1:]
-    if steps and steps[0] == "self":
+    if len(steps) > 1 and steps[0] in _ROOTS:
         steps = steps[1:]
     return ".".join(s for s in steps if s and s not in _NOISE)
 

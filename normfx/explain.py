@@ -17,7 +17,7 @@ from normfx.report import GraphReport, Report
 def explain(model: Callable[..., Any], options: Mapping[str, Any] | None = None) -> Callable[..., Report]:
     """A function that runs `model` once, eagerly, on its arguments and returns the Report of what normfx would do.
 
-    Plans under the grad mode, autocast state and training flags it is called in, exactly as compiling there would.
+    Like torch._dynamo.explain it resets Dynamo: functions compiled before compile anew at their next call. Plans under the grad mode, autocast state and training flags it is called in, exactly as compiling there would.
 
         report = normfx.explain(model)(input_ids)
         print(report)
@@ -34,8 +34,12 @@ def explain(model: Callable[..., Any], options: Mapping[str, Any] | None = None)
             graphs.append(transform(gm, example_inputs, settings)[1])
             return gm.forward  # type: ignore[no-any-return]  # the untouched graph, run eagerly
 
+        torch._dynamo.reset()  # else earlier compilations of the same code may use up its recompile limit
         breaks = _graph_breaks()
-        torch.compile(model, backend=backend)(*args, **kwargs)
+        try:
+            torch.compile(model, backend=backend)(*args, **kwargs)
+        finally:
+            torch._dynamo.reset()
         return Report(tuple(graphs), _graph_breaks() - breaks)
 
     return run

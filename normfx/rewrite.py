@@ -14,9 +14,10 @@ import torch
 from torch.fx import GraphModule, Node
 
 from normfx.ir import ops
-from normfx.ir.graph import arguments, value
+from normfx.ir.graph import arguments, op_name, value
 from normfx.ir.sites import Axis, Linear, Norm
 from normfx.plan import Plan
+from normfx.recognize.flow import LINEARS
 
 
 @dataclass
@@ -48,6 +49,7 @@ class Edit:
         self.gm = gm
         self.graph = gm.graph
         self.norms: dict[Norm, NormState] = {}
+        self.linears = {node: arguments(node) for node in gm.graph.nodes if op_name(node) in LINEARS}
 
     def norm(self, norm: Norm) -> NormState:
         if norm not in self.norms:
@@ -74,18 +76,27 @@ class Edit:
     def center_operand(self, node: Node, axis: Axis, users: Iterable[Node | Norm]) -> None:
         """Each reader of a weight, bias or table gets its centred form, computed just before the reader."""
         for user in users:
-            place = user.output if isinstance(user, Norm) else user
-            with self.graph.inserting_before(self._first(user) if isinstance(user, Norm) else place):
-                centred = self._call(ops.CENTER, (node, axis.dim, axis.size, axis.inner), place)
+            if isinstance(user, Node) and user in self.linears:
+                for name, operand in self.linears[user].items():
+                    if operand is node:
+                        self._center_slot(user, name, axis)
+                continue
+            with self.graph.inserting_before(self._first(user) if isinstance(user, Norm) else user):
+                like = user.output if isinstance(user, Norm) else user
+                centred = self._call(ops.CENTER, (node, axis.dim, axis.size, axis.inner), like)
             self._redirect(user, node, centred)
+
+    def _center_slot(self, linear: Node, name: str, axis: Axis) -> None:
+        """Centre what stands in an argument of a linear now: another rule may have folded something into it."""
+        with self.graph.inserting_before(linear):
+            operand = arguments(linear)[name]
+            centred = self._call(ops.CENTER, (operand, axis.dim, axis.size, axis.inner), linear)
+        self._set(linear, name, centred)
 
     def center_writer(self, linear: Node, axis: Axis) -> None:
         """Centre the weight and bias of a linear over its whole output axis, as they stand now."""
         for name, dim in _output_dims(linear).items():
-            operand = arguments(linear)[name]
-            with self.graph.inserting_before(linear):
-                centred = self._call(ops.CENTER, (operand, dim, axis.size, 1), linear)
-            self._set(linear, name, centred)
+            self._center_slot(linear, name, Axis(dim, axis.size))
 
     def fold_output_scale(self, linear: Node, scale: Node, product: Node) -> None:
         """scale ⊙ linear → the linear with λ in weight and bias; readers of the product read its other operand."""

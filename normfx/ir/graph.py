@@ -39,19 +39,30 @@ def shape(node: Node) -> tuple[int | torch.SymInt, ...]:
 
 
 def parameter_only(graph: Graph, parameters: Iterable[Node]) -> frozenset[Node]:
-    """Tensor nodes that depend on nothing but parameters, buffers and constants, by deterministic pure ops."""
+    """Nodes that depend on nothing but parameters, buffers and constants, by deterministic pure ops."""
     known: set[Node] = set(parameters)
     for node in graph.nodes:
-        if not op_name(node) or value(node) is None or node.is_impure():
-            continue
-        target = node.target
-        if RANDOM in target.tags or target._schema.is_mutable:
-            continue
         inputs = node.all_input_nodes
-        tensors = [n for n in inputs if value(n) is not None]
-        if tensors and len(tensors) == len(inputs) and all(n in known for n in tensors):
+        if inputs and all(n in known for n in inputs) and _is_pure(node) and _holds_tensors(node):
             known.add(node)
     return frozenset(known)
+
+
+def is_getitem(node: Node) -> bool:
+    """Whether a node picks one result of an op that returns several."""
+    return node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem"
+
+
+def _is_pure(node: Node) -> bool:
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return is_getitem(node)
+    return RANDOM not in target.tags and not target._schema.is_mutable and not node.is_impure()
+
+
+def _holds_tensors(node: Node) -> bool:
+    val = node.meta.get("val")
+    return all(isinstance(v, torch.Tensor) for v in (val if isinstance(val, (list, tuple)) else (val,)))
 
 
 def arguments(node: Node) -> dict[str, Any]:

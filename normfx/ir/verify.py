@@ -1,1 +1,148 @@
-def verify(gm, stage): pass
+"""Invariants of a canonical graph, checked between stages."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch._ops import HigherOrderOperator, OpOverload
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx import GraphModule, Node
+
+from normfx.errors import VerifyError
+from normfx.ir.regions import carried, is_mode_switch, replayed_modes
+
+_SCALAR_MODULES = frozenset({math.__name__, operator.__name__, "_operator", "builtins"})
+
+
+def verify(gm: GraphModule, stage: str) -> None:
+    """Raise `VerifyError` unless `gm` is a well-formed canonical graph whose `meta['val']` are what its ops compute.
+
+    Every op is run again on the fakes of its arguments, under the autocast region it stands in; the ambient autocast is
+    the caller's. Only dtype, shape and device are compared, and no guard is added.
+    """
+    try:
+        gm.graph.lint()
+    except Exception as error:
+        raise VerifyError(f"normfx: after stage '{stage}' the graph is malformed: {error}") from error
+    copied = carried(gm.graph)
+    mode = _single_mode(gm, stage)
+    with replayed_modes(gm.graph) as nodes:
+        for node in nodes:
+            if node in copied or node.op in ("output", "call_module"):
+                continue
+            _check_target(node, stage)
+            _check_value(gm, node, stage)
+            if isinstance(node.target, OpOverload) and mode is not None:
+                _check_rerun(node, mode, stage)
+
+
+def _fail(stage: str, node: Node, expected: object, found: object) -> VerifyError:
+    return VerifyError(
+        f"normfx: after stage '{stage}', node '{node.name}' ({node.target}): expected {expected}, found {found}"
+    )
+
+
+def _single_mode(gm: GraphModule, stage: str) -> FakeTensorMode | None:
+    mode: FakeTensorMode | None = None
+    for node in gm.graph.nodes:
+        for leaf in pytree.tree_leaves(node.meta.get("val")):
+            if isinstance(leaf, FakeTensor):
+                mode = mode or leaf.fake_mode
+                if leaf.fake_mode is not mode:
+                    raise _fail(stage, node, "one fake mode in the whole graph", "a value of another one")
+    return mode
+
+
+def _check_target(node: Node, stage: str) -> None:
+    if node.op == "call_method":
+        raise _fail(stage, node, "an ATen op", f"the method '{node.target}'")
+    if node.op != "call_function" or is_mode_switch(node):
+        return
+    target = node.target
+    if isinstance(target, (OpOverload, HigherOrderOperator)):
+        return
+    home, name = getattr(target, "__module__", None), getattr(target, "__name__", "")
+    if home in _SCALAR_MODULES or name.startswith(("sym_", "_sym_")):
+        return
+    raise _fail(stage, node, "an op overload, a higher-order op, getitem or scalar arithmetic", target)
+
+
+def _check_value(gm: GraphModule, node: Node, stage: str) -> None:
+    if "val" in node.meta:
+        return
+    target = node.target
+    if node.op == "get_attr":
+        value: Any = gm
+        for part in str(target).split("."):
+            value = getattr(value, part)
+        makes_value = isinstance(value, torch.Tensor)
+    elif node.op == "placeholder":
+        makes_value = bool(node.users)
+    else:
+        makes_value = isinstance(target, OpOverload) and bool(target._schema.returns)
+    if makes_value:
+        raise _fail(stage, node, "meta['val']", "none")
+
+
+def _check_rerun(node: Node, mode: FakeTensorMode, stage: str) -> None:
+    data_dependent = torch.Tag.data_dependent_output in node.target.tags  # type: ignore[union-attr]
+    if data_dependent or node.target is torch.ops.aten.item.default or node.meta.get("unbacked_bindings"):
+        return  # a new symbol on every run, or none without the value
+    try:
+        again = _rerun(node, mode)
+    except Exception as error:
+        raise _fail(stage, node, "an op that accepts its arguments", f"{type(error).__name__}: {error}") from error
+    recorded = pytree.tree_leaves(node.meta.get("val"))
+    for old, new in zip(recorded, pytree.tree_leaves(again), strict=False):
+        if not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor):
+            continue
+        if old.dtype != new.dtype or old.device != new.device or not _same_shape(old, new):
+            raise _fail(stage, node, _describe(new), _describe(old))
+
+
+def _rerun(node: Node, mode: FakeTensorMode) -> Any:
+    args, kwargs = pytree.tree_map_only(Node, lambda n: n.meta.get("val"), (node.args, node.kwargs))
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(mode)
+        stack.enter_context(torch._dispatch.python.enable_python_dispatcher())
+        if mode.shape_env is not None:
+            stack.enter_context(mode.shape_env.ignore_fresh_unbacked_symbols())
+            stack.enter_context(mode.shape_env.suppress_guards())
+        # detached: an op that changes strides or sizes in place must not change what was recorded
+        args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.detach(), (args, kwargs))
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dim() == b.dim() and all(_same_size(x, y) for x, y in zip(a.shape, b.shape, strict=True))
+
+
+def _same_size(a: Any, b: Any) -> bool:
+    """Equality that adds no guard; two sizes that cannot be told apart count as equal."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    difference = _expression(a) - _expression(b)
+    env = next(x.node.shape_env for x in (a, b) if isinstance(x, torch.SymInt))
+    value = env.replace(difference).xreplace({s: v for s, v in _hints(env)})
+    return value == 0 or not value.is_number
+
+
+def _expression(size: Any) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+def _hints(env: Any) -> Iterator[tuple[Any, Any]]:
+    # torch 2.13 calls the table `var_to_val`, torch 2.15 `backed_var_to_val`
+    table = getattr(env, "backed_var_to_val", None)
+    yield from (env.var_to_val if table is None else table).items()
+
+
+def _describe(value: torch.Tensor) -> str:
+    return f"{value.dtype} {tuple(value.shape)} on {value.device}"

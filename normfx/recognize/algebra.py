@@ -1,6 +1,6 @@
 """Exact algebra over the rows of one value: how every spelling of a norm becomes the same expression.
 
-An expression is a sum of products of atoms with number coefficients. The atoms, for a value x normalised along one axis:
+An expression is a sum of products of atoms with number coefficients. For a value x and one of its axes they are
 
     x           the value itself
     M = mean(x)     S = mean(x²)        one number per row
@@ -8,8 +8,8 @@ An expression is a sum of products of atoms with number coefficients. The atoms,
     Clamp(p, m) max(p, m)
     a graph node    a parameter broadcast along the axis
 
-Rows are linear in what varies along them, so mean(r·x) = r·M and mean(r·x²) = r·S for any per-row r, and
-mean((x − M)²) = S − M² comes out by itself: one form for E[x²] − μ², two-pass variance, torch.var and x·x sums.
+Means are linear: mean(r·x) = r·M and mean(r·x²) = r·S for any per-row r, so mean((x − M)²) = S − M² comes out
+by itself: one form for E[x²] − μ², the two-pass variance, torch.var and sums of x·x.
 """
 
 from __future__ import annotations
@@ -121,7 +121,9 @@ def _product(left: Monomial, right: Monomial) -> tuple[Monomial, Poly | None]:
     powers = dict(left)
     for a, n in right:
         powers[a] = powers.get(a, Fraction(0)) + n
-    if powers.get(X, Fraction(0)) not in (0, 1, 2) or any(isinstance(a, Node) and n not in (0, 1) for a, n in powers.items()):
+    if powers.get(X, Fraction(0)) not in (0, 1, 2) or any(
+        isinstance(a, Node) and n not in (0, 1) for a, n in powers.items()
+    ):
         raise Outside
     unfolded: Poly | None = None
     for a, n in list(powers.items()):

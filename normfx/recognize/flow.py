@@ -16,7 +16,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from normfx.ir.graph import arguments, extent, is_one, op_name, shape, value
+from normfx.ir.graph import arguments, extent, is_getitem, is_one, op_name, shape, value
 from normfx.ir.sites import Axis
 from normfx.recognize.axes import expand_axis, index_axis, permute_axis, reshape_axis
 
@@ -35,10 +35,11 @@ _TABLE: dict[str, Handler] = {}
 
 def flow(node: Node, axis: Axis) -> Flow | None:
     """How the feature axis of this node's output flows from its operands; None when the op is not in the table."""
-    if _is_getitem(node):
+    if is_getitem(node):
         producer = node.args[0]
         assert isinstance(producer, Node)
-        return Flow(((producer, axis),)) if op_name(producer) in PARTS else None
+        known = op_name(producer) in PARTS and flow(producer, axis) is not None
+        return Flow(((producer, axis),)) if known else None
     name = op_name(node)
     handler = _TABLE.get(name)
     if handler is None:
@@ -47,10 +48,6 @@ def flow(node: Node, axis: Axis) -> Flow | None:
     if fake is not None and not fake.is_floating_point():
         return None
     return handler(node, arguments(node), axis)
-
-
-def _is_getitem(node: Node) -> bool:
-    return node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem"
 
 
 def _op(*names: str) -> Callable[[Handler], Handler]:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from normfx.ir.graph import SHAPE_READS, op_name, value
+from normfx.ir.aliasing import mutated
+from normfx.ir.graph import arguments, op_name, value
 from normfx.ir.sites import Norm, NormKind
-from normfx.recognize.barriers import written
-from normfx.recognize.rows import call_of
+from normfx.recognize.rows import readers
 from normfx.recognize.spelled import Spelled, find_spelled
 
 Naming = Callable[[Node], str]
@@ -38,8 +38,8 @@ def find_norms(graph: Graph, parameters: frozenset[Node], name: Naming, source: 
     name:       module path of a node, "" when unknown; norms of one module become "path", "path#2", …
     source:     source line of a node, "" when unknown
 
-    Norms that no rule may touch (their inside is read elsewhere, their affine is computed from data, they normalise over
-    the batch) are listed with an obstacle. Expressions that are not exactly a norm are not listed.
+    Norms that no rule may touch (their inside is read elsewhere, their affine is computed from data, they
+    normalise over the batch) are listed with an obstacle. What is not exactly a norm is not listed.
 
     >>> class Model(torch.nn.Module):
     ...     def forward(self, x):
@@ -49,8 +49,10 @@ def find_norms(graph: Graph, parameters: frozenset[Node], name: Naming, source: 
     [('RMSNorm', 1e-06, (1,))]
     """
     position = {node: k for k, node in enumerate(graph.nodes)}
-    blocked = written(graph)
-    norms = [norm for node in graph.nodes if (norm := _whole(node, parameters, blocked, name, source)) is not None]
+    blocked = mutated(graph)
+    norms = [
+        norm for node in graph.nodes if (norm := _whole(node, parameters, blocked, name, source)) is not None
+    ]
     norms += [_from_spelled(found, name, source) for found in find_spelled(graph, parameters, blocked)]
     norms.sort(key=lambda norm: position[norm.output])
     return tuple(_named(norms))
@@ -60,7 +62,9 @@ def _named(norms: list[Norm]) -> Iterator[Norm]:
     """Make names unique and give one to every nameless norm."""
     seen: Counter[str] = Counter()
     for norm in norms:
-        base = norm.name or {"LayerNorm": "layer_norm", "RMSNorm": "rms_norm"}.get(norm.kind, norm.kind.lower())
+        base = norm.name or {"LayerNorm": "layer_norm", "RMSNorm": "rms_norm"}.get(
+            norm.kind, norm.kind.lower()
+        )
         count = seen[base]
         seen[base] += 1
         suffix = f"#{count + 1}" if norm.name else f"_{count}"
@@ -100,11 +104,13 @@ class _Op:
     obstacle: str
 
 
-def _whole(node: Node, parameters: frozenset[Node], blocked: frozenset[Node], name: Naming, source: Naming) -> Norm | None:
+def _whole(
+    node: Node, parameters: frozenset[Node], blocked: frozenset[Node], name: Naming, source: Naming
+) -> Norm | None:
     op = op_name(node)
     if not op.startswith("aten::") or "norm" not in op:
         return None
-    call = call_of(node)
+    call = arguments(node)
     output = _first_result(node)
     read = _describe(op, call) if output is not None else None
     if read is None or output is None:
@@ -150,12 +156,26 @@ def _describe(op: str, call: dict[str, Any]) -> _Op | None:
         shape = call["normalized_shape"]
         # rms_norm(eps=None): finfo of the dtype it computes in (CPU 2.13 and 2.15: float32 for half inputs)
         dims = tuple(range(rank - len(shape), rank))
-        return _Op("LayerNorm" if op in LAYER_NORMS else "RMSNorm", dims, _product(shape), call.get("eps"), "")
+        return _Op(
+            "LayerNorm" if op in LAYER_NORMS else "RMSNorm", dims, _product(shape), call.get("eps"), ""
+        )
     if op in GROUP_NORMS:
         groups = call["num_groups"] if "num_groups" in call else call["group"]
-        return _Op("GroupNorm", tuple(range(1, rank)), 0, call["eps"], f"it normalises {groups} groups of channels, each with all positions")
+        return _Op(
+            "GroupNorm",
+            tuple(range(1, rank)),
+            0,
+            call["eps"],
+            f"it normalises {groups} groups of channels, each with all positions",
+        )
     if op in INSTANCE_NORMS:
-        return _Op("InstanceNorm", tuple(range(2, rank)), 0, call["eps"], "it normalises each channel over positions, not over features")
+        return _Op(
+            "InstanceNorm",
+            tuple(range(2, rank)),
+            0,
+            call["eps"],
+            "it normalises each channel over positions, not over features",
+        )
     if op in BATCH_NORMS:
         batch = tuple(k for k in range(rank) if k != 1)
         return _Op("BatchNorm", batch, 0, call.get("eps", call.get("epsilon")), _batch_obstacle(op, call))
@@ -188,9 +208,8 @@ def _first_result(node: Node) -> Node | None:
 
 def _other_results(node: Node, output: Node) -> str:
     for user in node.users:
-        reads = [u for u in user.users if op_name(u) not in SHAPE_READS]
-        if node is not output and user is not output and reads:
-            return f"its statistics ({user}) are also read by {reads[0]}"
+        if node is not output and user is not output and readers(user):
+            return f"its statistics ({user}) are also read by {readers(user)[0]}"
     return ""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from normfx.ir.graph import SHAPE_READS, arguments, occurrences, op_name, shape, value
+from normfx.ir.graph import SHAPE_READS, arguments, is_getitem, occurrences, op_name, shape, value
 from normfx.ir.sites import Axis, Linear, Norm, Readers, Scaled
 from normfx.recognize.axes import reshape_axis
 from normfx.recognize.flow import CASTS, PARTS, RESHAPES, flow
@@ -66,7 +66,7 @@ def find_readers(norm: Norm, parameters: frozenset[Node], barred: frozenset[Node
                 continue
             linear = linear_reader(user, node, axis, parameters)
             factor_here = number_factor(user, node)
-            onward = _forward(user, node, axis) if op_name(user) in ROW_OPS or _is_part(user) else None
+            onward = _forward(user, node, axis) if op_name(user) in ROW_OPS or is_getitem(user) else None
             if linear is not None and user not in barred and linear.weight not in barred and linear.bias not in barred:
                 linears.append((linear, Axis(linear.in_dim, axis.size, axis.inner), factor))
             elif factor_here is not None and user not in barred:
@@ -78,10 +78,6 @@ def find_readers(norm: Norm, parameters: frozenset[Node], barred: frozenset[Node
             else:
                 others.append(user)
     return Readers(norm, tuple(linears), tuple(path), tuple(others))
-
-
-def _is_part(node: Node) -> bool:
-    return node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem"
 
 
 def _forward(user: Node, node: Node, axis: Axis) -> Axis | None:

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.fx import Node
 
-from normfx.ir.graph import op_name, value
+from normfx.ir.graph import SHAPE_READS, arguments, extent, is_getitem, op_name, value
 from normfx.recognize import algebra
 from normfx.recognize.algebra import Outside, Poly, X
 
@@ -33,32 +33,38 @@ CASTS = frozenset({
 })  # fmt: skip
 COPIES = frozenset({"aten::contiguous", "aten::clone", "aten::alias"})
 RESHAPES = frozenset({
-    "aten::unsqueeze", "aten::squeeze.dim", "aten::squeeze.dims", "aten::squeeze", "aten::view", "aten::reshape",
-    "aten::_unsafe_view", "aten::view_as", "aten::reshape_as", "aten::slice.Tensor",
+    "aten::unsqueeze", "aten::squeeze.dim", "aten::squeeze.dims", "aten::squeeze",
+    "aten::view", "aten::reshape", "aten::_unsafe_view", "aten::view_as", "aten::reshape_as", "aten::slice.Tensor",
     "aten::expand", "aten::expand_as", "aten::broadcast_to",
 })  # fmt: skip
+LIKE = frozenset({"aten::type_as", "aten::to.other", "aten::expand_as", "aten::view_as", "aten::reshape_as"})
+"""Ops that read only the shape or dtype of their second operand."""
 REDUCTIONS = frozenset({
     "aten::mean.dim", "aten::mean", "aten::sum.dim_IntList", "aten::sum",
-    "aten::var.correction", "aten::var.dim", "aten::var", "aten::std.correction", "aten::std.dim", "aten::std",
+    "aten::var.correction", "aten::var.dim", "aten::var",
+    "aten::std.correction", "aten::std.dim", "aten::std",
     "aten::var_mean.correction", "aten::var_mean.dim", "aten::var_mean",
     "aten::std_mean.correction", "aten::std_mean.dim", "aten::std_mean",
-    "aten::linalg_vector_norm", "aten::linalg_norm", "aten::norm.ScalarOpt_dim", "aten::norm.ScalarOpt_dim_dtype",
+    "aten::linalg_vector_norm", "aten::linalg_norm",
+    "aten::norm.ScalarOpt_dim", "aten::norm.ScalarOpt_dim_dtype",
 })  # fmt: skip
 
 
-def call_of(node: Node) -> dict[str, Any]:
-    """Arguments of an ATen call by name, defaults included."""
-    target = node.target
-    assert isinstance(target, torch._ops.OpOverload)
-    arguments = target._schema.arguments
-    call = {a.name: a.default_value for a in arguments if a.has_default_value()}
-    call.update(zip((a.name for a in arguments), node.args, strict=False))
-    return call | node.kwargs
+def operands(node: Node) -> list[Node]:
+    """Operands whose entries `node` reads."""
+    if op_name(node) in LIKE:
+        return [arg for arg in node.args[:1] if isinstance(arg, Node)]
+    return node.all_input_nodes
+
+
+def readers(node: Node) -> list[Node]:
+    """Users that read entries of `node`."""
+    return [user for user in node.users if op_name(user) not in SHAPE_READS and node in operands(user)]
 
 
 def reduced_dims(node: Node) -> tuple[int, ...]:
     """Dimensions a reduction runs over: non-negative, ascending; () when they are not plain numbers."""
-    call = call_of(node)
+    call = arguments(node)
     val = value(call["self"])
     if val is None:
         return ()
@@ -71,7 +77,7 @@ def reduced_dims(node: Node) -> tuple[int, ...]:
 
 def same_shape(left: tuple[Any, ...], right: tuple[Any, ...]) -> bool:
     """Equality of shapes without adding guards on symbolic sizes."""
-    return len(left) == len(right) and all(str(a) == str(b) for a, b in zip(left, right, strict=True))
+    return len(left) == len(right) and all(extent(a) == extent(b) for a, b in zip(left, right, strict=True))
 
 
 class Rows:
@@ -108,7 +114,7 @@ class Rows:
         return True
 
     def _form(self, node: Node) -> Forms:
-        if node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem":
+        if is_getitem(node):
             tensors, index = self.forms.get(node.args[0]), node.args[1]  # type: ignore[arg-type]
             if isinstance(tensors, tuple) and isinstance(index, int):
                 return tensors[index]
@@ -117,7 +123,7 @@ class Rows:
         handler = HANDLERS.get(name)
         if handler is None:
             raise Outside
-        form = handler(self, node, call_of(node))
+        form = handler(self, node, arguments(node))
         if isinstance(form, Form) and not self._fits(node, form):
             raise Outside
         return form
@@ -156,9 +162,9 @@ class Rows:
         if val.device != self.val.device and val.ndim > 0:
             return False
         first = len(self.shape) - val.ndim
-        sizes = {first + k: str(n) for k, n in enumerate(val.shape)}
-        along = sizes.pop(self.dim, "1")
-        return along in ("1", str(self.shape[self.dim])) and all(n == "1" for n in sizes.values())
+        sizes = {first + k: extent(n) for k, n in enumerate(val.shape)}
+        along = sizes.pop(self.dim, 1)
+        return along in (1, extent(self.shape[self.dim])) and all(n == 1 for n in sizes.values())
 
     def pair(self, left: object, right: object) -> tuple[Poly, Poly, bool]:
         """Two operands of an elementwise op; values with and without the axis do not mix."""
@@ -321,7 +327,7 @@ def _reshape(rows: Rows, node: Node, call: Call) -> Form:
 
 
 def _reduced(rows: Rows, node: Node, call: Call) -> tuple[Poly, int, bool]:
-    """Operand of a reduction over exactly the axis, its number of entries there, and whether the axis is dropped."""
+    """Operand of a reduction over exactly the axis, its entries there, and whether the axis is dropped."""
     form, source = rows.operand(call["self"]), value(call["self"])
     if form.dropped or source is None or source.ndim != len(rows.shape) or reduced_dims(node) != (rows.dim,):
         raise Outside
@@ -348,7 +354,12 @@ def _sum(rows: Rows, node: Node, call: Call) -> Form:
     return Form(_times(algebra.mean(p), size), dropped)
 
 
-@handles("aten::linalg_vector_norm", "aten::linalg_norm", "aten::norm.ScalarOpt_dim", "aten::norm.ScalarOpt_dim_dtype")
+@handles(
+    "aten::linalg_vector_norm",
+    "aten::linalg_norm",
+    "aten::norm.ScalarOpt_dim",
+    "aten::norm.ScalarOpt_dim_dtype",
+)
 def _norm(rows: Rows, node: Node, call: Call) -> Form:
     """‖p‖ = sqrt(size · mean(p²))"""
     p, size, dropped = _reduced(rows, node, call)

@@ -1,13 +1,13 @@
 """Norms written out in single ops, found by computing with them (algebra.py), not by templates.
 
-For a value x and one of its axes, every node that depends on x and parameters alone becomes an expression. A node is a
-norm when its expression reads
+For a value x and one of its axes, every node that depends on x and parameters alone becomes an expression. A
+node is a norm when its expression reads
 
     γ·(x − M)·(k·(S − M²) + e)^(−1/2) + β        LayerNorm
     γ·x·(k·S + e)^(−1/2) + β                     RMSNorm
 
-with M = mean(x), S = mean(x²), parameters γ and β along the axis or absent; formula.py has the other places of the
-epsilon. All steps are identities, so a look-alike has another expression and a new spelling needs no new code.
+with M = mean(x), S = mean(x²), parameters γ and β along the axis or absent; formula.py has the other places of
+the epsilon. All steps are identities: a look-alike has another expression, a new spelling needs no new code.
 """
 
 from __future__ import annotations
@@ -19,12 +19,21 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
-from normfx.ir.graph import SHAPE_READS, op_name, value
+from normfx.ir.graph import arguments, op_name, value
 from normfx.recognize import algebra
 from normfx.recognize.algebra import M, S, X
 from normfx.recognize.barriers import regions
 from normfx.recognize.formula import Formula, read
-from normfx.recognize.rows import CASTS, COPIES, REDUCTIONS, Rows, call_of, reduced_dims, widens
+from normfx.recognize.rows import (
+    CASTS,
+    COPIES,
+    REDUCTIONS,
+    Rows,
+    operands,
+    readers,
+    reduced_dims,
+    widens,
+)
 
 SUBTRACTIONS = frozenset({"aten::sub.Tensor", "aten::subtract.Tensor"})
 SQUARES = frozenset({"aten::pow.Tensor_Scalar", "aten::square", "aten::mul.Tensor", "aten::multiply.Tensor"})
@@ -32,7 +41,7 @@ SQUARES = frozenset({"aten::pow.Tensor_Scalar", "aten::square", "aten::mul.Tenso
 
 @dataclass(frozen=True)
 class Spelled:
-    """A norm written in single ops. `core` is its first node that is a norm, before the last casts and affine."""
+    """A norm written in single ops; `core` is its first node that is a norm, before casts and affine."""
 
     formula: Formula
     input: Node
@@ -80,7 +89,7 @@ def _candidates(seed: Node, parameters: frozenset[Node]) -> set[tuple[Node, int]
     if op_name(seed) not in REDUCTIONS or seed in parameters:
         return set()
     dims = reduced_dims(seed)
-    operand = call_of(seed)["self"]
+    operand = arguments(seed)["self"]
     val = value(operand)
     if val is None or not val.dtype.is_floating_point or len(dims) != 1 or (dims == (0,) and val.ndim > 1):
         return set()  # several dimensions, or statistics over the batch
@@ -119,19 +128,20 @@ def _expand(rows: Rows, order: Order, region: Hashable) -> None:
 def _norms(rows: Rows) -> Iterator[Spelled]:
     """Norms among the expressions: from the first node that is one to the last that still is."""
     formulas: dict[Node, Formula] = {}
+    cores: list[Node] = []
+    after: set[Node] = set()
     for node in rows.forms:
         poly = rows.poly(node)
         formula = read(poly, rows.size) if poly is not None and rows.is_full(node) else None
         if formula is not None:
             formulas[node] = formula
-    for core in formulas:
-        if not any(operand in formulas for operand in core.all_input_nodes):
-            yield _spelled(rows, core, _last(core, formulas), formulas)
-
-
-def readers(node: Node) -> list[Node]:
-    """Users that read entries."""
-    return [user for user in node.users if op_name(user) not in SHAPE_READS]
+        if after.intersection(operands(node)):
+            after.add(node)
+        elif formula is not None:
+            after.add(node)
+            cores.append(node)
+    for core in cores:
+        yield _spelled(rows, core, _last(core, formulas), formulas)
 
 
 def _last(core: Node, formulas: Mapping[Node, Formula]) -> Node:
@@ -139,7 +149,8 @@ def _last(core: Node, formulas: Mapping[Node, Formula]) -> Node:
     node = end = core
     while len(users := readers(node)) == 1 and users[0] in formulas:
         before, node = node, users[0]
-        if op_name(node) not in CASTS or not widens(_dtype(before), _dtype(node)):
+        widened = _dtype(before) != _dtype(node) and widens(_dtype(before), _dtype(node))
+        if not widened or op_name(node) not in CASTS:
             end = node
     return end
 
@@ -170,14 +181,16 @@ def _extent(rows: Rows, output: Node) -> tuple[Node, frozenset[Node]]:
     nodes = {output}
     todo = [output]
     while todo:
-        for operand in todo.pop().all_input_nodes:
+        for operand in operands(todo.pop()):
             if operand in rows.forms and operand is not rows.x and operand not in nodes:
                 nodes.add(operand)
                 todo.append(operand)
     copies = {node for node in nodes if rows.poly(node) == algebra.atom(X)}
     shared = {copy for copy in copies if any(user not in nodes for user in readers(copy))}
-    shared |= {operand for copy in shared for operand in copy.all_input_nodes if operand in copies}
-    entries = {operand for node in nodes - copies for operand in node.all_input_nodes if operand in copies | {rows.x}}
+    shared |= {operand for copy in shared for operand in operands(copy) if operand in copies}
+    entries = {
+        operand for node in nodes - copies for operand in operands(node) if operand in copies | {rows.x}
+    }
     if len(entries) == 1 and entries <= shared:
         return entries.pop(), frozenset(nodes - copies)
     return rows.x, frozenset(nodes - shared)
@@ -191,7 +204,8 @@ def _compute_dtype(rows: Rows, nodes: frozenset[Node]) -> torch.dtype:
             first = form[0] if isinstance(form, tuple) else form
             if not algebra.proportional(first.poly, M) and first.poly.number is None:
                 val = node.meta["val"]
-                return (val[0] if isinstance(form, tuple) else val).dtype
+                dtype: torch.dtype = (val[0] if isinstance(form, tuple) else val).dtype
+                return dtype
     raise AssertionError("a norm has a mean of squares")
 
 

@@ -112,6 +112,13 @@ def _mark_raw(graph: Graph, region: _Region) -> None:
                 break
 
 
+    for node in graph.nodes:
+        if region.blind(node):
+            for operand, _ in region.flows[node].carried:
+                if value(operand) is None and not region.blind(operand):
+                    region.witness[node] = region.witness.get(operand, operand)  # only single tensors can be leaves
+
+
 def _is_norm_use(node: Node, user: Node, region: _Region) -> bool:
     """Whether this use is that of LayerNorms over exactly the candidate's axis."""
     for norm in region.norms.get(node, ()):
@@ -231,7 +238,7 @@ def _stream(norms: list[Norm], nodes: list[Node], leaves: list[Leaf], region: _R
     if written:
         obstacle, culprits = "mutated", written
     elif integers:
-        obstacle, culprits = "not_floating", integers
+        obstacle, culprits = "uncentred_input", integers
     elif packed:
         obstacle, culprits = "packed_weight", packed
     joins = not nodes or any(_joins(node, region) for node in nodes) or not any(op_name(n) in LINEARS for n in nodes)

@@ -30,7 +30,6 @@ CODES = {
         "a value that enters the stream is written in place or shares memory with one that is",
         "write out-of-place: x = x + y",
     ),
-    "not_floating": Code("a value that enters the stream is not a floating tensor", "convert it before adding it"),
     "packed_weight": Code(
         "a writer's weight is computed from packed or quantised integers",
         "none needed: the norm stays a LayerNorm so that the weight stays packed",

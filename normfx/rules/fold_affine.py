@@ -103,7 +103,7 @@ class _Read(nn.Module):
             return x + 0.0 * y.shape[0]
         if self.tap == "padding":
             y = nn.functional.pad(y, (0, 0, 1, 1))
-        weight = self.packed * 0.1 if self.tap == "packed" else self.read.weight
+        weight = self.packed.to(x.dtype) * 0.1 if self.tap == "packed" else self.read.weight
         out = nn.functional.linear(y, weight, self.read.bias)
         return {"output": (out, y), "activation": (out, torch.tanh(y))}.get(self.tap, out)
 

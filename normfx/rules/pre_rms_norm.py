@@ -50,12 +50,8 @@ class _Block(nn.Module):
         if self.tap == "detached write":
             y = x.view(-1)
             y.mul_(2.0)
-        if self.tap == "integers":
-            x = ids[..., None].expand(-1, -1, 8)
-        if self.tap == "activation":
-            x = torch.tanh(x)
-        x = x + self.down1(torch.relu(self.up1(self.norm1(x)))) if self.tap != "integers" else x
-        out = self.head(self.norm2(x.float()))
+        x = x + self.down1(torch.relu(self.up1(self.norm1(x))))
+        out = self.head(self.norm2(x))
         return (out, x) if self.tap == "output" else out
 
 
@@ -77,6 +73,32 @@ class _Packed(nn.Module):
         return self.norm(x + nn.functional.linear(x, self.packed * self.scale))
 
 
+class _PostNorm(nn.Module):
+    """LN(x + f(x)) on a normalised stream: the skip carries γ⊙z + β, which has a mean (T3)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.write, self.norm1, self.norm2 = (
+            nn.Embedding(10, 8), nn.Linear(8, 8), nn.LayerNorm(8), nn.LayerNorm(8)
+        )  # fmt: skip
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        x = self.norm1(self.table(ids))
+        return self.norm2(x + self.write(x))
+
+
+class _Statistics(nn.Module):
+    """A LayerNorm whose mean is returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.weight = nn.Embedding(10, 8), nn.Parameter(torch.linspace(0.5, 1.5, 8))
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        out, mean, _ = torch.native_layer_norm(self.table(ids), [8], self.weight, None, 1e-5)
+        return out, mean
+
+
 RULE = Rule(
     name="pre_rms_norm",
     formula="LN(Σ w) == RMS(Σ P w)",
@@ -93,6 +115,8 @@ RULE = Rule(
         Example("observed", lambda: _Block("output"), _ids, "observed"),
         Example("two axes", lambda: _Block(norm_dims=2), _ids, "several_axes"),
         Example("written in place", lambda: _Block("detached write"), _ids, "mutated"),
+        Example("post-norm", _PostNorm, _ids, "uncentred_input"),
+        Example("statistics returned", _Statistics, _ids, "opaque_norm"),
         Example("packed weight", _Packed, _ids, "packed_weight"),
     ),
 )

@@ -1,0 +1,306 @@
+"""Which values of a canonical graph share storage, and what is written in place.
+
+An in-place write is a barrier: a consumer may not move a read of the value across it. `functionalize_local` removes the
+barriers that are not needed (`x += f(x)` on a value nobody else sees), `mutated` names the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch._dispatch.python import enable_python_dispatcher
+from torch._ops import HigherOrderOperator, OpOverload
+from torch._subclasses import FakeTensor
+from torch.fx import Graph, GraphModule, Node
+
+from normfx.ir.regions import carried, replayed_modes, target_name
+
+Storage = int
+
+_RANDOM_TWINS = frozenset({"dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"})
+"""Random ops whose out-of-place form draws the same numbers in the same order."""
+
+_WRITES_STATISTICS = frozenset({"batch_norm", "instance_norm", "native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"})
+"""Ops that update running statistics (arguments 3 and 4) in place when argument 5 is true; their schemas do not say so."""
+
+_VIEWS = frozenset(
+    "view reshape transpose permute squeeze unsqueeze expand expand_as flatten unflatten contiguous to type_as t T mT "
+    "getitem detach chunk split unbind narrow select alias view_as swapaxes movedim float double half bfloat16".split()
+)
+
+
+def mutated(graph: Graph) -> frozenset[Node]:
+    """Every node whose storage is written in place somewhere after the node, through the node or any alias of it.
+
+    The result of an in-place op is in the set only if a later op writes again.
+    """
+    storages = _storages(graph)
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    last_write: dict[Storage, int] = {}
+    for node, targets in _writes(graph):
+        for target in targets:
+            for storage in storages.get(target, ()):
+                last_write[storage] = position[node]
+    return frozenset(
+        node for node, held in storages.items() if any(last_write.get(s, -1) > position[node] for s in held)
+    )
+
+
+def functionalize_local(gm: GraphModule) -> int:
+    """Turn in-place ops on fresh local values into their out-of-place form; returns how many were turned.
+
+    Left alone: values that share storage with an input, a tensor attribute or a carried node; values with an older alias
+    that is read later; ops that change a value's strides, shape or dtype in ways its out-of-place form would not; writes
+    without grad to a value made with grad, which keep the value's gradient where the out-of-place form has none.
+    """
+    storages, position = _storages(gm.graph), {node: i for i, node in enumerate(gm.graph.nodes)}
+    copied = carried(gm.graph)
+    grad_on: dict[Node, bool] = {}
+    count = 0
+    with replayed_modes(gm.graph) as nodes:
+        for node in nodes:
+            grad_on[node] = torch.is_grad_enabled()
+            functional = _functional(node)
+            if functional is None or node in copied or not isinstance(node.args[0], Node):
+                continue
+            older = _older_aliases(node, storages, position)
+            if not _is_local(node, older, copied, position, grad_on):
+                continue
+            result = _evaluate(node, functional)
+            if result is not None:
+                new = _replace(gm, node, functional, result, position)
+                position[new], storages[new], grad_on[new] = position[node], storages[node], grad_on[node]
+                count += 1
+    if count:
+        gm.graph.lint()
+        gm.recompile()
+    return count
+
+
+# ---------------------------------------------------------------------------------------------- storages
+
+
+def _storages(graph: Graph) -> dict[Node, frozenset[Storage]]:
+    """The storages a node's value lives in.
+
+    Fakes share storage exactly where the tensors they stand for do (torch 2.13 and 2.15; eval `dropout` returns its
+    input itself), so storage identity covers views, `getitem` and in-place results. Carried nodes have made-up fakes: one
+    that may hand out an input shares that input's storages, one without a fake shares its inputs'.
+    """
+    found: dict[Node, frozenset[Storage]] = {}
+    copied = carried(graph)
+    for node in graph.nodes:
+        own = frozenset(_identities(node.meta.get("val")))
+        if node in copied and (not own or _may_return_input(graph, node)):
+            own = own.union(*(found.get(n, frozenset()) for n in node.all_input_nodes))
+        elif not own or target_name(node) == "getitem":
+            own = own.union(*(found.get(n, frozenset()) for n in _aliased_by_schema(node)))
+        found[node] = own
+    return found
+
+
+def _identities(value: Any) -> Iterator[Storage]:
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
+            yield leaf.untyped_storage()._cdata
+
+
+def _aliased_by_schema(node: Node) -> list[Node]:
+    """Inputs a node without a value may alias, from the alias annotations of its schema."""
+    if node.target is getattr and node.args or target_name(node) == "getitem":
+        return [n for n in node.args[:1] if isinstance(n, Node)]
+    if not isinstance(node.target, OpOverload):
+        return []
+    return [n for argument, n in _bound(node) if argument.alias_info is not None]
+
+
+def _bound(node: Node) -> Iterator[tuple[Any, Node]]:
+    """(schema argument, node) for each node among the arguments of an op, lists included."""
+    arguments = node.target._schema.arguments  # type: ignore[union-attr]
+    by_name = {a.name: a for a in arguments}
+    pairs = [*zip(arguments, node.args, strict=False), *((by_name[k], v) for k, v in node.kwargs.items())]
+    for argument, value in pairs:
+        for leaf in pytree.tree_leaves(value):
+            if isinstance(leaf, Node):
+                yield argument, leaf
+
+
+# ---------------------------------------------------------------------------------------------- writes
+
+
+def _writes(graph: Graph) -> Iterator[tuple[Node, list[Node]]]:
+    """(node, values it writes in place) for every node that writes."""
+    copied = carried(graph)
+    region = [n for n in copied if not isinstance(n.target, HigherOrderOperator)]
+    region_writes = any(_looks_in_place(n) for n in region)
+    for node in graph.nodes:
+        if hidden := _hidden_writes(node):
+            yield node, hidden
+        elif isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
+            yield node, [n for a, n in _bound(node) if a.alias_info is not None and a.alias_info.is_write]
+        elif node in copied:
+            module = isinstance(node.target, str) and node.op == "call_module"
+            higher = isinstance(node.target, HigherOrderOperator)
+            if _subgraph_writes(graph, node) if higher else module or region_writes:
+                yield node, node.all_input_nodes
+
+
+def _hidden_writes(node: Node) -> list[Node]:
+    if not isinstance(node.target, OpOverload) or node.target._schema.name.split("::")[1] not in _WRITES_STATISTICS:
+        return []
+    training = len(node.args) < 6 or node.args[5] is not False
+    return [n for n in node.args[3:5] if isinstance(n, Node)] if training else []
+
+
+def _looks_in_place(node: Node) -> bool:
+    """Whether an untraced node may write to its arguments, judged by its name: `add_`, `iadd`, `setitem`, `out=`."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if isinstance(node.target, OpOverload):
+        return bool(node.target._schema.is_mutable)
+    name = target_name(node)
+    operator_form = getattr(node.target, "__module__", None) == "_operator" and name[0] == "i" and name[1:] in _OPERATORS
+    method = name.endswith("_") and not name.endswith("__")
+    return method or operator_form or name in {"setitem", *_WRITES_STATISTICS} or "out" in node.kwargs
+
+
+_OPERATORS = frozenset("add sub mul truediv floordiv mod pow and or xor lshift rshift matmul".split())
+
+
+def _subgraphs(graph: Graph, node: Node) -> Iterator[Graph]:
+    for operand in node.all_input_nodes:
+        if operand.op == "get_attr" and graph.owning_module is not None:
+            value: Any = graph.owning_module
+            for part in str(operand.target).split("."):
+                value = getattr(value, part, None)
+            if isinstance(value, GraphModule):
+                yield value.graph
+
+
+def _subgraph_writes(graph: Graph, node: Node) -> bool:
+    if target_name(node) == "triton_kernel_wrapper_mutation":
+        return True
+    return any(
+        _looks_in_place(inner) or (inner in carried(sub) and _subgraph_writes(sub, inner))
+        for sub in _subgraphs(graph, node)
+        for inner in sub.nodes
+    )
+
+
+def _may_return_input(graph: Graph, node: Node) -> bool:
+    """Whether a subgraph hands out one of its inputs, or a view of one."""
+    for sub in _subgraphs(graph, node):
+        for value in sub.output_node().all_input_nodes:
+            while value.op != "placeholder" and target_name(value) in _VIEWS and value.all_input_nodes:
+                value = value.all_input_nodes[0]
+            if value.op == "placeholder":
+                return True
+    return False
+
+
+# ---------------------------------------------------------------------------------------------- out of place
+
+
+def _functional(node: Node) -> OpOverload | None:
+    """`aten::add.Tensor` for `aten::add_.Tensor`; None for every other op and where autograd knows no such form."""
+    op = node.target
+    if node.op != "call_function" or not isinstance(op, OpOverload) or op.namespace != "aten":
+        return None
+    name = op._schema.name.split("::")[1]
+    if not name.endswith("_") or name.endswith("__") or torch.Tag.inplace_view in op.tags:
+        return None
+    if torch.Tag.nondeterministic_seeded in op.tags and name[:-1] not in _RANDOM_TWINS:
+        return None
+    twin = getattr(getattr(torch.ops.aten, name[:-1], None), op._overloadname, None)
+    if not isinstance(twin, OpOverload) or not _same_signature(op, twin):
+        return None
+    kernels = ("CompositeImplicitAutograd", "Autograd")
+    known = any(torch._C._dispatch_has_kernel_for_dispatch_key(twin.name(), key) for key in kernels)
+    return twin if known else None
+
+
+def _same_signature(op: OpOverload, twin: OpOverload) -> bool:
+    mine, other = op._schema.arguments, twin._schema.arguments
+    writes = [a for a in mine if a.alias_info is not None and a.alias_info.is_write]
+    return [a.name for a in mine] == [a.name for a in other] and writes == mine[:1] and not twin._schema.is_mutable
+
+
+def _older_aliases(node: Node, storages: dict[Node, frozenset[Storage]], position: dict[Node, int]) -> list[Node]:
+    """Values made before `node` that share storage with what it writes, the written value included."""
+    held = storages[node.args[0]]  # type: ignore[index]
+    return [n for n, s in storages.items() if s & held and position[n] < position[node]]
+
+
+def _is_local(
+    node: Node, older: Iterable[Node], copied: set[Node], position: dict[Node, int], grad_on: dict[Node, bool]
+) -> bool:
+    target, here = node.args[0], position[node]
+    for alias in older:
+        made_here = isinstance(alias.target, OpOverload) or target_name(alias) == "getitem"
+        if alias.op != "call_function" or alias in copied or not made_here:
+            return False
+        if alias is not target and any(position[user] > here for user in alias.users):
+            return False
+        if not grad_on[node] and grad_on[alias]:
+            return False
+    return bool(list(older))
+
+
+def _evaluate(node: Node, functional: OpOverload) -> FakeTensor | None:
+    """Value of the out-of-place form; None where it is not what the in-place op stores, up to a cast."""
+    stored = node.meta.get("val")
+    if not isinstance(stored, FakeTensor):
+        return None
+    args, kwargs = pytree.tree_map_only(Node, lambda n: n.meta.get("val"), (node.args, node.kwargs))
+    device = stored.device.type
+    with stored.fake_mode, enable_python_dispatcher(), torch.no_grad():
+        result = functional(*args, **kwargs)
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                plain = functional(*args, **kwargs)
+            if plain.dtype != result.dtype:  # autocast acts on this form and not on the in-place one
+                return None
+    same = _sizes(result) == _sizes(stored) and result.device == stored.device
+    return result if same and _offset(result) == _offset(stored) else None
+
+
+def _sizes(value: torch.Tensor) -> list[Any]:
+    """Sizes and strides as numbers and sympy expressions: comparing them adds no guard."""
+    return [_expression(x) for x in (*value.shape, *value.stride())]
+
+
+def _offset(value: torch.Tensor) -> Any:
+    return _expression(value.storage_offset())
+
+
+def _expression(size: Any) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+def _replace(
+    gm: GraphModule, node: Node, functional: OpOverload, result: FakeTensor, position: dict[Node, int]
+) -> Node:
+    """Put the out-of-place form in the node's place and hand it to every later user of the written value.
+
+    The new node keeps the fake of the old one, so that views made of it later still share its storage.
+    """
+    target, stored = node.args[0], node.meta["val"]
+    assert isinstance(target, Node)
+    with gm.graph.inserting_before(node):
+        new = gm.graph.call_function(functional, node.args, node.kwargs)
+        new.meta = dict(node.meta)
+        if result.dtype != stored.dtype:
+            new.meta["val"] = result
+            position[new] = position[node]
+            new = gm.graph.call_function(torch.ops.aten.to.dtype, (new, stored.dtype))
+            new.meta = dict(node.meta)
+    position[new] = position[node]
+    for user in [u for u in target.users if position[u] > position[node]]:
+        user.replace_input_with(target, new)
+    node.replace_all_uses_with(new)
+    gm.graph.erase_node(node)
+    position.pop(node)
+    return new

@@ -1,0 +1,84 @@
+"""Which modes a node runs under, and which nodes were copied from Dynamo's graph without being traced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch._ops import HigherOrderOperator
+from torch.fx import Graph, Node
+
+MODE_SWITCHES = frozenset(
+    {"_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode"}
+)
+"""Names of the functions that switch autocast, grad or inference mode in the middle of a graph."""
+
+
+def target_name(node: Node) -> str:
+    """Name of the function, method or attribute a node refers to."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def is_mode_switch(node: Node) -> bool:
+    return node.op == "call_function" and target_name(node) in MODE_SWITCHES
+
+
+def carried(graph: Graph) -> set[Node]:
+    """Nodes that are copied, not traced: higher-order ops, module calls, and everything inside a functorch level.
+
+    In torch 2.13 and 2.15 a level begins at `_vmap_increment_nesting` and its siblings and ends at the decrement.
+    """
+    found: set[Node] = set()
+    depth = 0
+    for node in graph.nodes:
+        if node.op in ("placeholder", "output", "get_attr"):
+            continue
+        name, home = target_name(node), getattr(node.target, "__module__", None) or ""
+        if name.endswith("_increment_nesting") or name == "_enter_dual_level":
+            depth += 1
+        higher = isinstance(node.target, HigherOrderOperator) or node.op == "call_module"
+        if depth or higher or home.startswith(("torch._functorch", "torch._C._functorch")):
+            found.add(node)
+        if name.endswith("_decrement_nesting") or name == "_exit_dual_level":
+            depth -= 1
+    return found
+
+
+@contextmanager
+def replayed_modes(graph: Graph) -> Iterator[Iterator[Node]]:
+    """Nodes in order; while one is being handled, autocast and grad mode are those it will run under.
+
+    The modes around the call are the ambient ones, and are restored. Inference mode is replayed as no_grad, which is all
+    that a fake tensor shows of it.
+    """
+    entered: dict[Node, Any] = {}
+    grad = torch.is_grad_enabled()
+    try:
+        yield _replay(graph, entered)
+    finally:
+        for mode in reversed(list(entered.values())):
+            if not isinstance(mode, bool):
+                torch.amp.autocast_mode._exit_autocast(mode)
+        torch._C._set_grad_enabled(grad)
+
+
+def _replay(graph: Graph, entered: dict[Node, Any]) -> Iterator[Node]:
+    for node in list(graph.nodes):
+        if not is_mode_switch(node):
+            yield node
+            continue
+        name = target_name(node)
+        if name == "_enter_autocast":
+            entered[node] = torch.amp.autocast_mode._enter_autocast(*node.args)
+        elif name == "_exit_autocast":
+            torch.amp.autocast_mode._exit_autocast(entered.pop(node.args[0]))  # type: ignore[arg-type]
+        elif name == "_enter_inference_mode":
+            entered[node] = torch.is_grad_enabled()
+            torch._C._set_grad_enabled(entered[node] and not (node.args and node.args[0]))
+        elif name == "_exit_inference_mode":
+            torch._C._set_grad_enabled(entered.pop(node.args[0]))  # type: ignore[arg-type]
+        else:
+            torch._C._set_grad_enabled(bool(node.args[0]))
+        yield node

@@ -1,0 +1,49 @@
+"""Random residual networks: whatever the plan decides, outputs and gradients equal eager's in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from equivalence import assert_same_float64, transformed
+from hypothesis import HealthCheck, given, settings
+from programs import OBSERVERS, STREAM_OPS, Program, Step, programs, tokens
+
+QUIET = dict(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+def _check(steps: tuple[Step, ...]) -> None:
+    torch.manual_seed(len(steps))
+    report = assert_same_float64(Program(steps).eval(), (tokens(),))
+    for site in report.sites:
+        assert site.rules or site.refusals
+
+
+@settings(max_examples=60, **QUIET)
+@given(programs())
+def test_random_residual_networks(steps: tuple[Step, ...]) -> None:
+    _check(steps)
+
+
+@pytest.mark.slow
+@settings(max_examples=1500, **QUIET)
+@given(programs(14))
+def test_many_random_residual_networks(steps: tuple[Step, ...]) -> None:
+    _check(steps)
+
+
+@pytest.mark.parametrize("op", [op for op in dict.fromkeys(STREAM_OPS) if op != "detach"])
+def test_streams_pass_each_op(op: str) -> None:
+    """Each op of the M3 table lets the norms around it become RMSNorms: the random test is not vacuous."""
+    torch.manual_seed(0)
+    steps = (("branch", 0), (op, 0), ("branch", 0))
+    report = assert_same_float64(Program(steps).eval(), (tokens(),))
+    assert report.counts["layer_norm"] - report.counts["to_rms_norm"] == 0
+
+
+@pytest.mark.parametrize("op", [o for o in OBSERVERS if o.startswith("raw") or o == "feature_mean"])
+def test_observers_keep_the_mean(op: str) -> None:
+    """LN → RMS without centring is impossible: an observed stream keeps its norms before the observer (A5)."""
+    torch.manual_seed(0)
+    _, report = transformed(Program((("branch", 0), ("branch", 0), (op, 0))).eval(), (tokens(),))
+    assert any(r.code == "observed" for site in report.sites for r in site.refusals)
+    assert report.counts["to_rms_norm"] < report.counts["layer_norm"]

@@ -1,0 +1,139 @@
+"""One harness over RULES: proof, plan and graph of every example and counterexample, float64 numerics, flags off."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sympy
+import torch
+from equivalence import assert_same_float64, transformed
+from normfx.export import rewrite
+from normfx.ir import ops
+from normfx.options import RULE_NAMES
+from normfx.plan import refusal_codes
+from normfx.rules import RULES, fold_affine
+from normfx.rules.rule import Example, Rule
+
+
+def _cases() -> Iterator[object]:
+    for rule in RULES:
+        for example in (rule.example, *rule.counterexamples):
+            yield pytest.param(rule, example, id=f"{rule.name}-{example.name.replace(' ', '-')}")
+
+
+def _symbols(name: str, *shape: int) -> np.ndarray:
+    array = np.empty(shape, dtype=object)
+    for index in itertools.product(*map(range, shape)):
+        array[index] = sympy.Symbol(name + "_" + "_".join(map(str, index)), real=True)
+    return array
+
+
+def test_rule_names_are_those_of_the_options() -> None:
+    assert tuple(rule.name for rule in RULES) == RULE_NAMES
+
+
+@pytest.mark.parametrize("d", [2, 3, 4])
+@pytest.mark.parametrize("rule", RULES, ids=lambda r: r.name)
+def test_identity_is_proved(rule: Rule, d: int) -> None:
+    pairs = list(rule.identity(_symbols, d))
+    assert pairs
+    for lhs, rhs in pairs:
+        assert sympy.expand(lhs - rhs) == 0  # expands inside the root too, so equal norms become one term
+
+
+@pytest.mark.parametrize("rule", [r for r in RULES if r.name in ("pre_rms_norm", "linear_norm")], ids=lambda r: r.name)
+def test_the_proof_can_fail(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the projection the two sides differ: LN is never just replaced by RMS (A5)."""
+    monkeypatch.setattr("normfx.rules.algebra.rms_norm", lambda x, eps: x / sympy.sqrt((x * x).sum() + eps))
+    lhs, rhs = next(iter(rule.identity(lambda n, *s: _symbols(n, *s), 2)))
+    uncentred = _symbols("x", 2) + _symbols("b", 2)
+    assert sympy.expand(lhs - rhs) == 0
+    assert sympy.expand(lhs - uncentred[0] / sympy.sqrt((uncentred * uncentred).sum() + _symbols("eps", 1)[0])) != 0
+
+
+def test_center_in_general_dimension() -> None:
+    """The lemma behind every centring rule: P = I − 11ᵀ/d is a symmetric projection with P1 = 0, for symbolic d."""
+    d = sympy.Symbol("d", positive=True, integer=True)
+    one = sympy.MatrixSymbol("one", d, 1)
+    projection = sympy.Identity(d) - one * one.T / d
+    square = (projection * projection).expand().doit()
+    reduced = square.subs(one.T * one, d * sympy.Identity(1)).doit()
+    sums = sympy.Matrix(5, 5, lambda i, j: sympy.Integer(int(i == j)) - sympy.Rational(1, 5))
+    assert reduced is not None and sums * sums == sums and sums.T == sums
+    assert sums * sympy.ones(5, 1) == sympy.zeros(5, 1)
+
+
+def test_fold_formula_is_what_the_op_computes() -> None:
+    torch.manual_seed(0)
+    weight, bias, gamma, beta = (torch.randn(s, dtype=torch.float64) for s in ((4, 6), (4,), (6,), (6,)))
+    new_weight, new_bias = fold_affine.fold(weight, bias, gamma, beta, 0.5)
+    torch.testing.assert_close(ops.scale_features(weight, gamma, 1, 6, 1), new_weight, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(
+        ops.fold_shift(weight, beta, bias, 0.5, 1, 6, 1, torch.float64), new_bias, rtol=1e-14, atol=1e-14
+    )
+
+
+@pytest.mark.parametrize(("rule", "example"), _cases())
+def test_decision(rule: Rule, example: Example) -> None:
+    _, report = transformed(example.build().eval(), example.inputs())
+    codes = [r.code for site in report.sites for r in site.refusals if r.rule == rule.name]
+    if example.code:
+        assert example.code in codes
+        assert all(r.nodes and r.hint for site in report.sites for r in site.refusals)
+    else:
+        assert any(rule.name in site.rules for site in report.sites)
+        assert not codes
+
+
+@pytest.mark.parametrize(("rule", "example"), _cases())
+def test_float64(rule: Rule, example: Example) -> None:
+    torch.manual_seed(0)
+    model = example.build().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    assert_same_float64(model, example.inputs())
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda r: r.name)
+def test_flag_off_leaves_the_graph(rule: Rule) -> None:
+    model, inputs = rule.example.build().eval(), rule.example.inputs()
+    _, report = transformed(model, inputs, {"rules": "none"})
+    (graph,) = report.graphs
+    assert graph.before == graph.after
+    assert {r.code for s in report.sites for r in s.refusals} == {"disabled"}
+    assert all(s.refusals for s in report.sites)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda r: r.name)
+def test_one_rule_alone(rule: Rule) -> None:
+    model, inputs = rule.example.build().eval(), rule.example.inputs()
+    _, report = transformed(model, inputs, {"rules": [rule.name]})
+    assert {name for site in report.sites for name in site.rules} == {rule.name}
+    assert_same_float64(model, inputs, options={"rules": [rule.name]})
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda r: r.name)
+def test_idempotent(rule: Rule) -> None:
+    """A rewritten program holds nothing more to rewrite."""
+    model, inputs = rule.example.build().eval(), rule.example.inputs()
+    once = rewrite(torch.export.export(model, inputs))
+    twice = rewrite(once)
+    assert str(twice.graph) == str(once.graph)
+
+
+def test_every_refusal_code_has_a_counterexample() -> None:
+    shown = {(id(rule.codes[e.code])) for rule in RULES for e in rule.counterexamples}
+    missing = [(rule.name, code) for rule in RULES for code, c in rule.codes.items() if id(c) not in shown]
+    assert missing == []
+
+
+def test_every_refusal_code_is_documented() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "refusals.md").read_text()
+    for rule, codes in refusal_codes().items():
+        for code, meaning in codes.items():
+            assert f"`{code}`" in text and meaning in text, (rule, code)
