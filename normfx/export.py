@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature
+from torch.fx import Graph, Node
 
 from normfx.backend import transform_canonical
 from normfx.capture import capture_exported
@@ -33,4 +35,13 @@ def rewrite(exported_program: ExportedProgram, options: Mapping[str, Any] | None
     if rewritten is None:
         return exported_program
     inline_canonical_ops(rewritten)
-    return exported_program._update(rewritten, exported_program.graph_signature)
+    return exported_program._update(rewritten, _renamed(exported_program.graph_signature, rewritten.graph))
+
+
+def _renamed(signature: ExportGraphSignature, graph: Graph) -> ExportGraphSignature:
+    """The signature with the names that the graph's outputs have now; their order and meaning do not change."""
+    renamed = copy.deepcopy(signature)
+    for spec, node in zip(renamed.output_specs, graph.output_node().args[0], strict=True):  # type: ignore[arg-type]
+        if isinstance(node, Node):
+            spec.arg.name = node.name
+    return renamed

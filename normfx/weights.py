@@ -11,12 +11,20 @@ from collections.abc import Iterable
 from torch.fx import Graph, Node
 
 from normfx.ir import ops
-from normfx.ir.graph import parameter_only
+from normfx.ir.graph import op_name, parameter_only
 
 _FOLDS = frozenset({ops.CENTER, ops.SCALE_FEATURES, ops.FOLD_SHIFT})
 
 
 def live_folds(graph: Graph, weights: Iterable[Node]) -> tuple[Node, ...]:
-    """The nodes of a rewritten graph that compute folded weights from parameters alone."""
+    """The nodes of a rewritten graph that compute folded weights from parameters alone.
+
+    The centred rows of an embedding count too: they are rows of the centred table.
+    """
     known = parameter_only(graph, weights)
-    return tuple(node for node in graph.nodes if node.target in _FOLDS and node in known)
+    folds = (node for node in graph.nodes if node.target in _FOLDS)
+    return tuple(node for node in folds if node in known or _is_embedding(node.args[0]))
+
+
+def _is_embedding(node: object) -> bool:
+    return isinstance(node, Node) and op_name(node) == "aten::embedding"

@@ -16,6 +16,7 @@ from torch._subclasses import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 from normfx.capture import Captured, capture, capture_exported, dotted, module_path, source_line
+from normfx.ir.expand import encoder_layer
 from normfx.ir.verify import verify
 
 aten = torch.ops.aten
@@ -317,6 +318,32 @@ def test_while() -> None:
         same(f, torch.tensor(3), x64(2, 8))
 
 
+def test_nested_compile_region() -> None:
+    block = Block().double()
+
+    @torch.compiler.nested_compile_region
+    def inner(v: Tensor) -> Tensor:
+        return block(v)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, x: Tensor) -> Tensor:
+            return inner(inner(x)) + 1
+
+    backend = Backend()
+    model, x = Model(), x64(3, 8, grad=True)
+    got = torch.compile(model, backend=backend, fullgraph=True)(x)
+    want = model(x)
+    parameters = [x, *model.parameters()]
+    pairs = zip(*(torch.autograd.grad(out.sum(), parameters) for out in (got, want)), strict=True)
+    for a, b in [(got, want), *pairs]:
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+    assert backend.count(torch.ops.higher_order.invoke_subgraph) == 2
+
+
 def test_functorch_regions() -> None:
     w = x64(8, 8)
 
@@ -516,6 +543,49 @@ def test_transformer_encoder(norm_first: bool, mode: str) -> None:
     assert backend.count(aten._transformer_encoder_layer_fwd.default) == 0
 
 
+def _mask(kind: int | None, dtype: torch.dtype = torch.bool) -> Tensor | None:
+    shape = {None: None, 0: (5, 5), 1: (2, 5), 2: (2, 2, 5, 5)}[kind]
+    if shape is None:
+        return None
+    mask = torch.rand(shape) > 0.5
+    mask[..., 0] = False
+    if kind == 2:
+        mask[0, 1, 3] = True  # a row with every key masked
+    return mask.to(dtype)
+
+
+@pytest.mark.parametrize("kind", [None, 0, 1, 2])
+@pytest.mark.parametrize(("norm_first", "gelu"), [(True, True), (False, False)])
+def test_encoder_layer_means_the_op(kind: int | None, norm_first: bool, gelu: bool) -> None:
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64)
+
+    attention = [random(24, 8), random(24), random(8, 8), random(8)]
+    rest = [*(random(8) for _ in range(4)), random(16, 8), random(16), random(8, 16), random(8)]
+    args = (random(2, 5, 8), 8, 2, *attention, gelu, norm_first, 1e-5, *rest)
+    for dtype in (torch.bool, torch.float64):
+        mask = _mask(kind, dtype)
+        want = torch._transformer_encoder_layer_fwd(*args, mask, kind)
+        torch.testing.assert_close(encoder_layer(*args, mask, kind), want, rtol=1e-11, atol=1e-12, equal_nan=True)
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_transformer_encoder_masks(norm_first: bool) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.1, "gelu", batch_first=True, norm_first=norm_first)
+    model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).double().eval()
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    causal = nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.float64)
+    with torch.no_grad():
+        backend = same(model, x64(2, 5, 8), src_key_padding_mask=padding)
+        same(model, x64(2, 5, 8), backend=backend, mask=causal, is_causal=True)
+    assert len(backend.seen) >= 2
+    for captured in backend.seen:
+        graph = captured.graph_module.graph
+        assert not graph.find_nodes(op="call_function", target=aten._transformer_encoder_layer_fwd.default)
+        norms = graph.find_nodes(op="call_function", target=aten.layer_norm.default)
+        assert len(norms) == 2 and all(module_path(n) == "layers.0" for n in norms)
+
+
 # ---------------------------------------------------------------------------------------------- downstream
 
 
@@ -550,14 +620,15 @@ def test_static_inputs_are_those_of_the_untouched_graph() -> None:
 def test_inductor() -> None:
     from torch._inductor.compile_fx import compile_fx
 
-    same(Stack(1).double(), x64(3, 8, grad=True), backend=Backend(compile_fx))
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)).double()
+    same(model, x64(3, 8, grad=True), backend=Backend(compile_fx))
 
 
 def test_inductor_cache_hits() -> None:
     from torch._dynamo.utils import counters
     from torch._inductor.compile_fx import compile_fx
 
-    model, x = Stack(1), torch.randn(3, 8)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), torch.randn(3, 8)
     with torch.no_grad():
         torch.compile(model, backend=Backend(compile_fx), fullgraph=True)(x)
         torch._dynamo.reset()

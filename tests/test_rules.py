@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +18,11 @@ from normfx.rules import RULES, fold_affine
 from normfx.rules.rule import Example, Rule
 
 
-def _cases() -> Iterator[object]:
-    for rule in RULES:
-        for example in (rule.example, *rule.counterexamples):
-            yield pytest.param(rule, example, id=f"{rule.name}-{example.name.replace(' ', '-')}")
+CASES = [
+    pytest.param(rule, example, id=f"{rule.name}-{example.name.replace(' ', '-')}")
+    for rule in RULES
+    for example in (rule.example, *rule.counterexamples)
+]
 
 
 def _symbols(name: str, *shape: int) -> np.ndarray:
@@ -77,7 +77,7 @@ def test_fold_formula_is_what_the_op_computes() -> None:
     )
 
 
-@pytest.mark.parametrize(("rule", "example"), _cases())
+@pytest.mark.parametrize(("rule", "example"), CASES)
 def test_decision(rule: Rule, example: Example) -> None:
     _, report = transformed(example.build().eval(), example.inputs())
     codes = [r.code for site in report.sites for r in site.refusals if r.rule == rule.name]
@@ -89,7 +89,7 @@ def test_decision(rule: Rule, example: Example) -> None:
         assert not codes
 
 
-@pytest.mark.parametrize(("rule", "example"), _cases())
+@pytest.mark.parametrize(("rule", "example"), CASES)
 def test_float64(rule: Rule, example: Example) -> None:
     torch.manual_seed(0)
     model = example.build().eval()

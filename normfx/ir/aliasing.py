@@ -72,7 +72,7 @@ def functionalize_local(gm: GraphModule) -> int:
             result = _evaluate(node, functional)
             if result is not None:
                 new = _replace(gm, node, functional, result, position)
-                position[new], storages[new], grad_on[new] = position[node], storages[node], grad_on[node]
+                position[new], storages[new], grad_on[new] = position.pop(node), storages.pop(node), grad_on[node]
                 count += 1
     if count:
         gm.graph.lint()
@@ -86,8 +86,8 @@ def functionalize_local(gm: GraphModule) -> int:
 def _storages(graph: Graph) -> dict[Node, frozenset[Storage]]:
     """The storages a node's value lives in.
 
-    Fakes share storage exactly where the tensors they stand for do (torch 2.13 and 2.15; eval `dropout` returns its
-    input itself), so storage identity covers views, `getitem` and in-place results. Carried nodes have made-up fakes: one
+    Fakes share storage where the tensors they stand for do (torch 2.13 and 2.15, but for eval `dropout` on 2.13), so
+    storage identity covers views, `getitem` and in-place results. Carried nodes have made-up fakes: one
     that may hand out an input shares that input's storages, one without a fake shares its inputs'.
     """
     found: dict[Node, frozenset[Storage]] = {}
@@ -98,8 +98,18 @@ def _storages(graph: Graph) -> dict[Node, frozenset[Storage]]:
             own = own.union(*(found.get(n, frozenset()) for n in node.all_input_nodes))
         elif not own or target_name(node) == "getitem":
             own = own.union(*(found.get(n, frozenset()) for n in _aliased_by_schema(node)))
+        elif _is_identity_dropout(node):
+            own |= found[node.args[0]]
         found[node] = own
     return found
+
+
+def _is_identity_dropout(node: Node) -> bool:
+    """Dropout that returns its input itself in eager; the fakes of torch 2.13 do not show it."""
+    if not isinstance(node.target, OpOverload) or len(node.args) < 3 or not isinstance(node.args[0], Node):
+        return False
+    name = node.target._schema.name.split("::")[1]
+    return name in _RANDOM_TWINS and (not node.args[2] or node.args[1] == 0)
 
 
 def _identities(value: Any) -> Iterator[Storage]:
@@ -212,20 +222,24 @@ def _functional(node: Node) -> OpOverload | None:
     name = op._schema.name.split("::")[1]
     if not name.endswith("_") or name.endswith("__") or torch.Tag.inplace_view in op.tags:
         return None
+    if name == "copy_":  # torch 2.13 and 2.15 have no derivative for `aten::copy`
+        return None
     if torch.Tag.nondeterministic_seeded in op.tags and name[:-1] not in _RANDOM_TWINS:
         return None
     twin = getattr(getattr(torch.ops.aten, name[:-1], None), op._overloadname, None)
-    if not isinstance(twin, OpOverload) or not _same_signature(op, twin):
+    if not isinstance(twin, OpOverload) or not _same_signature(op, twin, node.kwargs):
         return None
     kernels = ("CompositeImplicitAutograd", "Autograd")
     known = any(torch._C._dispatch_has_kernel_for_dispatch_key(twin.name(), key) for key in kernels)
     return twin if known else None
 
 
-def _same_signature(op: OpOverload, twin: OpOverload) -> bool:
+def _same_signature(op: OpOverload, twin: OpOverload, kwargs: Iterable[str]) -> bool:
     mine, other = op._schema.arguments, twin._schema.arguments
-    writes = [a for a in mine if a.alias_info is not None and a.alias_info.is_write]
-    return [a.name for a in mine] == [a.name for a in other] and writes == mine[:1] and not twin._schema.is_mutable
+    writes = [a.name for a in mine if a.alias_info is not None and a.alias_info.is_write]
+    types = [str(a.type) for a in mine] == [str(a.type) for a in other]
+    names = {a.name for a in mine} & {a.name for a in other}
+    return types and names >= set(kwargs) and writes == [mine[0].name] and not twin._schema.is_mutable
 
 
 def _older_aliases(node: Node, storages: dict[Node, frozenset[Storage]], position: dict[Node, int]) -> list[Node]:
@@ -289,18 +303,16 @@ def _replace(
     """
     target, stored = node.args[0], node.meta["val"]
     assert isinstance(target, Node)
+    later = [user for user in target.users if position[user] > position[node]]
     with gm.graph.inserting_before(node):
         new = gm.graph.call_function(functional, node.args, node.kwargs)
         new.meta = dict(node.meta)
         if result.dtype != stored.dtype:
             new.meta["val"] = result
-            position[new] = position[node]
             new = gm.graph.call_function(torch.ops.aten.to.dtype, (new, stored.dtype))
             new.meta = dict(node.meta)
-    position[new] = position[node]
-    for user in [u for u in target.users if position[u] > position[node]]:
+    for user in later:
         user.replace_input_with(target, new)
     node.replace_all_uses_with(new)
     gm.graph.erase_node(node)
-    position.pop(node)
     return new

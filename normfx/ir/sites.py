@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -98,6 +98,7 @@ class Leaf:
     norm:      output of another norm, which has a mean (T3)
     raw:       a value of the stream whose original is read too ("observer" reads it)
     value:     any other activation or graph input
+    obstacle:  code of what forbids centring it at all ("" when nothing does)
     """
 
     node: Node
@@ -107,6 +108,12 @@ class Leaf:
     observer: Node | None = None
     scale: Node | None = None
     linear: Node | None = None
+    obstacle: str = ""
+
+    @property
+    def explicit(self) -> bool:
+        """Whether it must be centred while the model runs, at the cost of a pass over it."""
+        return self.kind not in ("parameter", "centred", "scaled")
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,23 +122,39 @@ class Stream:
 
     nodes:   values inside the stream, each a linear map (M3) of others and of leaves
     norms:   LayerNorms that read it
+    leaves:  what enters it
+    reads:   for each norm and each value inside, the values and leaves it is made of
     dropped: (node, argument name) pairs: additive terms constant along the features; their centred form is 0
     joins:   values are added or joined on the way; otherwise one writer feeds the norms (M4)
-    obstacle: code of what forbids centring it ("" when nothing does), with a detail and the nodes in the way
+    obstacle: code of what forbids it as a whole ("" when nothing does), with a detail
     """
 
     norms: tuple[Norm, ...]
-    nodes: tuple[Node, ...]
     leaves: tuple[Leaf, ...]
+    reads: Mapping[Norm | Node, tuple[Node | Leaf, ...]] = field(default_factory=dict)
     dropped: tuple[tuple[Node, str], ...] = ()
     joins: bool = True
     obstacle: str = ""
     detail: str = ""
-    obstacle_nodes: tuple[Node, ...] = ()
 
-    def explicit(self) -> Iterator[Leaf]:
-        """Leaves that must be centred while the model runs, at the cost of a pass over them."""
-        return (leaf for leaf in self.leaves if leaf.kind not in ("parameter", "centred", "scaled"))
+    def part(self, norms: Iterable[Norm]) -> Stream:
+        """The part of the stream that feeds these norms."""
+        chosen = tuple(norms)
+        reached: dict[Norm | Node | Leaf, None] = dict.fromkeys(chosen)
+        work: list[Norm | Node | Leaf] = list(chosen)
+        while work:
+            item = work.pop()
+            fresh = [r for r in (() if isinstance(item, Leaf) else self.reads[item]) if r not in reached]
+            reached.update(dict.fromkeys(fresh))
+            work += fresh
+        return replace(
+            self,
+            norms=chosen,
+            leaves=tuple(
+                replace(leaf, users=tuple(u for u in leaf.users if u in reached)) for leaf in self.leaves if leaf in reached
+            ),
+            dropped=tuple((node, name) for node, name in self.dropped if node in reached),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,12 +173,14 @@ class Readers:
     linears: (Linear, axis of the norm's features inside the linear's weight, product of numbers multiplied on the way)
     path:    the row-preserving nodes between
     others:  readers that are not linears over the feature axis
+    shared:  readers whose weight is also read behind another norm with other γ or β (T7)
     """
 
     norm: Norm
     linears: tuple[tuple[Linear, Axis, float], ...]
     path: tuple[Node, ...]
     others: tuple[Node, ...]
+    shared: tuple[Node, ...] = ()
 
 
 @dataclass(frozen=True)

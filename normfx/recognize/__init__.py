@@ -9,7 +9,7 @@ from torch.fx import Graph, Node
 from normfx.ir.graph import parameter_only
 from normfx.ir.sites import Sites
 from normfx.recognize.norms import find_norms
-from normfx.recognize.readers import find_readers, find_scaled
+from normfx.recognize.readers import find_all_readers, find_scaled
 from normfx.recognize.stream import find_streams
 
 
@@ -32,6 +32,6 @@ def recognize(
     return Sites(
         norms=norms,
         streams=find_streams(graph, norms, parameters, mutated),
-        readers={norm: find_readers(norm, parameters, mutated) for norm in norms},
+        readers=find_all_readers(norms, parameters, mutated),
         scaled={found.norm: found for found in scaled},
     )

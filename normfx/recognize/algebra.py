@@ -1,6 +1,6 @@
 """Exact algebra over the rows of one value: how every spelling of a norm becomes the same expression.
 
-An expression is a sum of products of atoms with number coefficients. For a value x and one of its axes they are
+An expression is a sum of products of atoms with number coefficients. For a value x and one of its axes:
 
     x           the value itself
     M = mean(x)     S = mean(x²)        one number per row

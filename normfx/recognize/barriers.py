@@ -12,8 +12,8 @@ from normfx.ir.regions import is_mode_switch, target_name
 def regions(graph: Graph) -> Mapping[Node, Hashable]:
     """The region of each node: nodes of equal regions run under the same grad, autocast and inference mode.
 
-    The grad mode around the graph is unknown: what the first switch sets is taken to differ from it. Where that
-    is wrong, equal regions merely look different.
+    The grad mode around the graph is unknown: what the first switch sets is taken to differ from it. If
+    that is wrong, equal regions merely look different.
     """
     switches = [node for node in graph.nodes if is_mode_switch(node)]
     grad: object = next((not n.args[0] for n in switches if target_name(n) == "_set_grad_enabled"), None)

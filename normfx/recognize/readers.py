@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 from torch.fx import Node
 
 from normfx.ir.graph import SHAPE_READS, arguments, is_getitem, occurrences, op_name, shape, value
@@ -23,6 +26,21 @@ ROW_OPS = (
 """Ops whose every output row is one input row: γ and β pass them (M7). Not cat, padding, sums or token scales."""
 
 NUMBER_SCALES = frozenset({"aten::mul.Tensor", "aten::mul.Scalar", "aten::div.Tensor", "aten::div.Scalar"})
+
+
+def find_all_readers(
+    norms: Iterable[Norm], parameters: frozenset[Node], barred: frozenset[Node]
+) -> dict[Norm, Readers]:
+    """Readers of each norm, with the weights that norms of different γ or β share."""
+    found = {norm: find_readers(norm, parameters, barred) for norm in norms}
+    affines: dict[Node, set[tuple[Node | None, Node | None]]] = {}
+    for norm, readers in found.items():
+        for linear, _, _ in readers.linears:
+            affines.setdefault(linear.weight, set()).add((norm.weight, norm.bias))
+    for norm, readers in found.items():
+        shared = tuple(linear.node for linear, _, _ in readers.linears if len(affines[linear.weight]) > 1)
+        found[norm] = replace(readers, shared=shared)
+    return found
 
 
 def number_factor(node: Node, operand: Node) -> float | None:

@@ -34,8 +34,8 @@ CASTS = frozenset({
 COPIES = frozenset({"aten::contiguous", "aten::clone", "aten::alias"})
 RESHAPES = frozenset({
     "aten::unsqueeze", "aten::squeeze.dim", "aten::squeeze.dims", "aten::squeeze",
-    "aten::view", "aten::reshape", "aten::_unsafe_view", "aten::view_as", "aten::reshape_as", "aten::slice.Tensor",
-    "aten::expand", "aten::expand_as", "aten::broadcast_to",
+    "aten::view", "aten::reshape", "aten::_unsafe_view", "aten::view_as", "aten::reshape_as",
+    "aten::slice.Tensor", "aten::expand", "aten::expand_as", "aten::broadcast_to",
 })  # fmt: skip
 LIKE = frozenset({"aten::type_as", "aten::to.other", "aten::expand_as", "aten::view_as", "aten::reshape_as"})
 """Ops that read only the shape or dtype of their second operand."""

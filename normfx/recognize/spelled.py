@@ -6,8 +6,8 @@ node is a norm when its expression reads
     γ·(x − M)·(k·(S − M²) + e)^(−1/2) + β        LayerNorm
     γ·x·(k·S + e)^(−1/2) + β                     RMSNorm
 
-with M = mean(x), S = mean(x²), parameters γ and β along the axis or absent; formula.py has the other places of
-the epsilon. All steps are identities: a look-alike has another expression, a new spelling needs no new code.
+with M = mean(x), S = mean(x²), parameters γ and β along the axis or absent; formula.py has the other places
+of the epsilon. All steps are identities: a look-alike has another expression, a new spelling needs no code.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
-from normfx.ir.graph import arguments, op_name, value
+from normfx.ir.graph import arguments, is_one, op_name, value
 from normfx.recognize import algebra
 from normfx.recognize.algebra import M, S, X
 from normfx.recognize.barriers import regions
@@ -93,6 +93,8 @@ def _candidates(seed: Node, parameters: frozenset[Node]) -> set[tuple[Node, int]
     val = value(operand)
     if val is None or not val.dtype.is_floating_point or len(dims) != 1 or (dims == (0,) and val.ndim > 1):
         return set()  # several dimensions, or statistics over the batch
+    if is_one(val.shape[dims[0]]):
+        return set()  # x/|x| of single entries
     found: set[Node] = set()
     todo: list[object] = [operand]
     while todo:

@@ -53,10 +53,10 @@ def find_streams(
             continue
         if norm.obstacle or norm.eps_place == "clamped":
             detail = norm.obstacle or "its eps is a lower bound"
-            alone.append(Stream((norm,), (), (), obstacle="opaque_norm", detail=detail, obstacle_nodes=(norm.output,)))
+            alone.append(Stream((norm,), (), obstacle="opaque_norm", detail=detail))
         elif norm.axis is None:
             detail = f"dimensions {norm.dims} of {norm.input.name}"
-            alone.append(Stream((norm,), (), (), obstacle="several_axes", detail=detail, obstacle_nodes=(norm.output,)))
+            alone.append(Stream((norm,), (), obstacle="several_axes", detail=detail))
         else:
             seeds.setdefault(norm.input, []).append(norm)
     region = _Region(seeds, parameters, barred, outputs)
@@ -130,43 +130,54 @@ def _is_norm_use(node: Node, user: Node, region: _Region) -> bool:
 def _streams(graph: Graph, region: _Region, order: Mapping[Node, int]) -> list[Stream]:
     """Connected components of blind values, the norms that read them and their leaves."""
     links = networkx.Graph()
-    users: dict[tuple[Node, Axis], list[Node | Norm]] = {}
+    operands: dict[Node | Norm, list[tuple[Node, Axis]]] = {}
     for node in graph.nodes:
         for norm in region.norms.get(node, ()):
             assert norm.axis is not None
-            _link(links, users, norm, node, norm.axis, region)
+            operands[norm] = [(node, norm.axis)]
         if region.blind(node):
-            links.add_node(node)
-            for operand, axis in region.flows[node].carried:
-                _link(links, users, node, operand, axis, region)
+            operands[node] = list(region.flows[node].carried)
+    for reader, carried in operands.items():
+        links.add_node(reader)
+        for operand, axis in carried:
+            if _inside(operand, axis, region):
+                links.add_edge(reader, operand)
+            elif operand not in region.parameters:
+                links.add_edge(reader, (operand, axis))  # one centred copy serves all: they are decided together
     streams = []
-    for part in networkx.connected_components(links):
-        norms = sorted((p for p in part if isinstance(p, Norm)), key=lambda n: order[n.output])
-        nodes = sorted((p for p in part if isinstance(p, Node)), key=order.__getitem__)
-        members = {*norms, *nodes}
-        keys = [key for key, readers in users.items() if any(r in members for r in readers)]
+    for component in networkx.connected_components(links):
+        norms = sorted((p for p in component if isinstance(p, Norm)), key=lambda n: order[n.output])
+        nodes = sorted((p for p in component if isinstance(p, Node)), key=order.__getitem__)
         if norms:
-            leaves = [_leaf(key, [r for r in users[key] if r in members], region) for key in keys]
-            streams.append(_stream(norms, nodes, leaves, region))
+            streams.append(_stream(norms, nodes, operands, region))
     return streams
 
 
-def _link(
-    links: networkx.Graph,
-    users: dict[tuple[Node, Axis], list[Node | Norm]],
-    reader: Node | Norm,
-    operand: Node,
-    axis: Axis,
-    region: _Region,
-) -> None:
-    links.add_node(reader)
-    if region.blind(operand) and region.axes[operand] == axis:
-        links.add_edge(reader, operand)
-        return
-    key = (operand, axis)
-    users.setdefault(key, []).append(reader)
-    if operand not in region.parameters:
-        links.add_edge(reader, key)  # one centred copy serves all its readers, so they are decided together
+def _inside(node: Node, axis: Axis, region: _Region) -> bool:
+    return region.blind(node) and region.axes[node] == axis
+
+
+def _stream(
+    norms: list[Norm], nodes: list[Node], operands: Mapping[Node | Norm, list[tuple[Node, Axis]]], region: _Region
+) -> Stream:
+    users: dict[tuple[Node, Axis], list[Node | Norm]] = {}
+    for reader in (*nodes, *norms):
+        for operand, axis in operands[reader]:
+            if not _inside(operand, axis, region):
+                users.setdefault((operand, axis), []).append(reader)
+    leaves = {key: _leaf(key, readers, region) for key, readers in users.items()}
+    reads = {
+        reader: tuple(o if _inside(o, axis, region) else leaves[o, axis] for o, axis in operands[reader])
+        for reader in (*nodes, *norms)
+    }
+    dropped = tuple((node, name) for node in nodes for name in region.flows[node].dropped)
+    joins = not any(op_name(n) in LINEARS for n in nodes) or any(_joins(node, region) for node in nodes)
+    return Stream(tuple(norms), tuple(leaves.values()), reads, dropped, joins)
+
+
+def _joins(node: Node, region: _Region) -> bool:
+    step = region.flows[node]
+    return bool(step.dropped) or (len(step.carried) > 1 and op_name(node) not in LINEARS)
 
 
 def _leaf(key: tuple[Node, Axis], users: list[Node | Norm], region: _Region) -> Leaf:
@@ -187,7 +198,17 @@ def _leaf(key: tuple[Node, Axis], users: list[Node | Norm], region: _Region) -> 
         scaled = _scaled_writer(node, axis, users, region)
         if scaled is not None:
             kind, (linear, scale) = "scaled", scaled
-    return Leaf(node, axis, kind, tuple(users), region.witness.get(node), scale, linear)
+    obstacle = _leaf_obstacle(node, kind, region)
+    return Leaf(node, axis, kind, tuple(users), region.witness.get(node), scale, linear, obstacle)
+
+
+def _leaf_obstacle(node: Node, kind: LeafKind, region: _Region) -> str:
+    fake = value(node)
+    if node in region.barred:
+        return "mutated"
+    if fake is None or not fake.is_floating_point():
+        return "uncentred_input"
+    return "packed_weight" if kind == "parameter" and packed_sources(node) else ""
 
 
 def _scaled_writer(node: Node, axis: Axis, users: list[Node | Norm], region: _Region) -> tuple[Node, Node] | None:
@@ -224,28 +245,3 @@ def _graph_users(users: Iterable[Node | Norm]) -> set[Node]:
     for user in users:
         found |= user.nodes if isinstance(user, Norm) else {user}
     return found
-
-
-def _stream(norms: list[Norm], nodes: list[Node], leaves: list[Leaf], region: _Region) -> Stream:
-    dropped = tuple((node, name) for node in nodes for name in region.flows[node].dropped)
-    obstacle = ""
-    culprits: tuple[Node, ...] = ()
-    packed = tuple(leaf.node for leaf in leaves if leaf.kind == "parameter" and packed_sources(leaf.node))
-    written = tuple(leaf.node for leaf in leaves if leaf.node in region.barred)
-    integers = tuple(
-        leaf.node for leaf in leaves if (fake := value(leaf.node)) is None or not fake.is_floating_point()
-    )
-    if written:
-        obstacle, culprits = "mutated", written
-    elif integers:
-        obstacle, culprits = "uncentred_input", integers
-    elif packed:
-        obstacle, culprits = "packed_weight", packed
-    joins = not nodes or any(_joins(node, region) for node in nodes) or not any(op_name(n) in LINEARS for n in nodes)
-    detail = ", ".join(node.name for node in culprits)
-    return Stream(tuple(norms), tuple(nodes), tuple(leaves), dropped, joins, obstacle, detail, culprits)
-
-
-def _joins(node: Node, region: _Region) -> bool:
-    step = region.flows[node]
-    return bool(step.dropped) or (len(step.carried) > 1 and op_name(node) not in LINEARS)

@@ -8,13 +8,15 @@ for looked-up embedding rows the write is the lookup's own. Weights are free: th
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
+import networkx
 import sympy
 from torch.fx import Node
 
 from normfx.ir.graph import entries, shape, size_hint
-from normfx.ir.sites import Stream
+from normfx.ir.sites import Leaf, Norm, Stream
 from normfx.rules.rule import Code, Cost
 
 CODES = {
@@ -47,27 +49,81 @@ CODES = {
 _PASSES = {"embedding": 1, "norm": 2, "raw": 2, "value": 2}
 
 
+def pieces(stream: Stream) -> Iterator[Stream]:
+    """The part of a stream that pays to centre, and the rest.
+
+    Each norm brings what an RMSNorm saves and needs all leaves it is made of, each of which has its price once: the
+    best choice is a maximum closure ("project selection"), found as a minimum cut (Picard 1976). Ties are taken.
+    """
+    if stream.obstacle or not any(leaf.explicit or leaf.obstacle for leaf in stream.leaves):
+        yield stream
+        return
+    network = networkx.DiGraph()
+    rank = 2 * len(stream.norms)  # breaks ties in favour of centring
+    for norm in stream.norms:
+        network.add_edge("source", norm, capacity=rank * _hint(entries(shape(norm.input)), norm.input) + 1)
+    for reader, operands in stream.reads.items():
+        for operand in operands:
+            if not isinstance(operand, Leaf) or operand.explicit or operand.obstacle:
+                network.add_edge(reader, operand)
+    for leaf in stream.leaves:
+        if leaf.obstacle:
+            network.add_edge(leaf, "sink")
+        elif leaf.explicit:
+            network.add_edge(leaf, "sink", capacity=rank * _hint(_price(leaf), leaf.node))
+    chosen: list[Norm] = []
+    if "sink" in network:
+        _, (kept, _) = networkx.minimum_cut(network, "source", "sink")
+        chosen = [norm for norm in stream.norms if norm in kept]
+    if chosen:
+        yield stream.part(chosen)
+    rest = [norm for norm in stream.norms if norm not in chosen]
+    if rest:
+        paid = {leaf.node for leaf in stream.part(chosen).leaves}
+        unpaid = stream.part(rest)
+        yield replace(unpaid, leaves=tuple(leaf for leaf in unpaid.leaves if leaf.node not in paid))
+
+
 def cost(stream: Stream) -> Cost:
     """Row passes over norm inputs and centred leaves, before and after."""
     rows = sum((entries(shape(norm.input)) for norm in stream.norms), sympy.Integer(0))
-    centring = sum((_PASSES[leaf.kind] * entries(shape(leaf.node)) for leaf in stream.explicit()), sympy.Integer(0))
+    centring = sum((_price(leaf) for leaf in stream.leaves if leaf.explicit and not leaf.obstacle), sympy.Integer(0))
     return Cost(3 * rows, 2 * rows + centring)
+
+
+def _price(leaf: Leaf) -> sympy.Expr:
+    return _PASSES[leaf.kind] * entries(shape(leaf.node))
+
+
+def _hint(expr: sympy.Expr, node: Node) -> int:
+    return size_hint(expr, (node,))
 
 
 def guard(stream: Stream) -> Iterator[tuple[str, str, tuple[Node, ...]]]:
     """Objections to centring a stream: first what would be wrong, then what would not pay."""
     if stream.obstacle:
-        yield stream.obstacle, stream.detail, stream.obstacle_nodes
+        yield stream.obstacle, stream.detail, tuple(norm.output for norm in stream.norms)
         return
+    blocked = [leaf for leaf in stream.leaves if leaf.obstacle]
+    for code in dict.fromkeys(leaf.obstacle for leaf in blocked):
+        nodes = tuple(leaf.node for leaf in blocked if leaf.obstacle == code)
+        yield code, ", ".join(node.name for node in nodes), nodes
     price = cost(stream)
-    if size_hint(price.after, _nodes(stream)) <= size_hint(price.before, _nodes(stream)):
+    if blocked or size_hint(price.after, _nodes(stream)) <= size_hint(price.before, _nodes(stream)):
         return
-    for leaf in stream.explicit():
-        if leaf.kind == "raw":
-            observer = leaf.observer or leaf.node
-            yield "observed", f"{leaf.node.name} is read by {observer.name}", (leaf.node, observer)
-        else:
-            yield "uncentred_input", f"{leaf.node.name} ({_LEAF_TEXT[leaf.kind]})", (leaf.node,)
+    explicit = [leaf for leaf in stream.leaves if leaf.explicit]
+    raw = [leaf for leaf in explicit if leaf.kind == "raw"]
+    others = [leaf for leaf in explicit if leaf.kind != "raw"]
+    if raw:
+        details = ", ".join(f"{leaf.node.name} is read by {_observer(leaf).name}" for leaf in raw)
+        yield "observed", details, tuple(node for leaf in raw for node in (leaf.node, _observer(leaf)))
+    if others:
+        details = ", ".join(f"{leaf.node.name} ({_LEAF_TEXT[leaf.kind]})" for leaf in others)
+        yield "uncentred_input", details, tuple(leaf.node for leaf in others)
+
+
+def _observer(leaf: Leaf) -> Node:
+    return leaf.observer or leaf.node
 
 
 _LEAF_TEXT = {
@@ -78,7 +134,7 @@ _LEAF_TEXT = {
 
 
 def _nodes(stream: Stream) -> tuple[Node, ...]:
-    return (*(n.input for n in stream.norms), *(leaf.node for leaf in stream.leaves))
+    return (*(n.input for n in stream.norms), *(leaf.node for leaf in stream.leaves if not leaf.obstacle))
 
 
 def rewrite(stream: Stream, edit: Any) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from normfx.ir.graph import entries, packed_sources, shape, value
+from normfx.ir.graph import entries, packed_sources, shape
 from normfx.ir.sites import Norm, Readers, Sites
 from normfx.rules import centring
 from normfx.rules.rule import Code, Cost, Example, Rule, Symbols
@@ -60,19 +60,11 @@ def guard(site: Readers) -> Iterator[tuple[str, str, tuple[Node, ...]]]:
     others = tuple(node for node in site.others if node.op != "output")
     if others:
         yield "reader_not_linear", ", ".join(node.name for node in others), others
-    if not site.linears and not site.others:
-        yield "unread", "", (norm.output,)
+    if site.shared:
+        yield "shared_weight", ", ".join(node.name for node in site.shared), site.shared
     packed = tuple(linear.node for linear, _, _ in site.linears if packed_sources(linear.weight))
     if packed:
         yield "packed_weight", ", ".join(node.name for node in packed), packed
-    odd = tuple(p for p in (norm.weight, norm.bias) if p is not None and not _per_feature(p, norm.size))
-    if odd:
-        yield "not_per_feature", ", ".join(node.name for node in odd), odd
-
-
-def _per_feature(vector: Node, size: int) -> bool:
-    fake = value(vector)
-    return fake is not None and fake.is_floating_point() and fake.numel() in (1, size)
 
 
 def cost(site: Readers) -> Cost:
@@ -108,6 +100,17 @@ class _Read(nn.Module):
         return {"output": (out, y), "activation": (out, torch.tanh(y))}.get(self.tap, out)
 
 
+class _Shared(nn.Module):
+    """One linear behind two norms with their own γ and β (WideNet-like)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.read = nn.LayerNorm(6), nn.LayerNorm(6), nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.read(self.norm1(x)), self.read(self.norm2(x * x))
+
+
 def _input() -> tuple[torch.Tensor, ...]:
     return (torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0)),)
 
@@ -122,14 +125,16 @@ RULE = Rule(
         "packed_weight": Code(
             "a reader's weight is computed from packed or quantised integers", "none needed: γ and β stay in the norm"
         ),
+        "shared_weight": Code(
+            "a reader's weight is shared with a reader behind a norm of other γ or β: each would need a copy of it",
+            "none needed: γ and β stay in the norm",
+        ),
         "no_affine": Code("the norm has neither weight nor bias", "none needed"),
         "returned": Code("the norm's output leaves the graph", "none needed: γ and β stay in the norm"),
         "reader_not_linear": Code(
             "something other than a linear over the norm's features reads its output",
             "none needed: γ and β stay in the norm",
         ),
-        "unread": Code("nothing reads the norm's output", "remove the norm"),
-        "not_per_feature": Code("weight or bias does not have one entry a feature", "use a weight of shape (features,)"),
     },
     identity=identity,
     candidates=candidates,
@@ -143,6 +148,7 @@ RULE = Rule(
         Example("nonlinear reader", lambda: _Read("activation"), _input, "reader_not_linear"),
         Example("returned", lambda: _Read("output"), _input, "returned"),
         Example("packed", lambda: _Read("packed"), _input, "packed_weight"),
+        Example("shared weight", _Shared, _input, "shared_weight"),
         Example("no affine", lambda: _Read(norm=nn.LayerNorm(6, elementwise_affine=False)), _input, "no_affine"),
         Example("two axes", lambda: _Read(norm=nn.LayerNorm((5, 6))), _input, "several_axes"),
     ),

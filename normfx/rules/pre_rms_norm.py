@@ -28,7 +28,7 @@ def identity(symbols: Symbols, d: int) -> Iterable[tuple[Any, Any]]:
 
 
 def candidates(sites: Sites) -> Iterable[Stream]:
-    return (stream for stream in sites.streams if stream.joins)
+    return (piece for stream in sites.streams if stream.joins for piece in centring.pieces(stream))
 
 
 def norms(stream: Stream) -> tuple[Norm, ...]:

@@ -1,0 +1,465 @@
+"""find_norms: every spelling of a norm gives the record that recomputes it, look-alikes give none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from norm_records import EPS, D, Parameters, assert_recomputes, centre, mean, parameters, rms, trace
+from torch import Tensor
+
+BF16 = torch.bfloat16
+
+# ---------------------------------------------------------------- spellings
+
+
+@dataclass(frozen=True)
+class Case:
+    """A function of (parameters, x) with one norm, and what is expected of the norm."""
+
+    fn: Callable[[Parameters, Tensor], Tensor]
+    kind: str
+    eps: float = EPS
+    place: str = "inside"
+    correction: int = 0
+    affine: str = ""
+    dims: tuple[int, ...] = (2,)
+    shape: tuple[int, ...] = (2, 3, D)
+    dtype: torch.dtype = torch.float32
+    compute: torch.dtype = torch.float32
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def _two_pass(p: Parameters, x: Tensor) -> Tensor:
+    u = mean(x)
+    s = mean((x - u).pow(2))
+    return p["w"] * ((x - u) / torch.sqrt(s + EPS)) + p["b"]
+
+
+def _moments(p: Parameters, x: Tensor) -> Tensor:
+    u = mean(x)
+    return (x - u) * torch.rsqrt(mean(x * x) - u * u + EPS) * p["w"]
+
+
+def _folded_affine(p: Parameters, x: Tensor) -> Tensor:
+    var, u = torch.var_mean(x, -1, correction=0, keepdim=True)
+    scale = torch.rsqrt(var + EPS) * p["w"]
+    return x * scale + (p["b"] - u * scale)
+
+
+def _var_mean(p: Parameters, x: Tensor) -> Tensor:
+    var, u = torch.var_mean(x, dim=-1, unbiased=False)
+    return (x - u.unsqueeze(-1)) * (var[..., None] + EPS) ** -0.5
+
+
+def _channels_first(p: Parameters, x: Tensor) -> Tensor:
+    u = x.mean(1, keepdim=True)
+    s = (x - u).pow(2).mean(1, keepdim=True)
+    return p["w"][:, None, None] * ((x - u) / torch.sqrt(s + EPS)) + p["b"][:, None, None]
+
+
+def _llama(p: Parameters, x: Tensor) -> Tensor:
+    h = x.to(torch.float32)
+    h = h * torch.rsqrt(mean(h.pow(2)) + EPS)
+    return p["w"] * h.to(x.dtype)
+
+
+def _gemma(p: Parameters, x: Tensor) -> Tensor:
+    h = x.float()
+    h = h * torch.rsqrt(mean(h.pow(2)) + EPS)
+    return (h * (1.0 + p["w"].float())).type_as(x)
+
+
+def _t5(p: Parameters, x: Tensor) -> Tensor:
+    variance = mean(x.to(torch.float32).pow(2))
+    h = x * torch.rsqrt(variance + EPS)
+    return p["w"] * h.to(p["w"].dtype)
+
+
+def _rstd_cast(p: Parameters, x: Tensor) -> Tensor:
+    return x * torch.rsqrt(mean(x.float().square()) + EPS).to(x.dtype) * p["w"]
+
+
+def _dropped(p: Parameters, x: Tensor) -> Tensor:
+    return x / (x.square().mean(-1) + EPS).sqrt().unsqueeze(-1)
+
+
+def _viewed(p: Parameters, x: Tensor) -> Tensor:
+    rstd = (x.square().mean(-1) + EPS).rsqrt()
+    return x * rstd.view(2, 3, 1).expand(2, 3, D) * p["w"]
+
+
+SPELLINGS: dict[str, Case] = {
+    "F.layer_norm": Case(lambda p, x: F.layer_norm(x, (D,), p["w"], p["b"], EPS), "LayerNorm", affine="wb"),
+    "F.layer_norm, two dims": Case(
+        lambda p, x: F.layer_norm(x, (3, D), None, None, EPS), "LayerNorm", dims=(1, 2)
+    ),
+    "native_layer_norm": Case(
+        lambda p, x: torch.native_layer_norm(x, [D], p["w"], None, EPS)[0], "LayerNorm", affine="w"
+    ),
+    "F.rms_norm": Case(lambda p, x: F.rms_norm(x, (D,), p["w"], EPS), "RMSNorm", affine="w"),
+    "layer_norm in bf16": Case(
+        lambda p, x: F.layer_norm(x, (D,), p["w"], p["b"], EPS), "LayerNorm", affine="wb", dtype=BF16
+    ),
+    "two-pass": Case(_two_pass, "LayerNorm", affine="wb"),
+    "mean computed twice": Case(
+        lambda p, x: centre(x) / torch.sqrt(mean(centre(x) ** 2) + EPS) * p["w"] + p["b"],
+        "LayerNorm",
+        affine="wb",
+    ),
+    "moments E[x²] − μ²": Case(_moments, "LayerNorm", affine="w"),
+    "γ, β multiplied into rstd": Case(
+        lambda p, x: centre(x) * (torch.rsqrt(x.var(-1, keepdim=True, correction=0) + EPS) * p["w"]) + p["b"],
+        "LayerNorm",
+        affine="wb",
+    ),
+    "x·scale + (β − μ·scale)": Case(_folded_affine, "LayerNorm", affine="wb"),
+    "var_mean, keepdim=False": Case(_var_mean, "LayerNorm"),
+    "unbiased var": Case(
+        lambda p, x: centre(x) / torch.sqrt(x.var(-1, keepdim=True) + EPS) * p["w"],
+        "LayerNorm",
+        correction=1,
+        affine="w",
+    ),
+    "unbiased by hand": Case(
+        lambda p, x: centre(x) / (centre(x).square().sum(-1, keepdim=True) / (D - 1) + EPS).sqrt(),
+        "LayerNorm",
+        correction=1,
+    ),
+    "std + eps (annotated transformer)": Case(
+        lambda p, x: p["w"] * (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + EPS) + p["b"],
+        "LayerNorm",
+        place="outside",
+        correction=1,
+        affine="wb",
+    ),
+    "biased std² + eps": Case(
+        lambda p, x: centre(x) / (x.std(-1, keepdim=True, unbiased=False) ** 2 + EPS).sqrt(), "LayerNorm"
+    ),
+    "var of the centred": Case(
+        lambda p, x: centre(x) * torch.rsqrt(centre(x).var(-1, False, keepdim=True) + EPS), "LayerNorm"
+    ),
+    "rms of the centred": Case(lambda p, x: F.rms_norm(centre(x), (D,), None, EPS), "RMSNorm"),
+    "variance clamped at 0": Case(
+        lambda p, x: centre(x) / ((mean(x * x) - mean(x) ** 2).clamp(min=0) + EPS).sqrt(), "LayerNorm"
+    ),
+    "channels first": Case(_channels_first, "LayerNorm", affine="wb", dims=(1,), shape=(2, D, 3, 3)),
+    "channels first, (1, d, 1, 1)": Case(
+        lambda p, x: centre(x, 1) / (x.var(1, False, keepdim=True) + EPS).sqrt() * p["w"].view(1, D, 1, 1),
+        "LayerNorm",
+        affine="w",
+        dims=(1,),
+        shape=(2, D, 3, 3),
+    ),
+    "one row": Case(lambda p, x: x * (x.pow(2).mean() + EPS).rsqrt(), "RMSNorm", dims=(0,), shape=(D,)),
+    "middle axis": Case(lambda p, x: x * (mean(x.square(), -2) + EPS).rsqrt(), "RMSNorm", dims=(1,)),
+    "llama": Case(_llama, "RMSNorm", affine="w"),
+    "llama in bf16": Case(_llama, "RMSNorm", affine="w", dtype=BF16),
+    "gemma in bf16": Case(_gemma, "RMSNorm", affine="w", dtype=BF16),
+    "t5 in bf16": Case(_t5, "RMSNorm", affine="w", dtype=BF16),
+    "rstd cast back": Case(_rstd_cast, "RMSNorm", affine="w", dtype=BF16),
+    "statistics in bf16": Case(
+        lambda p, x: x * torch.rsqrt(mean(x * x) + EPS), "RMSNorm", dtype=BF16, compute=BF16
+    ),
+    "mean with dtype=": Case(
+        lambda p, x: x / torch.sqrt(torch.mean(x * x, -1, keepdim=True, dtype=torch.float32) + EPS),
+        "RMSNorm",
+        dtype=BF16,
+    ),
+    "sum·(1/n)": Case(lambda p, x: x / ((x * x).sum(-1, keepdim=True) * (1 / D) + EPS).sqrt(), "RMSNorm"),
+    "sum/n": Case(
+        lambda p, x: x * (1.0 / ((x * x).sum(-1, True) / D + EPS).sqrt()) * p["w"], "RMSNorm", affine="w"
+    ),
+    "eps in the sum": Case(
+        lambda p, x: math.sqrt(D) * x * ((x * x).sum(-1, keepdim=True) + EPS).rsqrt(), "RMSNorm", eps=EPS / D
+    ),
+    "unsqueeze": Case(_dropped, "RMSNorm"),
+    "view and expand": Case(_viewed, "RMSNorm", affine="w"),
+    "eps outside": Case(lambda p, x: x / (mean(x.pow(2)).sqrt() + EPS), "RMSNorm", place="outside"),
+    "clamped mean square": Case(
+        lambda p, x: x * mean(x.pow(2)).clamp(min=EPS).rsqrt(), "RMSNorm", place="clamped"
+    ),
+    "F.normalize·√d": Case(
+        lambda p, x: F.normalize(x, dim=-1, eps=EPS) * D**0.5 * p["w"],
+        "RMSNorm",
+        EPS**2 / D,
+        "clamped",
+        affine="w",
+    ),
+    "γ·√d after F.normalize": Case(
+        lambda p, x: F.normalize(x, dim=-1, eps=EPS) * p["w"] * D**0.5,
+        "RMSNorm",
+        EPS**2 / D,
+        "clamped",
+        affine="w",
+    ),
+    "‖x‖/√d + eps": Case(
+        lambda p, x: p["w"] * x / (x.norm(dim=-1, keepdim=True) * D**-0.5 + EPS),
+        "RMSNorm",
+        place="outside",
+        affine="w",
+    ),
+    "no eps": Case(lambda p, x: x / torch.linalg.norm(x, dim=-1, keepdim=True) * D**0.5, "RMSNorm", eps=0.0),
+    "reciprocal": Case(lambda p, x: x * (mean(x.square()) + EPS).sqrt().reciprocal(), "RMSNorm"),
+    "div by rsqrt": Case(lambda p, x: x / (mean(x.square()) + EPS).rsqrt().reciprocal(), "RMSNorm"),
+    "addcmul": Case(
+        lambda p, x: torch.addcmul(
+            p["b"], p["w"], centre(x) * (x.var(-1, False, keepdim=True) + EPS).rsqrt()
+        ),
+        "LayerNorm",
+        affine="wb",
+    ),
+    "scalar γ": Case(lambda p, x: p["g"] * x * (mean(x.square()) + EPS).rsqrt(), "RMSNorm", affine="g"),
+    "only β": Case(lambda p, x: x * (mean(x**2) + EPS).rsqrt() + p["b"], "RMSNorm", affine="b"),
+    "per head, view": Case(
+        lambda p, x: F.rms_norm(x.view(2, 3, 2, 4), (4,), None, EPS), "RMSNorm", dims=(3,)
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SPELLINGS.values(), ids=SPELLINGS.keys())
+def test_spelling(case: Case) -> None:
+    p = parameters(case.dtype)
+    x = torch.randn(case.shape, generator=torch.Generator().manual_seed(2)).to(case.dtype)
+    gm, norms = trace(case.fn, p, x)
+    (norm,) = norms
+    assert (norm.kind, norm.eps_place, norm.correction, norm.dims) == (
+        case.kind, case.place, case.correction, case.dims,
+    )  # fmt: skip
+    assert norm.eps == pytest.approx(case.eps, rel=1e-12)
+    assert (norm.weight is not None, norm.bias is not None) == (
+        "w" in case.affine or "g" in case.affine,
+        "b" in case.affine,
+    )
+    assert (norm.compute_dtype, norm.out_dtype) == (case.compute, norm.output.meta["val"].dtype)
+    assert norm.size == math.prod(norm.input.meta["val"].shape[k] for k in norm.dims)
+    assert norm.obstacle == "" and norm.output in norm.nodes and norm.input not in norm.nodes
+    assert norm.output in gm.graph.output_node().all_input_nodes
+    assert_recomputes(gm, norms, *p.values(), x)
+
+
+# ---------------------------------------------------------------- look-alikes
+
+
+def _no_grad_statistics(p: Parameters, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        rstd = torch.rsqrt(mean(x.square()) + EPS)
+    return x * rstd
+
+
+def _autocast_statistics(p: Parameters, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=False):
+        rstd = torch.rsqrt(mean(x.square()) + EPS)
+    return x * rstd
+
+
+def _masked(p: Parameters, x: Tensor) -> Tensor:
+    keep = (x > -1).to(x.dtype)
+    count = keep.sum(-1, keepdim=True)
+    u = (x * keep).sum(-1, keepdim=True) / count
+    var = ((x - u).square() * keep).sum(-1, keepdim=True) / count
+    return (x - u) / torch.sqrt(var + EPS)
+
+
+def _prefix(p: Parameters, x: Tensor) -> Tensor:
+    return x / (x[..., : D // 2].norm(dim=-1, keepdim=True) * (D // 2) ** -0.5 + EPS)
+
+
+def _groups(p: Parameters, x: Tensor) -> Tensor:
+    rstd = torch.rsqrt(x.unflatten(-1, (2, D // 2)).square().mean(-1) + EPS)
+    return x * rstd.repeat_interleave(D // 2, -1)
+
+
+def _written(p: Parameters, x: Tensor) -> Tensor:
+    var = mean(x.square())
+    rstd = torch.rsqrt(var + EPS)
+    var.add_(1)
+    return x * rstd
+
+
+def _written_input(p: Parameters, x: Tensor) -> Tensor:
+    h = x + 1
+    rstd = torch.rsqrt(mean(h.square()) + EPS)
+    h.view(-1).add_(1)
+    return h * rstd
+
+
+LOOKALIKES: dict[str, Callable[[Parameters, Tensor], Tensor]] = {
+    "BiasFree LN": lambda p, x: x / torch.sqrt(x.var(-1, keepdim=True, unbiased=False) + EPS) * p["w"],
+    "centred over rms": lambda p, x: centre(x) * torch.rsqrt(mean(x.square()) + EPS),
+    "pRMSNorm": _prefix,
+    "masked": _masked,
+    "F.normalize": lambda p, x: F.normalize(x, dim=-1) * p["w"],
+    "ScaleNorm": lambda p, x: p["g"] * x / (x.norm(dim=-1, keepdim=True) + EPS),
+    "groups inside a row": _groups,
+    "statistics of another axis": lambda p, x: x * torch.rsqrt(x.square().mean(1, keepdim=True) + EPS).mT,
+    "mean of another axis": lambda p, x: (
+        (x - x.mean(1, keepdim=True)) * torch.rsqrt(x.var(-1, keepdim=True, correction=0) + EPS)
+    ),
+    "variance of another axis": lambda p, x: (
+        centre(x) * torch.rsqrt(x.var(1, keepdim=True, correction=0) + EPS)
+    ),
+    "statistics of another value": lambda p, x: rms(x, of=x + p["b"]),
+    "statistics of relu(x)": lambda p, x: rms(x, of=F.relu(x)),
+    "detached statistics": lambda p, x: rms(x, of=x.detach()),
+    "detached mean": lambda p, x: (x - mean(x).detach()) * torch.rsqrt(x.var(-1, keepdim=True) + EPS),
+    "no_grad statistics": _no_grad_statistics,
+    "statistics in another autocast region": _autocast_statistics,
+    "batch statistics": lambda p, x: (x - x.mean(0)) * torch.rsqrt(x.var(0, unbiased=False) + EPS),
+    "BatchNorm by hand": lambda p, x: (x - x.mean((0, 1))) * torch.rsqrt(x.var((0, 1), unbiased=False) + EPS),
+    "narrowed statistics": lambda p, x: rms(x, of=x.to(torch.bfloat16)),
+    "two epsilons": lambda p, x: x / (torch.sqrt(mean(x.square()) + EPS) + EPS),
+    "cube root": lambda p, x: x * (mean(x.square()) + EPS) ** (-1 / 3),
+    "mean of |x|": lambda p, x: x / (mean(x.abs()) + EPS),
+    "wrong count": lambda p, x: x * torch.rsqrt(x.square().sum(-1, keepdim=True) / (D + 1) + EPS),
+    "subtracted epsilon": lambda p, x: x * torch.rsqrt(mean(x.square()) - EPS),
+    "epsilon from data": lambda p, x: x * torch.rsqrt(mean(x.square()) + x[..., :1].abs()),
+    "softmax": lambda p, x: x.softmax(-1) * p["w"] + p["b"],
+    "variance written in place": _written,
+    "input written in place": _written_input,
+}
+
+
+@pytest.mark.parametrize("fn", LOOKALIKES.values(), ids=LOOKALIKES.keys())
+def test_lookalike(fn: Callable[[Parameters, Tensor], Tensor]) -> None:
+    _, norms = trace(fn, parameters(), torch.randn(2, D, D))
+    assert norms == ()
+
+
+# ---------------------------------------------------------------- any combination of choices
+
+CENTRES: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "subtract": lambda x: x - x.mean(-1, keepdim=True),
+    "unsqueeze": lambda x: x - x.mean(-1).unsqueeze(-1),
+    "sum": lambda x: x - x.sum(2, keepdim=True) / D,
+    "var_mean": lambda x: x - torch.var_mean(x, -1, keepdim=True)[1],
+    "add": lambda x: -x.mean(-1, keepdim=True) + x,
+}
+SQUARES: dict[str, Callable[[Tensor], Tensor]] = {
+    "pow": lambda c: c.pow(2),
+    "mul": lambda c: c * c,
+    "square": lambda c: c.square(),
+    "**": lambda c: c**2.0,
+}
+MEANS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda q: q.mean(-1, keepdim=True),
+    "dropped": lambda q: q.mean(dim=2)[:, :, None],
+    "sum": lambda q: q.sum(-1, keepdim=True) / D,
+    "times": lambda q: (1.0 / D) * q.sum(-1, keepdim=True),
+}
+DIVIDES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "rsqrt": lambda c, v: c * torch.rsqrt(v),
+    "swapped": lambda c, v: torch.rsqrt(v) * c,
+    "sqrt": lambda c, v: c / torch.sqrt(v),
+    "reciprocal": lambda c, v: c * (1.0 / v.sqrt()),
+    "pow": lambda c, v: c * v ** (-0.5),
+    "root": lambda c, v: c / v**0.5,
+    "expand": lambda c, v: c / torch.sqrt(v).expand_as(c),
+}
+AFFINES: dict[str, Callable[[Tensor, Parameters], Tensor]] = {
+    "": lambda z, p: z,
+    "w": lambda z, p: z * p["w"],
+    "ww": lambda z, p: p["w"] * z,
+    "+": lambda z, p: (1 + p["w"]) * z,
+    "wb": lambda z, p: z * p["w"] + p["b"],
+    "bw": lambda z, p: torch.addcmul(p["b"], z, p["w"]),
+}
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    *(st.sampled_from(sorted(table)) for table in (CENTRES, CENTRES, SQUARES, MEANS, DIVIDES, AFFINES)),
+    st.booleans(),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_any_combination_gives_the_same_record(
+    numerator: str,
+    inner: str,
+    square: str,
+    average: str,
+    divide: str,
+    affine: str,
+    upcast: bool,
+    dtype: torch.dtype,
+) -> None:
+    def fn(p: Parameters, x: Tensor) -> Tensor:
+        h = x.float() if upcast else x
+        variance = MEANS[average](SQUARES[square](CENTRES[inner](h)))
+        return AFFINES[affine](DIVIDES[divide](CENTRES[numerator](h), variance + EPS).to(x.dtype), p)
+
+    p, x = parameters(dtype), torch.randn(2, 3, D).to(dtype)
+    gm, norms = trace(fn, p, x)
+    if (numerator == "none") != (inner == "none"):
+        assert norms == ()
+        return
+    (norm,) = norms
+    assert norm.kind == ("RMSNorm" if inner == "none" else "LayerNorm")
+    assert (norm.eps, norm.eps_place, norm.correction, norm.dims, norm.size) == (EPS, "inside", 0, (2,), D)
+    assert (norm.weight is not None, norm.bias is not None) == (affine != "", "b" in affine)
+    assert norm.input.name == "x_1" and norm.obstacle == ""
+    assert norm.compute_dtype == (torch.float32 if upcast else dtype) and norm.out_dtype == dtype
+    assert_recomputes(gm, norms, *p.values(), x)
+
+
+# ---------------------------------------------------------------- whatever is found is true
+
+STEPS: dict[str, Callable[..., Tensor]] = {
+    "mean": lambda a, b: mean(a),
+    "mean, dropped": lambda a, b: a.mean(-1),
+    "unsqueeze": lambda a, b: a.unsqueeze(-1),
+    "sum": lambda a, b: a.sum(-1, keepdim=True),
+    "var": lambda a, b: a.var(-1, keepdim=True),
+    "std": lambda a, b: a.std(-1, keepdim=True, unbiased=False),
+    "norm": lambda a, b: a.norm(dim=-1, keepdim=True),
+    "square": lambda a, b: a * a,
+    "eps": lambda a, b: a + EPS,
+    "clamp": lambda a, b: a.clamp(min=EPS),
+    "double": lambda a, b: 2 * a,
+    "size": lambda a, b: a / D,
+    "root size": lambda a, b: a * D**0.5,
+    "rsqrt": lambda a, b: a.rsqrt(),
+    "sqrt": lambda a, b: a.sqrt(),
+    "reciprocal": lambda a, b: 1 / a,
+    "negative": lambda a, b: -a,
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "div": lambda a, b: a / b,
+}
+Step = tuple[str, int, int]
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(sorted(STEPS)), st.integers(0, 5), st.integers(0, 5)),
+        min_size=5,
+        max_size=16,
+    )
+)
+def test_random_programs_yield_only_true_records(program: list[Step]) -> None:
+    """Each step acts on two of the latest values; every norm that is found must recompute its output."""
+
+    def fn(p: Parameters, x: Tensor) -> list[Tensor]:
+        values = [p["w"], p["b"], x, centre(x), mean(x * x) + EPS, rms(x)]
+        for name, left, right in program:
+            a, b = values[-1 - left], values[-1 - right]
+            if (a.ndim == 3 and (a.shape[-1] > 1 or name not in ("var", "std"))) or name == "unsqueeze":
+                values.append(STEPS[name](a, b))
+        return [v for v in values if v.ndim == 3]
+
+    p, x = parameters(), torch.randn(3, 3, D, generator=torch.Generator().manual_seed(3))
+    try:
+        gm, norms = trace(fn, p, x)
+    except RuntimeError:
+        return  # shapes that do not broadcast
+    assert norms
+    assert_recomputes(gm, norms, *p.values(), x)
