@@ -1,10 +1,11 @@
 """Dynamo graph → canonical graph: pre-dispatch ATen, what `torch.export` calls training IR.
 
-One `make_fx(pre_dispatch=True)` trace of an interpreter over Dynamo's graph. Ordinary nodes run, so every Python spelling
-collapses into one ATen op, while `layer_norm`, `linear`, `dropout`, `scaled_dot_product_attention` stay whole and autograd
-and autocast still act on the result. Nodes that carry subgraphs (checkpoint, custom autograd, cond, while, invoke_subgraph,
-flex_attention, user Triton kernels) and functorch regions are copied over as they are: a plain re-trace inlines a custom
-`autograd.Function` under `no_grad`, and its gradient is silently gone.
+One `make_fx(pre_dispatch=True)` trace of an interpreter over Dynamo's graph. Ordinary nodes run, so every
+Python spelling collapses into one ATen op, while `layer_norm`, `linear`, `dropout`,
+`scaled_dot_product_attention` stay whole and autograd and autocast still act on the result. Nodes that carry
+subgraphs (checkpoint, custom autograd, cond, while, invoke_subgraph, flex_attention, user Triton kernels) and
+functorch regions are copied over as they are: a plain re-trace inlines a custom `autograd.Function` under
+`no_grad`, and its gradient is silently gone.
 
 Torch-private names used here were tried on torch 2.13 and 2.15.
 """
@@ -12,11 +13,9 @@ Torch-private names used here were tried on torch 2.13 and 2.15.
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import PurePath
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -32,16 +31,23 @@ from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.symbolic_shapes import rebind_unbacked
 
 from normfx.errors import NormfxError
+from normfx.ir.cleanup import must_stay, simplify_constants
 from normfx.ir.expand import expand_encoder_layers
-from normfx.ir.regions import carried, target_name
+from normfx.ir.names import dotted, module_path, source_line, source_name
+from normfx.ir.regions import attribute, carried, target_name
+
+__all__ = ["Captured", "Source", "capture", "capture_exported", "module_path", "source_line"]
 
 Kind = Literal["parameter", "buffer", "input", "constant"]
 
 PLACEHOLDER_META = ("tensor_dict", "grapharg", "example_value")
-"""What Dynamo writes on a placeholder and AOTAutograd reads: without it no input is static and caches miss."""
+"""What Dynamo writes on a placeholder and AOTAutograd reads: without it no input is static, caches miss."""
 
 UNTRACEABLE = frozenset({"requires_grad_", "retain_grad", "register_hook", "backward", "set_"})
 """Tensor methods that act on autograd's state and leave no node behind when they are traced."""
+
+AUTOGRAD_CALLS = (torch.autograd.grad, torch.autograd.backward)
+"""What Dynamo's `trace_autograd_ops` leaves in a graph: a trace would differentiate the fakes."""
 
 MODES = frozenset({"_enter_inference_mode", "_exit_inference_mode", "_enter_autocast", "_exit_autocast"})
 """Mode switches that make_fx either loses (inference mode) or records without running them (autocast)."""
@@ -57,7 +63,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Captured:
-    """A canonical graph: same placeholders in the same order, same output structure as the graph it was made from."""
+    """A canonical graph, with the placeholders, in order, and the output structure of its original."""
 
     graph_module: GraphModule
     sources: Mapping[Node, Source]
@@ -66,8 +72,8 @@ class Captured:
 def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> Captured:
     """Canonical form of a Dynamo graph, under the grad mode and autocast of the call.
 
-    `example_inputs` are the values the backend was called with; they are neither read nor written, and no random number
-    is drawn. Raises `NormfxError` for a graph that cannot be re-traced faithfully.
+    `example_inputs` are the values the backend was called with; they are neither read nor written, and no
+    random number is drawn. Raises `NormfxError` for a graph that cannot be re-traced faithfully.
     """
     mode = _fake_mode(example_inputs)
     interpreter = _Canonicaliser(gm, mode)
@@ -91,18 +97,18 @@ def capture_exported(ep: torch.export.ExportedProgram) -> Captured:
 
 
 def _finish(gm: GraphModule, mode: FakeTensorMode | None, sources: dict[Node, Source]) -> Captured:
-    _simplify_constants(gm)
+    simplify_constants(gm)
     for node in gm.graph.find_nodes(op="get_attr"):
         _describe_attribute(gm, node, mode, sources)
     expand_encoder_layers(gm)
-    gm.graph.eliminate_dead_code(_must_stay)
+    gm.graph.eliminate_dead_code(must_stay)
     gm.graph.lint()
     gm.recompile()
     alive = set(gm.graph.nodes)
     return Captured(gm, MappingProxyType({n: s for n, s in sources.items() if n in alive}))
 
 
-# ---------------------------------------------------------------------------------------------- fake inputs
+# ---------------------------------------------------------------- fake inputs
 
 
 def _fake_mode(example_inputs: Sequence[Any]) -> FakeTensorMode:
@@ -120,12 +126,14 @@ def _mode_of(graph: Graph) -> FakeTensorMode | None:
 def _isolated(mode: FakeTensorMode) -> Iterator[None]:
     """Give the trace its own fakes, and the caller its grad mode back.
 
-    The mode remembers one fake per real tensor and hands the same to AOTAutograd. A traced in-place op may change a fake
-    for good (its `requires_grad` by `x.add_(weight)`, its strides by `x.t_()`), and AOTAutograd would see the change.
-    Unbacked symbols of this trace are rebound to Dynamo's, so they are not pending for anybody.
+    The mode remembers one fake per real tensor and hands the same to AOTAutograd. A traced in-place op may
+    change a fake for good (its `requires_grad` by `x.add_(weight)`, its strides by `x.t_()`), and AOTAutograd
+    would see the change. Unbacked symbols of this trace are rebound to Dynamo's, so they are not pending for
+    anybody.
     """
     shared, grad = mode.fake_tensor_converter, torch.is_grad_enabled()
-    mode.fake_tensor_converter = FakeTensorConverter(copy_data=shared.meta_converter.copy_data, export=shared.export)
+    copy_data = shared.meta_converter.copy_data
+    mode.fake_tensor_converter = FakeTensorConverter(copy_data=copy_data, export=shared.export)
     try:
         yield
     finally:
@@ -143,21 +151,21 @@ def _fake_inputs(gm: GraphModule, example_inputs: Sequence[Any], mode: FakeTenso
 def _fake_input(node: Node, x: Any, mode: FakeTensorMode) -> Any:
     """A fake of one input with the symbols Dynamo gave it.
 
-    `meta['example_value']` belongs to Dynamo's own fake mode, so a tensor is faked anew; a SymInt has no mode. Without
-    `source` a dynamic dimension becomes a fresh symbol, Dynamo then breaks the graph silently.
+    `meta['example_value']` belongs to Dynamo's own fake mode, so a tensor is faked anew; a SymInt has no
+    mode. Without `source` a dynamic dimension becomes a fresh symbol, Dynamo then breaks the graph silently.
     """
     if not isinstance(x, torch.Tensor):
         return node.meta.get("example_value", x)
     if isinstance(x, FakeTensor) and x.fake_mode is mode:
         return x
     context = TracingContext.try_get()
-    symbolic = context.tensor_to_context.get(x) if context is not None else None
-    source = symbolic.tensor_source if symbolic is not None else None
-    static = context is None or symbolic is None
-    return mode.from_tensor(x, static_shapes=static or None, symbolic_context=symbolic, source=source, trace=False)
+    symbolic: Any = context.tensor_to_context.get(x) if context is not None else None  # type: ignore[no-untyped-call]
+    if symbolic is None:
+        return _static_fake(x, mode)
+    return mode.from_tensor(x, symbolic_context=symbolic, source=symbolic.tensor_source, trace=False)
 
 
-# ---------------------------------------------------------------------------------------------- the trace
+# ---------------------------------------------------------------- the trace
 
 
 class _Opaque:
@@ -179,20 +187,25 @@ class _Canonicaliser(torch.fx.Interpreter):
 
     def __init__(self, gm: GraphModule, mode: FakeTensorMode) -> None:
         super().__init__(gm)
+        self.graph = gm.graph
         self.mode = mode
         self.carried = carried(gm.graph)
         self.fresh: dict[Node, Any] = {}
         self.attributes: dict[str, torch.Tensor] = {}
 
     def prepare(self) -> None:
-        """Make the fakes of carried nodes and of tensor attributes: inside the trace that would leave nodes."""
+        """Make the fakes of carried nodes and of tensor attributes: inside the trace that would leave
+        nodes.
+        """
         for node in self.carried:
-            if any(user not in self.carried for user in node.users) or _is_plain(node.meta.get("example_value")):
-                self.fresh[node] = pytree.tree_map(self._refake, node.meta.get("example_value"))
-        for node in self.module.graph.find_nodes(op="get_attr"):
-            value = self.fetch_attr(node.target)
-            if isinstance(value, torch.Tensor) and node.target not in self.attributes:
-                self.attributes[node.target] = _static_fake(value, self.mode)
+            value = node.meta.get("example_value")
+            if _is_plain(value) or any(user not in self.carried for user in node.users):
+                self.fresh[node] = pytree.tree_map(self._refake, value)
+        for node in self.graph.find_nodes(op="get_attr"):
+            path = str(node.target)
+            tensor = self.fetch_attr(path)
+            if isinstance(tensor, torch.Tensor) and path not in self.attributes:
+                self.attributes[path] = _static_fake(tensor, self.mode)
 
     def _refake(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
@@ -206,8 +219,8 @@ class _Canonicaliser(torch.fx.Interpreter):
 
     def run_node(self, n: Node) -> Any:
         name = target_name(n)
-        if n.op == "call_method" and name in UNTRACEABLE:
-            raise NormfxError(f"normfx: Tensor.{name} at {source_line(n) or n.name} cannot be traced")
+        if (n.op == "call_method" and name in UNTRACEABLE) or n.target in AUTOGRAD_CALLS:
+            raise NormfxError(f"normfx: '{name}' at {source_line(n) or n.name} cannot be traced")
         if n in self.carried:
             return self._carry(n)
         if n.op == "get_attr":
@@ -222,24 +235,24 @@ class _Canonicaliser(torch.fx.Interpreter):
 
     @property
     def tracer(self) -> Any:
-        key = torch._C._TorchDispatchModeKey.PROXY
-        return torch._ops._get_dispatch_mode_pre_dispatch(key).tracer  # type: ignore[union-attr]
+        find: Any = torch._ops._get_dispatch_mode_pre_dispatch
+        return find(torch._C._TorchDispatchModeKey.PROXY).tracer
 
     def _attribute(self, n: Node) -> Any:
-        value = self.fetch_attr(n.target)
+        path = str(n.target)
+        value = self.fetch_attr(path)
         if isinstance(value, torch.nn.Module):
-            return _Subgraph(str(n.target), value)
+            return _Subgraph(path, value)
         if not isinstance(value, torch.Tensor):
             return value
-        proxy = self._create(n, (), {}, target=_set_attribute(self.tracer.root, str(n.target), value))
-        return proxy_tensor.track_tensor_tree(
-            self.attributes[str(n.target)], proxy, constant=None, tracer=self.tracer
-        )
+        proxy = self._create(n, (), {}, target=_set_attribute(self.tracer.root, path, value))
+        return self._track(self.attributes[path], proxy)
 
     def _switch_mode(self, n: Node, name: str) -> Any:
         """Keep the node and run it, out of make_fx's sight.
 
-        Inference mode is traced as no_grad: inference tensors cannot be tracked, and no fake shows the difference.
+        Inference mode is traced as no_grad: inference tensors cannot be tracked, and no fake shows the
+        difference.
         """
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         proxy = self._create(n, *self._proxies(args, kwargs))
@@ -261,24 +274,30 @@ class _Canonicaliser(torch.fx.Interpreter):
         proxy = self._create(n, *self._proxies(args, kwargs))
         if n not in self.fresh:
             return _Opaque(proxy)
-        return proxy_tensor.track_tensor_tree(self.fresh[n], proxy, constant=None, tracer=self.tracer)
+        return self._track(self.fresh[n], proxy)
+
+    def _track(self, value: Any, proxy: torch.fx.Proxy) -> Any:
+        return proxy_tensor.track_tensor_tree(value, proxy, constant=None, tracer=self.tracer)
 
     def _create(self, n: Node, args: Any, kwargs: Any, target: Any = None) -> torch.fx.Proxy:
-        proxy = self.tracer.create_proxy(n.op, target or n.target, args, kwargs, name=n.name)
+        proxy: torch.fx.Proxy = self.tracer.create_proxy(n.op, target or n.target, args, kwargs, name=n.name)
         proxy.node.meta.update({k: v for k, v in n.meta.items() if k != "example_value"})
         return proxy
 
     def _proxies(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        return pytree.tree_map(
-            self._proxy, (tuple(args), dict(kwargs)), is_leaf=lambda x: isinstance(x, (_Subgraph, _Opaque))
+        own = (_Subgraph, _Opaque)
+        args, kwargs = pytree.tree_map(
+            self._proxy, (tuple(args), dict(kwargs)), is_leaf=lambda x: isinstance(x, own)
         )
+        return args, kwargs
 
     def _proxy(self, value: Any) -> Any:
         tracer = self.tracer
         if isinstance(value, _Opaque):
             return value.proxy
         if isinstance(value, _Subgraph):
-            return tracer.create_proxy("get_attr", _set_attribute(tracer.root, value.name, value.module), (), {})
+            path = _set_attribute(tracer.root, value.name, value.module)
+            return tracer.create_proxy("get_attr", path, (), {})
         if isinstance(value, torch.Tensor):
             return proxy_tensor.get_proxy_slot(value, tracer, value, lambda slot: slot.proxy)
         if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
@@ -305,19 +324,20 @@ def _set_attribute(root: torch.nn.Module, path: str, value: Any) -> str:
     return name
 
 
-# ---------------------------------------------------------------------------------------------- after the trace
+# ---------------------------------------------------------------- after the trace
 
 
 def _inherit(gm: GraphModule, canonical: GraphModule) -> None:
     """Hand on what Dynamo left for AOTAutograd and Inductor (read by both on torch 2.13 and 2.15)."""
     canonical.meta.update(gm.meta)
-    if hasattr(gm, "_param_name_to_source"):
-        names = dict(gm._param_name_to_source)
+    inherited: Any = getattr(gm, "_param_name_to_source", None)
+    if inherited is not None:
+        names = dict(inherited)
         for path in list(names):
             names.setdefault(path.replace(".", "_"), names[path])
         for name, _ in [*canonical.named_parameters(), *canonical.named_buffers()]:
             names.setdefault(name, ConstantSource(name))
-        canonical._param_name_to_source = names
+        canonical._param_name_to_source = names  # type: ignore[assignment]
     old, new = gm.graph.find_nodes(op="placeholder"), canonical.graph.find_nodes(op="placeholder")
     for before, after in zip(old, new, strict=True):
         if hasattr(before, "_dynamo_source"):
@@ -329,33 +349,10 @@ def _inherit(gm: GraphModule, canonical: GraphModule) -> None:
         after._rename(before.name)
 
 
-def _simplify_constants(gm: GraphModule) -> None:
-    """`torch.tensor(…)` in a forward is traced as constant → lift_fresh_copy → detach_; the last is void here.
-
-    A CPU scalar becomes a number in the graph: as an input of the compiled code it would switch CUDA graphs off.
-    """
-    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.lift_fresh_copy.default):
-        attribute = node.args[0]
-        if attribute.op != "get_attr" or not attribute.target.startswith("_tensor_constant"):
-            continue
-        for user in [u for u in node.users if u.target is torch.ops.aten.detach_.default]:
-            user.replace_all_uses_with(node)
-            gm.graph.erase_node(user)
-        value = getattr(gm, attribute.target)
-        if isinstance(value, FakeTensor) or value.dim() or value.device.type != "cpu" or value.is_complex():
-            continue
-        with gm.graph.inserting_before(node):
-            options = {"dtype": value.dtype, "device": value.device, "pin_memory": False}
-            number = gm.graph.call_function(torch.ops.aten.full.default, ([], value.item()), options)
-        number.meta = dict(node.meta)
-        node.replace_all_uses_with(number)
-        gm.graph.erase_node(node)
-
-
 def _describe_attribute(
     gm: GraphModule, node: Node, mode: FakeTensorMode | None, sources: dict[Node, Source]
 ) -> None:
-    value = _lookup(gm, str(node.target))
+    value = attribute(gm, str(node.target))
     if not isinstance(value, torch.Tensor):
         return
     if "val" not in node.meta and mode is not None:
@@ -365,35 +362,10 @@ def _describe_attribute(
     source = getattr(gm, "_param_name_to_source", {}).get(str(node.target))
     known = source is not None and not isinstance(source, ConstantSource)
     kind: Kind = "parameter" if isinstance(value, torch.nn.Parameter) else "buffer" if known else "constant"
-    sources[node] = Source(kind, dotted(_source_name(source)) if known else str(node.target))
+    sources[node] = Source(kind, dotted(source_name(source)) if known else str(node.target))
 
 
-def _lookup(gm: GraphModule, path: str) -> Any:
-    value: Any = gm
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def _must_stay(node: Node) -> bool:
-    """Whether an unused node must be kept: everything but pure, deterministic ATen ops and reads.
-
-    A dead dropout still draws random numbers, and dropping it would change every later draw.
-    """
-    if node.op == "get_attr":
-        return False
-    target = node.target
-    if node.op != "call_function":
-        return True
-    if isinstance(target, torch._ops.OpOverload):
-        random = torch.Tag.nondeterministic_seeded in target.tags
-        known = target.namespace == "aten" and bool(target._schema.returns)
-        unbacked = bool(node.meta.get("unbacked_bindings"))
-        return random or not known or unbacked or "fractional_max" in target._schema.name or node.is_impure()
-    return not (getattr(target, "__module__", "") == "_operator" and not node.is_impure())
-
-
-# ---------------------------------------------------------------------------------------------- names
+# ---------------------------------------------------------------- names
 
 
 def _dynamo_sources(gm: GraphModule, canonical: GraphModule) -> dict[Node, Source]:
@@ -408,15 +380,7 @@ def _placeholder_source(node: Node) -> Source:
         kind = "parameter"
     elif source is not None and is_from_unspecialized_param_buffer_source(source):
         kind = "buffer"
-    return Source(kind, dotted(_source_name(source)) or node.name)
-
-
-def _source_name(source: Any) -> str:
-    """`source.name` is a property since torch 2.10 and a method before."""
-    if source is None:
-        return ""
-    name = source.name
-    return name() if callable(name) else name
+    return Source(kind, dotted(source_name(source)) or node.name)
 
 
 def _export_sources(ep: torch.export.ExportedProgram, graph: Graph) -> dict[Node, Source]:
@@ -431,47 +395,3 @@ def _export_sources(ep: torch.export.ExportedProgram, graph: Graph) -> dict[Node
         found = [Source(kind, table[node.name]) for kind, table in tables if node.name in table]
         sources[node] = found[0] if found else Source("input", node.name)
     return sources
-
-
-_STEP = re.compile(r"\[['\"]?([^\]'\"]*)['\"]?\]|\.?([^.\[\]]+)")
-_ROOTS = frozenset({"self", "fn"})  # `fn`: the module inside the wrapper Dynamo puts around a torch.nn module
-_NOISE = frozenset({"_modules", "_parameters", "_buffers", "_orig_mod", "_module"})
-
-
-def dotted(expression: str) -> str:
-    """A Dynamo source or module-stack path as a dotted path.
-
-    >>> dotted("L['self']._modules['h']._modules['0']._parameters['weight']")
-    'h.0.weight'
-    >>> dotted("L['self'].h[0].ln_1")
-    'h.0.ln_1'
-    """
-    steps = [(bracket or plain) for bracket, plain in _STEP.findall(expression.replace(".size()[", ".size["))]
-    if steps and steps[0] in ("L", "G"):
-        steps = steps[1:]
-    if len(steps) > 1 and steps[0] in _ROOTS:
-        steps = steps[1:]
-    return ".".join(s for s in steps if s and s not in _NOISE)
-
-
-def module_path(node: Node) -> str:
-    """Dotted path of the innermost module a node was made in; '' when there is none."""
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ""
-    path = list(stack.values())[-1][0]
-    return dotted(path)
-
-
-_FRAME = re.compile(r'File "(?P<file>.*)", line (?P<line>\d+), in (?P<where>.*)\n(?P<code>.*)')
-_TORCH = str(PurePath(torch.__file__).parent)
-
-
-def source_line(node: Node) -> str:
-    """'model.py:210 in forward: x = self.ln_1(x)': the innermost frame outside torch; '' when there is no trace."""
-    frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
-    if not frames:
-        return ""
-    outside = [f for f in frames if not f["file"].startswith(_TORCH)]
-    frame = (outside or frames)[-1]
-    return f"{PurePath(frame['file']).name}:{frame['line']} in {frame['where']}: {frame['code'].strip()}"

@@ -32,12 +32,16 @@ def canonical(f: Callable[..., Any], *args: Any) -> GraphModule:
         return gm.forward
 
     torch._dynamo.reset()
-    torch.compile(f, backend=backend, fullgraph=True)(*[a.clone() if isinstance(a, Tensor) else a for a in args])
+    torch.compile(f, backend=backend, fullgraph=True)(
+        *[a.clone() if isinstance(a, Tensor) else a for a in args]
+    )
     return seen[-1]
 
 
 def converted(f: Callable[..., Any], *args: Any) -> tuple[int, GraphModule]:
-    """Runs f compiled with `functionalize_local`, compares with eager (gradients too), returns count and graph."""
+    """Runs f compiled with `functionalize_local`, compares with eager (gradients too), returns count and
+    graph.
+    """
     seen: list[tuple[int, GraphModule]] = []
 
     def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -54,7 +58,9 @@ def converted(f: Callable[..., Any], *args: Any) -> tuple[int, GraphModule]:
         torch.manual_seed(0)
         mine = [a.detach().clone().requires_grad_(a.requires_grad) for a in args]
         out = call(*mine)
-        grads = torch.autograd.grad(out.sum(), [a for a in mine if a.requires_grad]) if out.requires_grad else ()
+        grads = (
+            torch.autograd.grad(out.sum(), [a for a in mine if a.requires_grad]) if out.requires_grad else ()
+        )
         results.append([out.detach(), *[a.detach() for a in mine], *grads, torch.randn(2)])
     for got, want in zip(*results, strict=True):
         assert got.dtype == want.dtype
@@ -72,7 +78,7 @@ def x64(*shape: int, grad: bool = True) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, requires_grad=grad)
 
 
-# ---------------------------------------------------------------------------------------------- made out-of-place
+# ---------------------------------------------------------------- made out-of-place
 
 
 def residual(x: Tensor) -> Tensor:
@@ -132,7 +138,7 @@ def test_cast_back() -> None:
         assert node.meta["val"].dtype in (torch.float32, torch.float64)
 
 
-# ---------------------------------------------------------------------------------------------- left alone
+# ---------------------------------------------------------------- left alone
 
 
 def input_write(x: Tensor) -> Tensor:
@@ -220,7 +226,7 @@ def test_autocast_acts_on_one_form_only() -> None:
     assert done == len([n for n in gm.graph.nodes if n.target is aten.exp.default])
 
 
-# ---------------------------------------------------------------------------------------------- mutated
+# ---------------------------------------------------------------- mutated
 
 
 def _named(nodes: frozenset[Node]) -> set[str]:
@@ -237,7 +243,9 @@ def test_mutated_covers_aliases_both_ways() -> None:
 
     gm = canonical(f, x64(4, 4, grad=False), x64(4, 4, grad=False))
     found = _named(mutated(gm.graph))
-    assert "l_x_" in found and len(found) == 2  # x and its row; not z, y, the result of add_, nor the later view
+    assert (
+        "l_x_" in found and len(found) == 2
+    )  # x and its row; not z, y, the result of add_, nor the later view
     assert not any(n.target is aten.view.default for n in mutated(gm.graph))
 
 
@@ -284,4 +292,10 @@ def test_fakes_share_storage_where_tensors_do() -> None:
     keys = {n.name: n.meta["val"].untyped_storage()._cdata for n in gm.graph.nodes if n.op != "output"}
     source = keys[gm.graph.find_nodes(op="placeholder")[0].name]
     shared = {n.target for n in gm.graph.nodes if keys.get(n.name) == source and n.op == "call_function"}
-    assert shared == {aten.view.default, aten.slice.Tensor, aten.unsqueeze.default, aten.expand.default, aten.t.default}
+    assert shared == {
+        aten.view.default,
+        aten.slice.Tensor,
+        aten.unsqueeze.default,
+        aten.expand.default,
+        aten.t.default,
+    }

@@ -1,4 +1,6 @@
-"""capture: the canonical graph computes what the model computes, keeps its gradients, and hides nothing from Inductor."""
+"""capture: the canonical graph computes what the model computes, keeps its gradients, and hides nothing from
+Inductor.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,9 @@ def _check(gm: torch.fx.GraphModule, captured: Captured) -> None:
     assert parameters == [captured.sources[n].kind == "parameter" for n in new]
 
 
-def run(f: Callable[..., Any], model: nn.Module | None, *args: Any, **kwargs: Any) -> tuple[list[Tensor], list[Any]]:
+def run(
+    f: Callable[..., Any], model: nn.Module | None, *args: Any, **kwargs: Any
+) -> tuple[list[Tensor], list[Any]]:
     """Outputs, mutated arguments, and gradients of parameters and arguments, of one seeded call."""
     torch.manual_seed(1)
     args = pytree.tree_map_only(Tensor, lambda t: t.detach().clone().requires_grad_(t.requires_grad), args)
@@ -87,12 +91,16 @@ def run(f: Callable[..., Any], model: nn.Module | None, *args: Any, **kwargs: An
     if sources and wanted:
         loss = sum((o * torch.linspace(0.5, 1.5, o.numel(), dtype=o.dtype).view_as(o)).sum() for o in sources)
         grads = list(torch.autograd.grad(loss, wanted, allow_unused=True))
-    state = [b for b in model.buffers()] if model is not None else []
+    state = list(model.buffers()) if model is not None else []
     return [t.detach() for t in [*outs, *leaves, *state]], [torch.randn(3), *grads]
 
 
-def same(model: Any, *args: Any, backend: Backend | None = None, dynamic: bool | None = None, **kwargs: Any) -> Backend:
-    """Asserts that the compiled model equals eager in outputs, mutations, gradients and random numbers drawn."""
+def same(
+    model: Any, *args: Any, backend: Backend | None = None, dynamic: bool | None = None, **kwargs: Any
+) -> Backend:
+    """Asserts that the compiled model equals eager in outputs, mutations, gradients and random numbers
+    drawn.
+    """
     backend = backend or Backend()
     twin = copy.deepcopy(model) if isinstance(model, nn.Module) else model
     module, twin_module = (m if isinstance(m, nn.Module) else None for m in (model, twin))
@@ -136,7 +144,7 @@ class Stack(nn.Module):
         return self.norm_f(x)
 
 
-# ---------------------------------------------------------------------------------------------- what stays whole
+# ---------------------------------------------------------------- what stays whole
 
 
 def test_ops_stay_whole_and_spellings_collapse() -> None:
@@ -206,14 +214,14 @@ def test_dotted(expression: str, path: str) -> None:
     assert dotted(expression) == path
 
 
-# ---------------------------------------------------------------------------------------------- transformers
+# ---------------------------------------------------------------- transformers
 
 
 def gpt2(attention: str) -> nn.Module:
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(
-        n_layer=2, n_embd=16, n_head=2, n_positions=32, vocab_size=30, bos_token_id=0, eos_token_id=0, pad_token_id=0,
-        attn_implementation=attention, use_cache=False,
+        n_layer=2, n_embd=16, n_head=2, n_positions=32, vocab_size=30,
+        bos_token_id=0, eos_token_id=0, pad_token_id=0, attn_implementation=attention, use_cache=False,
     )  # fmt: skip
     return transformers.GPT2LMHeadModel(config).double()
 
@@ -233,7 +241,13 @@ def test_gpt2(attention: str, training: bool) -> None:
 def test_gpt2_generate_with_cache() -> None:
     model = gpt2("sdpa").eval()
     ids = torch.randint(1, 30, (1, 4))
-    options = {"max_new_tokens": 4, "do_sample": False, "use_cache": True, "eos_token_id": None, "pad_token_id": 0}
+    options = {
+        "max_new_tokens": 4,
+        "do_sample": False,
+        "use_cache": True,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
     mask = torch.ones_like(ids)
     want = model.generate(ids, attention_mask=mask, **options)
     backend = Backend()
@@ -242,7 +256,7 @@ def test_gpt2_generate_with_cache() -> None:
     assert backend.seen and backend.count(aten.layer_norm.default) == 5
 
 
-# ---------------------------------------------------------------------------------------------- carried nodes
+# ---------------------------------------------------------------- carried nodes
 
 
 def test_checkpoint_with_dropout() -> None:
@@ -357,7 +371,39 @@ def test_functorch_regions() -> None:
     assert backend.count(aten.layer_norm.default) == 2
 
 
-# ---------------------------------------------------------------------------------------------- modes
+def test_jvp() -> None:
+    def f(x: Tensor) -> Tensor:
+        return torch.func.jvp(lambda v: F.layer_norm(v, (8,)).sin(), (x,), (x * 2,))[1] + F.layer_norm(
+            x, (8,)
+        )
+
+    assert same(f, x64(3, 8)).count(aten.layer_norm.default) == 1
+
+
+def test_tensor_hook_is_a_barrier() -> None:
+    class Model(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(x)
+            y.register_hook(lambda grad: grad * 2)
+            return self.up(y)
+
+    same(Model().double(), x64(3, 8, grad=True))
+
+
+def test_autograd_inside_the_graph_is_refused() -> None:
+    def f(x: Tensor) -> Tensor:
+        return torch.autograd.grad(F.layer_norm(x, (8,)).pow(2).sum(), x)[0]
+
+    if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        pytest.skip("Dynamo of this torch never traces torch.autograd.grad")
+    with (
+        torch._dynamo.config.patch(trace_autograd_ops=True),
+        pytest.raises(Exception, match="'grad' at test_capture.py:.* cannot be traced"),
+    ):
+        torch.compile(f, backend=Backend(), fullgraph=True)(x64(3, 8, grad=True))
+
+
+# ---------------------------------------------------------------- modes
 
 
 class Modes(nn.Module):
@@ -415,7 +461,7 @@ def test_inner_inference_mode() -> None:
     assert "_enter_inference_mode" in names and "_exit_inference_mode" in names
 
 
-# ---------------------------------------------------------------------------------------------- mutation, constants
+# ---------------------------------------------------------------- mutation, constants
 
 
 def test_in_place_residual() -> None:
@@ -441,6 +487,18 @@ def test_input_mutation_and_its_fake() -> None:
             return F.layer_norm(x, (8,))
 
     same(Model().double(), x64(3, 8), x64(3, 8))
+
+
+def test_aliased_inputs() -> None:
+    def f(x: Tensor, y: Tensor) -> Tensor:
+        y.add_(1)
+        return F.layer_norm(x, (8,)) * 2
+
+    base = x64(3, 8)
+    mine, eager = base.clone(), base.clone()
+    got = torch.compile(f, backend=Backend(), fullgraph=True)(mine, mine[1:])
+    torch.testing.assert_close(got, f(eager, eager[1:]))
+    torch.testing.assert_close(mine, eager)
 
 
 def test_batch_norm_updates_its_buffers() -> None:
@@ -478,7 +536,7 @@ def test_tensor_constants_reach_inductor_once() -> None:
     assert len(constants) == 2
 
 
-# ---------------------------------------------------------------------------------------------- dynamic shapes
+# ---------------------------------------------------------------- dynamic shapes
 
 
 def test_dynamic_lengths() -> None:
@@ -529,7 +587,7 @@ def test_unbacked_sizes() -> None:
         same(lambda x, n: torch.zeros(n.item(), 8, dtype=x.dtype) + x, x64(8), torch.tensor(3))
 
 
-# ---------------------------------------------------------------------------------------------- encoder layers
+# ---------------------------------------------------------------- encoder layers
 
 
 @pytest.mark.parametrize("norm_first", [True, False])
@@ -566,7 +624,9 @@ def test_encoder_layer_means_the_op(kind: int | None, norm_first: bool, gelu: bo
     for dtype in (torch.bool, torch.float64):
         mask = _mask(kind, dtype)
         want = torch._transformer_encoder_layer_fwd(*args, mask, kind)
-        torch.testing.assert_close(encoder_layer(*args, mask, kind), want, rtol=1e-11, atol=1e-12, equal_nan=True)
+        torch.testing.assert_close(
+            encoder_layer(*args, mask, kind), want, rtol=1e-11, atol=1e-12, equal_nan=True
+        )
 
 
 @pytest.mark.parametrize("norm_first", [True, False])
@@ -586,7 +646,7 @@ def test_transformer_encoder_masks(norm_first: bool) -> None:
         assert len(norms) == 2 and all(module_path(n) == "layers.0" for n in norms)
 
 
-# ---------------------------------------------------------------------------------------------- downstream
+# ---------------------------------------------------------------- downstream
 
 
 def _static_inputs(model: nn.Module, x: Tensor, with_capture: bool) -> list[int]:
@@ -638,7 +698,7 @@ def test_inductor_cache_hits() -> None:
     assert hits and not counters["inductor"]["fxgraph_cache_miss"]
 
 
-# ---------------------------------------------------------------------------------------------- export
+# ---------------------------------------------------------------- export
 
 
 def test_exported_program() -> None:
@@ -656,7 +716,9 @@ def test_exported_program() -> None:
     captured = capture_exported(ep)
     assert captured.graph_module.graph is not ep.graph
     sources = {s.name: s.kind for s in captured.sources.values()}
-    assert sources["h.0.norm.weight"] == "parameter" and sources["scale"] == "buffer" and sources["x"] == "input"
+    assert (
+        sources["h.0.norm.weight"] == "parameter" and sources["scale"] == "buffer" and sources["x"] == "input"
+    )
     assert "constant" in sources.values()
     norms = captured.graph_module.graph.find_nodes(op="call_function", target=aten.layer_norm.default)
     assert [module_path(n) for n in norms] == ["h.0.norm", "h.1.norm", "norm_f"]

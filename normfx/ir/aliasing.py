@@ -1,7 +1,7 @@
 """Which values of a canonical graph share storage, and what is written in place.
 
-An in-place write is a barrier: a consumer may not move a read of the value across it. `functionalize_local` removes the
-barriers that are not needed (`x += f(x)` on a value nobody else sees), `mutated` names the rest.
+An in-place write is a barrier: a consumer may not move a read of the value across it. `functionalize_local`
+removes the barriers that are not needed (`x += f(x)` on a value nobody else sees), `mutated` names the rest.
 """
 
 from __future__ import annotations
@@ -16,24 +16,27 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
-from normfx.ir.regions import carried, replayed_modes, target_name
+from normfx.ir.regions import attribute, carried, replayed_modes, target_name
 
 Storage = int
 
 _RANDOM_TWINS = frozenset({"dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"})
 """Random ops whose out-of-place form draws the same numbers in the same order."""
 
-_WRITES_STATISTICS = frozenset({"batch_norm", "instance_norm", "native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"})
-"""Ops that update running statistics (arguments 3 and 4) in place when argument 5 is true; their schemas do not say so."""
+_WRITES_STATISTICS = frozenset(
+    {"batch_norm", "instance_norm", "native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"}
+)
+"""Ops that update running statistics (arguments 3, 4) if argument 5 is true; their schemas do not say so."""
 
 _VIEWS = frozenset(
-    "view reshape transpose permute squeeze unsqueeze expand expand_as flatten unflatten contiguous to type_as t T mT "
-    "getitem detach chunk split unbind narrow select alias view_as swapaxes movedim float double half bfloat16".split()
+    "view view_as reshape transpose swapaxes movedim permute squeeze unsqueeze expand expand_as flatten "
+    "unflatten contiguous to type_as float double half bfloat16 t T mT getitem detach chunk split unbind "
+    "narrow select alias".split()
 )
 
 
 def mutated(graph: Graph) -> frozenset[Node]:
-    """Every node whose storage is written in place somewhere after the node, through the node or any alias of it.
+    """Every node whose storage is written in place after the node, through the node or any alias of it.
 
     The result of an in-place op is in the set only if a later op writes again.
     """
@@ -52,9 +55,10 @@ def mutated(graph: Graph) -> frozenset[Node]:
 def functionalize_local(gm: GraphModule) -> int:
     """Turn in-place ops on fresh local values into their out-of-place form; returns how many were turned.
 
-    Left alone: values that share storage with an input, a tensor attribute or a carried node; values with an older alias
-    that is read later; ops that change a value's strides, shape or dtype in ways its out-of-place form would not; writes
-    without grad to a value made with grad, which keep the value's gradient where the out-of-place form has none.
+    Left alone: values that share storage with an input, a tensor attribute or a carried node; values with an
+    older alias that is read later; ops that change a value's strides, shape or dtype in ways its out-of-place
+    form would not; writes without grad to a value made with grad, which keep the value's gradient where the
+    out-of-place form has none.
     """
     storages, position = _storages(gm.graph), {node: i for i, node in enumerate(gm.graph.nodes)}
     copied = carried(gm.graph)
@@ -72,7 +76,11 @@ def functionalize_local(gm: GraphModule) -> int:
             result = _evaluate(node, functional)
             if result is not None:
                 new = _replace(gm, node, functional, result, position)
-                position[new], storages[new], grad_on[new] = position.pop(node), storages.pop(node), grad_on[node]
+                position[new], storages[new], grad_on[new] = (
+                    position.pop(node),
+                    storages.pop(node),
+                    grad_on[node],
+                )
                 count += 1
     if count:
         gm.graph.lint()
@@ -80,15 +88,15 @@ def functionalize_local(gm: GraphModule) -> int:
     return count
 
 
-# ---------------------------------------------------------------------------------------------- storages
+# ---------------------------------------------------------------- storages
 
 
 def _storages(graph: Graph) -> dict[Node, frozenset[Storage]]:
     """The storages a node's value lives in.
 
-    Fakes share storage where the tensors they stand for do (torch 2.13 and 2.15, but for eval `dropout` on 2.13), so
-    storage identity covers views, `getitem` and in-place results. Carried nodes have made-up fakes: one
-    that may hand out an input shares that input's storages, one without a fake shares its inputs'.
+    Fakes share storage where the tensors they stand for do (torch 2.13 and 2.15, but for eval `dropout` on
+    2.13), so storage identity covers views, `getitem` and in-place results. Carried nodes have made-up fakes:
+    one that may hand out an input shares that input's storages, one without a fake shares its inputs'.
     """
     found: dict[Node, frozenset[Storage]] = {}
     copied = carried(graph)
@@ -109,7 +117,7 @@ def _is_identity_dropout(node: Node) -> bool:
     if not isinstance(node.target, OpOverload) or len(node.args) < 3 or not isinstance(node.args[0], Node):
         return False
     name = node.target._schema.name.split("::")[1]
-    return name in _RANDOM_TWINS and (not node.args[2] or node.args[1] == 0)
+    return name in _RANDOM_TWINS and (node.args[2] is False or node.args[1] in (0, 0.0))
 
 
 def _identities(value: Any) -> Iterator[Storage]:
@@ -120,7 +128,7 @@ def _identities(value: Any) -> Iterator[Storage]:
 
 def _aliased_by_schema(node: Node) -> list[Node]:
     """Inputs a node without a value may alias, from the alias annotations of its schema."""
-    if node.target is getattr and node.args or target_name(node) == "getitem":
+    if target_name(node) == "getitem":
         return [n for n in node.args[:1] if isinstance(n, Node)]
     if not isinstance(node.target, OpOverload):
         return []
@@ -138,7 +146,7 @@ def _bound(node: Node) -> Iterator[tuple[Any, Node]]:
                 yield argument, leaf
 
 
-# ---------------------------------------------------------------------------------------------- writes
+# ---------------------------------------------------------------- writes
 
 
 def _writes(graph: Graph) -> Iterator[tuple[Node, list[Node]]]:
@@ -159,20 +167,25 @@ def _writes(graph: Graph) -> Iterator[tuple[Node, list[Node]]]:
 
 
 def _hidden_writes(node: Node) -> list[Node]:
-    if not isinstance(node.target, OpOverload) or node.target._schema.name.split("::")[1] not in _WRITES_STATISTICS:
+    if (
+        not isinstance(node.target, OpOverload)
+        or node.target._schema.name.split("::")[1] not in _WRITES_STATISTICS
+    ):
         return []
     training = len(node.args) < 6 or node.args[5] is not False
     return [n for n in node.args[3:5] if isinstance(n, Node)] if training else []
 
 
 def _looks_in_place(node: Node) -> bool:
-    """Whether an untraced node may write to its arguments, judged by its name: `add_`, `iadd`, `setitem`, `out=`."""
+    """Whether an untraced node may write to its arguments, by its name: `add_`, `iadd`, `setitem`, `out=`."""
     if node.op not in ("call_function", "call_method"):
         return False
     if isinstance(node.target, OpOverload):
         return bool(node.target._schema.is_mutable)
     name = target_name(node)
-    operator_form = getattr(node.target, "__module__", None) == "_operator" and name[0] == "i" and name[1:] in _OPERATORS
+    operator_form = (
+        getattr(node.target, "__module__", None) == "_operator" and name[0] == "i" and name[1:] in _OPERATORS
+    )
     method = name.endswith("_") and not name.endswith("__")
     return method or operator_form or name in {"setitem", *_WRITES_STATISTICS} or "out" in node.kwargs
 
@@ -183,9 +196,7 @@ _OPERATORS = frozenset("add sub mul truediv floordiv mod pow and or xor lshift r
 def _subgraphs(graph: Graph, node: Node) -> Iterator[Graph]:
     for operand in node.all_input_nodes:
         if operand.op == "get_attr" and graph.owning_module is not None:
-            value: Any = graph.owning_module
-            for part in str(operand.target).split("."):
-                value = getattr(value, part, None)
+            value = attribute(graph.owning_module, str(operand.target))
             if isinstance(value, GraphModule):
                 yield value.graph
 
@@ -211,11 +222,13 @@ def _may_return_input(graph: Graph, node: Node) -> bool:
     return False
 
 
-# ---------------------------------------------------------------------------------------------- out of place
+# ---------------------------------------------------------------- out of place
 
 
 def _functional(node: Node) -> OpOverload | None:
-    """`aten::add.Tensor` for `aten::add_.Tensor`; None for every other op and where autograd knows no such form."""
+    """`aten::add.Tensor` for `aten::add_.Tensor`; None for every other op and where autograd knows no such
+    form.
+    """
     op = node.target
     if node.op != "call_function" or not isinstance(op, OpOverload) or op.namespace != "aten":
         return None
@@ -230,7 +243,7 @@ def _functional(node: Node) -> OpOverload | None:
     if not isinstance(twin, OpOverload) or not _same_signature(op, twin, node.kwargs):
         return None
     kernels = ("CompositeImplicitAutograd", "Autograd")
-    known = any(torch._C._dispatch_has_kernel_for_dispatch_key(twin.name(), key) for key in kernels)
+    known = any(torch._C._dispatch_has_kernel_for_dispatch_key(str(twin._name), key) for key in kernels)
     return twin if known else None
 
 
@@ -242,7 +255,9 @@ def _same_signature(op: OpOverload, twin: OpOverload, kwargs: Iterable[str]) -> 
     return types and names >= set(kwargs) and writes == [mine[0].name] and not twin._schema.is_mutable
 
 
-def _older_aliases(node: Node, storages: dict[Node, frozenset[Storage]], position: dict[Node, int]) -> list[Node]:
+def _older_aliases(
+    node: Node, storages: dict[Node, frozenset[Storage]], position: dict[Node, int]
+) -> list[Node]:
     """Values made before `node` that share storage with what it writes, the written value included."""
     held = storages[node.args[0]]  # type: ignore[index]
     return [n for n, s in storages.items() if s & held and position[n] < position[node]]

@@ -16,17 +16,19 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from normfx.ir.regions import replayed_modes
 
 SRC_MASK, KEY_PADDING_MASK, FULL_MASK = 0, 1, 2
-"""`mask_type` of `_transformer_encoder_layer_fwd`: (T, T), (B, T) or (B, heads, T, T), true or nonzero is masked."""
+"""`mask_type` of `_transformer_encoder_layer_fwd`: (T, T), (B, T) or (B, heads, T, T), true or nonzero is
+masked.
+"""
 
 _COPIED_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node")
 
 
 def expand_encoder_layers(gm: GraphModule) -> int:
-    """Replace `_transformer_encoder_layer_fwd`, the no-grad fast path of `nn.TransformerEncoderLayer`, which hides two
-    norms, by the ops it stands for; returns how many were replaced.
+    """Replace `_transformer_encoder_layer_fwd`, the no-grad fast path of `nn.TransformerEncoderLayer`, which
+    hides two norms, by the ops it stands for; returns how many were replaced.
 
-    It stays whole for nested tensors, empty batches, and under autocast: the op computes in the dtype of its arguments
-    there, the ops it stands for would not.
+    It stays whole for nested tensors, empty batches, and under autocast: the op computes in the dtype of its
+    arguments there, the ops it stands for would not.
     """
     target = torch.ops.aten._transformer_encoder_layer_fwd.default
     count = 0
@@ -73,7 +75,7 @@ def encoder_layer(
 
 def _attend(qkv: Tensor, num_heads: int, mask: Tensor | None, mask_type: int | None) -> Tensor:
     """Self attention over a packed (B, T, 3D) projection, back to (B, T, D)."""
-    query, key, value = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in qkv.chunk(3, -1))
+    query, key, value = (torch.unflatten(t, -1, (num_heads, -1)).transpose(1, 2) for t in qkv.chunk(3, -1))
     if mask is None:
         return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
     masked = mask.to(torch.bool)
@@ -115,7 +117,9 @@ def _inline(gm: GraphModule, node: Node) -> None:
 
     def layer(*fakes: Tensor) -> Tensor:
         remaining = iter(fakes)
-        args, kwargs = pytree.tree_unflatten([next(remaining) if isinstance(a, Node) else a for a in flat], spec)
+        args, kwargs = pytree.tree_unflatten(
+            [next(remaining) if isinstance(a, Node) else a for a in flat], spec
+        )
         return encoder_layer(*args, **kwargs)
 
     with mode, enable_python_dispatcher(), torch.no_grad():

@@ -10,8 +10,17 @@ import torch
 from torch._ops import HigherOrderOperator
 from torch.fx import Graph, Node
 
+_enter_autocast: Any = torch.amp.autocast_mode._enter_autocast
+_exit_autocast: Any = torch.amp.autocast_mode._exit_autocast
+
 MODE_SWITCHES = frozenset(
-    {"_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode"}
+    {
+        "_enter_autocast",
+        "_exit_autocast",
+        "_set_grad_enabled",
+        "_enter_inference_mode",
+        "_exit_inference_mode",
+    }
 )
 """Names of the functions that switch autocast, grad or inference mode in the middle of a graph."""
 
@@ -21,14 +30,23 @@ def target_name(node: Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
+def attribute(root: Any, path: str) -> Any:
+    """What a `get_attr` node with this target reads."""
+    for part in path.split("."):
+        root = getattr(root, part)
+    return root
+
+
 def is_mode_switch(node: Node) -> bool:
     return node.op == "call_function" and target_name(node) in MODE_SWITCHES
 
 
 def carried(graph: Graph) -> set[Node]:
-    """Nodes that are copied, not traced: higher-order ops, module calls, and everything inside a functorch level.
+    """Nodes that are copied, not traced: higher-order ops, module calls, and everything inside a functorch
+    level.
 
-    In torch 2.13 and 2.15 a level begins at `_vmap_increment_nesting` and its siblings and ends at the decrement.
+    In torch 2.13 and 2.15 a level begins at `_vmap_increment_nesting` and its siblings and ends at the
+    decrement.
     """
     found: set[Node] = set()
     depth = 0
@@ -50,35 +68,35 @@ def carried(graph: Graph) -> set[Node]:
 def replayed_modes(graph: Graph) -> Iterator[Iterator[Node]]:
     """Nodes in order; while one is being handled, autocast and grad mode are those it will run under.
 
-    The modes around the call are the ambient ones, and are restored. Inference mode is replayed as no_grad, which is all
-    that a fake tensor shows of it.
+    The modes around the call are the ambient ones, and are restored. Inference mode is replayed as no_grad,
+    which is all that a fake tensor shows of it.
     """
-    entered: dict[Node, Any] = {}
+    entered: dict[Any, Any] = {}
     grad = torch.is_grad_enabled()
     try:
         yield _replay(graph, entered)
     finally:
         for mode in reversed(list(entered.values())):
             if not isinstance(mode, bool):
-                torch.amp.autocast_mode._exit_autocast(mode)
+                _exit_autocast(mode)
         torch._C._set_grad_enabled(grad)
 
 
-def _replay(graph: Graph, entered: dict[Node, Any]) -> Iterator[Node]:
+def _replay(graph: Graph, entered: dict[Any, Any]) -> Iterator[Node]:
     for node in list(graph.nodes):
         if not is_mode_switch(node):
             yield node
             continue
         name = target_name(node)
         if name == "_enter_autocast":
-            entered[node] = torch.amp.autocast_mode._enter_autocast(*node.args)
+            entered[node] = _enter_autocast(*node.args)
         elif name == "_exit_autocast":
-            torch.amp.autocast_mode._exit_autocast(entered.pop(node.args[0]))  # type: ignore[arg-type]
+            _exit_autocast(entered.pop(node.args[0]))
         elif name == "_enter_inference_mode":
             entered[node] = torch.is_grad_enabled()
             torch._C._set_grad_enabled(entered[node] and not (node.args and node.args[0]))
         elif name == "_exit_inference_mode":
-            torch._C._set_grad_enabled(entered.pop(node.args[0]))  # type: ignore[arg-type]
+            torch._C._set_grad_enabled(entered.pop(node.args[0]))
         else:
             torch._C._set_grad_enabled(bool(node.args[0]))
         yield node

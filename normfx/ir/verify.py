@@ -10,21 +10,23 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
+from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 
 from normfx.errors import VerifyError
-from normfx.ir.regions import carried, is_mode_switch, replayed_modes
+from normfx.ir.regions import attribute, carried, is_mode_switch, replayed_modes
 
 _SCALAR_MODULES = frozenset({math.__name__, operator.__name__, "_operator", "builtins"})
 
 
 def verify(gm: GraphModule, stage: str) -> None:
-    """Raise `VerifyError` unless `gm` is a well-formed canonical graph whose `meta['val']` are what its ops compute.
+    """Raise `VerifyError` unless `gm` is a well-formed canonical graph whose `meta['val']` are what its ops
+    compute.
 
-    Every op is run again on the fakes of its arguments, under the autocast region it stands in; the ambient autocast is
-    the caller's. Only dtype, shape and device are compared, and no guard is added.
+    Every op is run again on the fakes of its arguments, under the autocast region it stands in; the ambient
+    autocast is the caller's. Only dtype, shape and device are compared, and no guard is added.
     """
     try:
         gm.graph.lint()
@@ -44,7 +46,8 @@ def verify(gm: GraphModule, stage: str) -> None:
 
 def _fail(stage: str, node: Node, expected: object, found: object) -> VerifyError:
     return VerifyError(
-        f"normfx: after stage '{stage}', node '{node.name}' ({node.target}): expected {expected}, found {found}"
+        f"normfx: after stage '{stage}', node '{node.name}' ({node.target}): "
+        f"expected {expected}, found {found}"
     )
 
 
@@ -78,10 +81,7 @@ def _check_value(gm: GraphModule, node: Node, stage: str) -> None:
         return
     target = node.target
     if node.op == "get_attr":
-        value: Any = gm
-        for part in str(target).split("."):
-            value = getattr(value, part)
-        makes_value = isinstance(value, torch.Tensor)
+        makes_value = isinstance(attribute(gm, str(target)), torch.Tensor)
     elif node.op == "placeholder":
         makes_value = bool(node.users)
     else:
@@ -97,7 +97,9 @@ def _check_rerun(node: Node, mode: FakeTensorMode, stage: str) -> None:
     try:
         again = _rerun(node, mode)
     except Exception as error:
-        raise _fail(stage, node, "an op that accepts its arguments", f"{type(error).__name__}: {error}") from error
+        raise _fail(
+            stage, node, "an op that accepts its arguments", f"{type(error).__name__}: {error}"
+        ) from error
     recorded = pytree.tree_leaves(node.meta.get("val"))
     for old, new in zip(recorded, pytree.tree_leaves(again), strict=False):
         if not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor):
@@ -111,7 +113,7 @@ def _rerun(node: Node, mode: FakeTensorMode) -> Any:
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(mode)
-        stack.enter_context(torch._dispatch.python.enable_python_dispatcher())
+        stack.enter_context(enable_python_dispatcher())
         if mode.shape_env is not None:
             stack.enter_context(mode.shape_env.ignore_fresh_unbacked_symbols())
             stack.enter_context(mode.shape_env.suppress_guards())
@@ -129,8 +131,8 @@ def _same_size(a: Any, b: Any) -> bool:
     if isinstance(a, int) and isinstance(b, int):
         return a == b
     difference = _expression(a) - _expression(b)
-    env = next(x.node.shape_env for x in (a, b) if isinstance(x, torch.SymInt))
-    value = env.replace(difference).xreplace({s: v for s, v in _hints(env)})
+    env: Any = next(x.node.shape_env for x in (a, b) if isinstance(x, torch.SymInt))
+    value = env.replace(difference).xreplace(dict(_hints(env)))
     return value == 0 or not value.is_number
 
 

@@ -226,23 +226,21 @@ def _div(rows: Rows, node: Node, call: Call) -> Form:
     return Form(algebra.mul(a, algebra.power(b, Fraction(-1))), dropped)
 
 
-@handles("aten::addcmul")
-def _addcmul(rows: Rows, node: Node, call: Call) -> Form:
-    a, b, dropped = rows.pair(call["tensor1"], call["tensor2"])
-    c = rows.operand(call["self"])
-    if dropped or c.dropped:
-        raise Outside
-    return Form(algebra.add(c.poly, algebra.mul(a, b), _number(call["value"])))
+def _fused(n: Fraction) -> Handler:
+    """self + value·tensor1·tensor2^n"""
+
+    def handler(rows: Rows, node: Node, call: Call) -> Form:
+        a, b, dropped = rows.pair(call["tensor1"], call["tensor2"])
+        c = rows.operand(call["self"])
+        if dropped or c.dropped:
+            raise Outside
+        return Form(algebra.add(c.poly, algebra.mul(a, algebra.power(b, n)), _number(call["value"])))
+
+    return handler
 
 
-@handles("aten::addcdiv")
-def _addcdiv(rows: Rows, node: Node, call: Call) -> Form:
-    a, b, dropped = rows.pair(call["tensor1"], call["tensor2"])
-    c = rows.operand(call["self"])
-    if dropped or c.dropped:
-        raise Outside
-    quotient = algebra.mul(a, algebra.power(b, Fraction(-1)))
-    return Form(algebra.add(c.poly, quotient, _number(call["value"])))
+HANDLERS["aten::addcmul"] = _fused(Fraction(1))
+HANDLERS["aten::addcdiv"] = _fused(Fraction(-1))
 
 
 @handles("aten::pow.Tensor_Scalar")

@@ -1,0 +1,1 @@
+"""Generated Triton kernels (none yet)."""

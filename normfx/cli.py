@@ -1,0 +1,22 @@
+"""The `normfx` command."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from normfx import demo
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the console script. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="normfx", description="LayerNorm to RMSNorm, exactly, under torch.compile.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    show = commands.add_parser("demo", help="GPT-2 with random weights: report, error against float64, time")
+    show.add_argument("--quick", action="store_true", help="a two-layer model, seconds in place of a minute")
+    parsed = parser.parse_args(arguments)
+    if parsed.command == "demo" and parsed.quick:
+        demo.run(layers=2, width=128, batch=2, tokens=64, repeats=15)
+    elif parsed.command == "demo":
+        demo.run()
+    return 0

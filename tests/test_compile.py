@@ -1,0 +1,253 @@
+"""torch.compile(..., backend="normfx") with real Inductor, in the situations that shape the capture."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.utils.checkpoint
+from equivalence import EagerBackend, outputs_and_grads
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from normfx.backend import listening
+from normfx.report import GraphReport, Report
+
+OPTIONS = {"strict": True}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("NORMFX_VERIFY", "1")
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def graphs() -> Iterator[list[GraphReport]]:
+    """Reports of the graphs compiled in the test."""
+    found: list[GraphReport] = []
+    with listening(found.append):
+        yield found
+
+
+class Blocks(nn.Module):
+    """A small pre-LN model; `style` says how its residual branches are written."""
+
+    def __init__(self, style: str = "plain", depth: int = 2, width: int = 16) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.style = style
+        self.table = nn.Embedding(20, width)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(depth))
+        self.up = nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(depth))
+        self.down = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(depth))
+        self.final, self.head = nn.LayerNorm(width), nn.Linear(width, 5, bias=False)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.add_(0.2 * torch.randn_like(p))
+
+    def branch(self, x: Tensor, i: int) -> Tensor:
+        return self.down[i](F.gelu(self.up[i](self.norms[i](x))))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        for i in range(len(self.norms)):
+            if self.style == "in place":
+                y = self.branch(x, i)
+                y += x
+                x = y
+            elif self.style == "checkpoint":
+                x = x + torch.utils.checkpoint.checkpoint(self.branch, x, i, use_reentrant=False)
+            elif self.style == "autocast":
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    x = x + self.branch(x, i)
+            elif self.style == "break":
+                x = x + self.branch(x, i)
+                torch._dynamo.graph_break()
+            else:
+                x = x + self.branch(x, i)
+        return self.head(self.final(x))
+
+
+def _ids(tokens: int = 6, batch: int = 2) -> Tensor:
+    return torch.randint(0, 20, (batch, tokens), generator=torch.Generator().manual_seed(tokens))
+
+
+def _compile(model: Any, **kwargs: Any) -> Any:
+    return torch.compile(model, backend="normfx", options=OPTIONS, **{"fullgraph": True, **kwargs})
+
+
+def _counts(graphs: list[GraphReport]) -> tuple[int, int]:
+    counts = Report(tuple(graphs)).counts
+    return counts["layer_norm"], counts["to_rms_norm"]
+
+
+@pytest.mark.parametrize(
+    ("style", "converted", "folded"), [("plain", 3, 3), ("in place", 3, 3), ("checkpoint", 0, 1)]
+)
+def test_styles_in_float64(style: str, converted: int, folded: int, graphs: list[GraphReport]) -> None:
+    """A checkpointed branch is carried over whole and observes the stream; the final norm's affine still folds."""
+    model = Blocks(style).double()
+    expected, expected_grads = outputs_and_grads(model, model, (_ids(),))
+    actual, grads = outputs_and_grads(_compile(model), model, (_ids(),))
+    counts = Report(tuple(graphs)).counts
+    assert (counts["to_rms_norm"], counts.get("fold_affine", 0)) == (converted, folded)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    for name, want in expected_grads.items():
+        torch.testing.assert_close(grads[name], want, rtol=1e-10, atol=1e-11, msg=name)
+
+
+def test_graph_breaks(graphs: list[GraphReport]) -> None:
+    """Each graph is rewritten by itself; a stream that crosses a break is an input and an output of graphs."""
+    model = Blocks("break").double()
+    expected, expected_grads = outputs_and_grads(model, model, (_ids(),))
+    actual, grads = outputs_and_grads(_compile(model, fullgraph=False), model, (_ids(),))
+    assert len(graphs) > 1 and _counts(graphs)[0] == 3
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    for name, want in expected_grads.items():
+        torch.testing.assert_close(grads[name], want, rtol=1e-10, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes(dtype: torch.dtype, graphs: list[GraphReport]) -> None:
+    """In each dtype the result is as close to float64 as eager's."""
+    exact = Blocks().double()
+    model = copy.deepcopy(exact).to(dtype)
+    reference = copy.deepcopy(model).double()(_ids())
+    eager = (model(_ids()).double() - reference).norm()
+    actual = _compile(model)(_ids())
+    assert actual.dtype == dtype and _counts(graphs) == (3, 3)
+    assert (actual.double() - reference).norm() <= 2.0 * eager
+
+
+def test_ambient_autocast(graphs: list[GraphReport]) -> None:
+    """Folds are computed outside autocast's low precision (T14), and dtypes of results stay eager's."""
+    model = Blocks()
+    reference = copy.deepcopy(model).double()(_ids())
+    compiled = _compile(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        eager, actual = model(_ids()), compiled(_ids())
+    assert actual.dtype == eager.dtype and _counts(graphs) == (3, 3)
+    assert (actual.double() - reference).norm() <= 1.25 * (eager.double() - reference).norm()
+
+
+def test_inner_autocast(graphs: list[GraphReport]) -> None:
+    model = Blocks("autocast")
+    reference = copy.deepcopy(model).double()
+    reference.style = "plain"
+    expected = reference(_ids())
+    actual = _compile(model)(_ids())
+    assert _counts(graphs) == (3, 3)
+    assert (actual.double() - expected).norm() <= 1.25 * (model(_ids()).double() - expected).norm()
+
+
+def test_dynamic_shapes(graphs: list[GraphReport]) -> None:
+    """One graph serves every length, its norms found and converted."""
+    model = Blocks().double().eval()
+    compiled = _compile(model, dynamic=True)
+    for tokens in (5, 6, 9, 17):
+        torch.testing.assert_close(compiled(_ids(tokens, 3)), model(_ids(tokens, 3)), rtol=1e-12, atol=1e-12)
+    assert len({g.after for g in graphs}) == 1 and _counts(graphs[:1]) == (3, 3)
+
+
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(guard: Any, graphs: list[GraphReport]) -> None:
+    model = Blocks().double()
+    with guard():
+        expected = model(_ids())
+        actual = _compile(model)(_ids())
+    assert _counts(graphs) == (3, 3)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+class Mutating(nn.Module):
+    """Writes its input and a buffer between two norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.read = nn.LayerNorm(8), nn.Linear(8, 8)
+        self.register_buffer("count", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count.add_(1)
+        x.mul_(2.0)
+        y = self.read(self.norm(x))
+        x.add_(1.0)
+        return y + self.read(self.norm(x + y)) + self.count
+
+
+def test_input_and_buffer_mutation(graphs: list[GraphReport]) -> None:
+    torch.manual_seed(0)
+    model = Mutating().double().requires_grad_(False)
+    twin = copy.deepcopy(model)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    mine, theirs = x.clone(), x.clone()
+    compiled = _compile(model)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(mine), twin(theirs), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(mine, theirs)
+    torch.testing.assert_close(model.count, twin.count)
+    assert _counts(graphs)[0] == 2
+
+
+def test_weights_changed_between_calls() -> None:
+    """Live folds read the parameters of each call: nothing can be stale."""
+    model = Blocks().double()
+    compiled = _compile(model)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)
+    for _ in range(3):
+        optimiser.zero_grad()
+        compiled(_ids()).square().sum().backward()
+        optimiser.step()
+        torch.testing.assert_close(compiled(_ids()), model(_ids()), rtol=1e-11, atol=1e-11)
+    with torch.no_grad():
+        model.final.weight.data.numpy()[:] = 3.0
+        torch.testing.assert_close(compiled(_ids()), model(_ids()), rtol=1e-11, atol=1e-11)
+
+
+def test_training_with_dropout_draws_the_same_numbers(graphs: list[GraphReport]) -> None:
+    """Random ops stay, in order (T17): in eager lowering the masks are eager's, so results agree exactly."""
+
+    class Dropping(Blocks):
+        def branch(self, x: Tensor, i: int) -> Tensor:
+            return F.dropout(super().branch(x, i), 0.3, self.training)
+
+    model = Dropping().double().train()
+    torch.manual_seed(5)
+    expected = model(_ids())
+    backend = EagerBackend()
+    torch.manual_seed(5)
+    actual = torch.compile(model, backend=backend, fullgraph=True)(_ids())
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    assert backend.report.counts["layer_norm"] == 3
+
+
+def test_model_without_norms_is_compiled_unchanged(graphs: list[GraphReport]) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(_compile(model)(x), model(x))
+    assert graphs[0].sites == () and graphs[0].before == graphs[0].after
+
+
+def test_verify_option_runs_the_original_once() -> None:
+    model = Blocks()
+    compiled = torch.compile(model, backend="normfx", options={"strict": True, "verify": True}, fullgraph=True)
+    torch.testing.assert_close(compiled(_ids()), model(_ids()), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(compiled(_ids()), model(_ids()), rtol=1e-4, atol=1e-4)
+
+
+def test_mode_and_inductor_options_reach_inductor(graphs: list[GraphReport]) -> None:
+    model = Blocks()
+    compiled = torch.compile(
+        model, backend="normfx", fullgraph=True, options={"inductor": {"fallback_random": True}, "mode": "default"}
+    )
+    torch.testing.assert_close(compiled(_ids()), model(_ids()), rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="normfx", fullgraph=True, mode="reduce-overhead")
+    torch.testing.assert_close(compiled(_ids()), model(_ids()), rtol=1e-4, atol=1e-4)
+    assert _counts(graphs) == (6, 6)
