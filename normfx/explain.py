@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch._dynamo.utils import counters  # private; torch 2.11 to 2.15
 from torch.fx import GraphModule
 
 from normfx.backend import transform
@@ -35,16 +34,10 @@ def explain(model: Callable[..., Any], options: Mapping[str, Any] | None = None)
             return gm.forward  # type: ignore[no-any-return]  # the untouched graph, run eagerly
 
         torch._dynamo.reset()  # else earlier compilations of the same code may use up its recompile limit
-        breaks = _graph_breaks()
         try:
             torch.compile(model, backend=backend)(*args, **kwargs)
         finally:
             torch._dynamo.reset()
-        return Report(tuple(graphs), _graph_breaks() - breaks)
+        return Report(tuple(graphs), max(len(graphs) - 1, 0))  # as torch._dynamo.explain counts breaks
 
     return run
-
-
-def _graph_breaks() -> int:
-    """Graph breaks Dynamo has counted so far in this process."""
-    return sum(counters["graph_break"].values())

@@ -26,6 +26,7 @@ aten = torch.ops.aten
 pytestmark = [  # raised inside torch 2.13 itself, by custom autograd functions and by its Inductor
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning"),  # by jvp on torch 2.15
 ]
 
 

@@ -107,7 +107,7 @@ def test_graph_breaks(graphs: list[GraphReport]) -> None:
     model = Blocks("break").double()
     expected, expected_grads = outputs_and_grads(model, model, (_ids(),))
     actual, grads = outputs_and_grads(_compile(model, fullgraph=False), model, (_ids(),))
-    assert len(graphs) > 1 and _counts(graphs)[0] == 3
+    assert len(graphs) > 1 and all(site.rules or site.refusals for g in graphs for site in g.sites)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     for name, want in expected_grads.items():
         torch.testing.assert_close(grads[name], want, rtol=1e-10, atol=1e-11, msg=name)

@@ -44,9 +44,7 @@ _TORCH = str(PurePath(torch.__file__).parent)
 
 
 def source_line(node: Node) -> str:
-    """'model.py:210 in forward: x = self.ln_1(x)': the innermost frame outside torch; '' when there is no
-    trace.
-    """
+    """'model.py:210 in forward: x = self.ln_1(x)': the innermost frame outside torch; '' if there is none."""
     frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
     if not frames:
         return ""
@@ -56,7 +54,7 @@ def source_line(node: Node) -> str:
 
 
 def source_name(source: Any) -> str:
-    """Expression of a Dynamo source; `source.name` is a method on older torch, a property on 2.13 and 2.15."""
+    """Expression of a Dynamo source; `source.name` is a property on torch 2.13 and 2.15, a method before."""
     if source is None:
         return ""
     name = source.name

@@ -23,6 +23,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
+def _wider(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+    """float64 where either is, else float32."""
+    return torch.float64 if torch.float64 in (a, b) else torch.float32
+
+
 def rms_norm(
     x: Tensor,
     weight: Tensor | None,
@@ -115,7 +120,7 @@ def center(x: Tensor, dim: int, size: int, inner: int) -> Tensor:
 
 def scale_features(weight: Tensor, gamma: Tensor, dim: int, size: int, inner: int) -> Tensor:
     """W · diag(γ) over a feature axis of `weight`: γ multiplies the middle of `dim` seen as (outer, size, inner)."""
-    wide = torch.promote_types(accumulation_dtype(weight.dtype), gamma.dtype)
+    wide = _wider(weight.dtype, gamma.dtype)
     factors = _tile(gamma.to(wide), weight.shape[dim], size, inner)
     return (weight.to(wide) * _along(factors, weight.ndim, dim)).to(weight.dtype)
 
@@ -127,7 +132,7 @@ def fold_shift(
 
     Written as a product and a sum, not as a matrix product: autocast would run that one in low precision.
     """
-    wide = torch.promote_types(accumulation_dtype(weight.dtype), beta.dtype)
+    wide = _wider(weight.dtype, beta.dtype)
     terms = _tile(beta.to(wide), weight.shape[dim], size, inner)
     shift = (weight.to(wide) * _along(terms, weight.ndim, dim)).sum(dim)
     if factor != 1.0:
@@ -166,4 +171,11 @@ LAYER_NORM = torch.ops.normfx.layer_norm.default
 CENTER = torch.ops.normfx.center.default
 SCALE_FEATURES = torch.ops.normfx.scale_features.default
 FOLD_SHIFT = torch.ops.normfx.fold_shift.default
-OPS = (RMS_NORM, LAYER_NORM, CENTER, SCALE_FEATURES, FOLD_SHIFT)
+BODIES = {
+    RMS_NORM: rms_norm,
+    LAYER_NORM: layer_norm,
+    CENTER: center,
+    SCALE_FEATURES: scale_features,
+    FOLD_SHIFT: fold_shift,
+}
+"""Each canonical op and its body."""

@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from normfx.errors import OptionError
-from normfx.ir.ops import OPS
+from normfx.ir.ops import BODIES
 
 
 def inductor_options(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,12 +44,12 @@ def compile_graph(
 
 def inline_canonical_ops(gm: GraphModule) -> GraphModule:
     """Replace each normfx op by the ATen ops of its body, in place (for graphs that leave the process)."""
-    for node in [n for n in gm.graph.nodes if n.target in OPS]:
+    for node in [n for n in gm.graph.nodes if n.target in BODIES]:
         tensors = [a for a in node.args if isinstance(a, torch.fx.Node)]
 
         def body(*values: torch.Tensor, node: torch.fx.Node = node, tensors: list[torch.fx.Node] = tensors) -> Any:
             given = dict(zip(tensors, values, strict=True))
-            return node.target(*[given.get(a, a) if isinstance(a, torch.fx.Node) else a for a in node.args])  # type: ignore[operator]
+            return BODIES[node.target](*[given.get(a, a) if isinstance(a, torch.fx.Node) else a for a in node.args])  # type: ignore[index]
 
         traced = make_fx(body, pre_dispatch=True)(*[t.meta["val"] for t in tensors])
         inside = dict(zip(traced.graph.find_nodes(op="placeholder"), tensors, strict=True))

@@ -1,0 +1,144 @@
+"""Options and environment variables, and what a user sees when one is wrong or a stage fails."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import normfx
+from normfx.options import DEFAULT_RULES, RULE_NAMES, Options
+from normfx.rewrite import Edit
+
+NO_ENV: dict[str, str] = {}
+
+
+@pytest.mark.parametrize(
+    ("spec", "rules"),
+    [
+        ("default", DEFAULT_RULES),
+        ("all", RULE_NAMES),
+        ("none", ()),
+        ([], ()),
+        ("default,-fold_affine", tuple(r for r in DEFAULT_RULES if r != "fold_affine")),
+        ("-fold_affine, -fold_scale", ("pre_rms_norm", "linear_norm")),
+        ("fold_affine", ("fold_affine",)),
+        ("fold_affine,pre_rms_norm", ("pre_rms_norm", "fold_affine")),
+        (["none", "+linear_norm"], ("linear_norm",)),
+        (("linear_norm", "fold_scale"), ("linear_norm", "fold_scale")),
+    ],
+)
+def test_rules(spec: object, rules: tuple[str, ...]) -> None:
+    assert Options.parse({"rules": spec}, environ=NO_ENV).rules == rules
+
+
+def test_environment_changes_the_rules_given() -> None:
+    assert Options.parse({"rules": "fold_affine"}, environ={"NORMFX_RULES": "+fold_scale"}).rules == (
+        "fold_scale",
+        "fold_affine",
+    )
+    assert Options.parse(None, environ={"NORMFX_RULES": "none"}).rules == ()
+
+
+@pytest.mark.parametrize(
+    ("options", "environ", "words"),
+    [
+        ({"rule": "all"}, {}, ["option 'rule'", "rules", "fold", "lowering"]),
+        ({"rules": "pre_rms"}, {}, ["rule 'pre_rms'", *RULE_NAMES, "default"]),
+        ({"rules": 3}, {}, ["options['rules']", "int"]),
+        ({"fold": "frosen"}, {}, ["value 'frosen'", "auto", "live"]),
+        ({"lowering": "cuda"}, {}, ["value 'cuda'", "auto", "inductor"]),
+        ({"strict": "yes"}, {}, ["options['strict']", "True or False"]),
+        ({"inductor": [1]}, {}, ["options['inductor']", "mapping"]),
+        ({}, {"NORMFX_RULES": "+x"}, ["rule 'x'", "NORMFX_RULES"]),
+        ({}, {"NORMFX_DEBUG": "5"}, ["'5'", "NORMFX_DEBUG"]),
+        ({}, {"NORMFX_VERIFY": "maybe"}, ["'maybe'", "NORMFX_VERIFY"]),
+        ({"mode": "default"}, {"mode": "x"}, ["mode"]),
+    ],
+)
+def test_errors_say_what_where_and_what_is_valid(
+    options: dict[str, object], environ: dict[str, str], words: list[str]
+) -> None:
+    with pytest.raises(normfx.OptionError) as error:
+        Options.parse(options, mode=environ.pop("mode", None), environ=environ)
+    assert all(word in str(error.value) for word in words)
+
+
+class Norm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.read = nn.LayerNorm(4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.read(self.norm(x))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "word"),
+    [
+        ({"options": {"rulez": "all"}}, "unknown option 'rulez'"),
+        ({"mode": "fastest"}, "unknown mode 'fastest'"),
+        ({"options": {"inductor": {"no_such_option": 1}}}, "unknown Inductor option 'no_such_option'"),
+    ],
+)
+def test_torch_compile_shows_the_error(kwargs: dict[str, object], word: str) -> None:
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=word):
+        torch.compile(Norm(), backend="normfx", **kwargs)(torch.randn(2, 4))
+
+
+def _broken(*args: object) -> None:
+    raise IndexError("no such thing")
+
+
+def test_a_failing_stage_leaves_the_model_working(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr("normfx.backend.make_plan", _broken)
+    model, x = Norm(), torch.randn(2, 4)
+    with pytest.warns(normfx.NormfxWarning, match=r"stage 'plan' failed \(IndexError: no such thing\)"):
+        out = torch.compile(model, backend="normfx", fullgraph=True)(x)
+    torch.testing.assert_close(out, model(x))
+
+
+def test_a_stage_that_fails_half_way_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rewrite edits its own copy: the graph that is compiled after a failure is the untouched one."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(Edit, "finish", _broken)
+    model, x = Norm(), torch.randn(2, 4)
+    with pytest.warns(normfx.NormfxWarning, match="stage 'rewrite'"):
+        out = torch.compile(model, backend="normfx", fullgraph=True)(x)
+    torch.testing.assert_close(out, model(x))
+
+
+def test_strict_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr("normfx.backend.make_plan", _broken)
+    with pytest.raises(Exception, match=r"stage 'plan' failed: IndexError: no such thing"):
+        torch.compile(Norm(), backend="normfx", options={"strict": True})(torch.randn(2, 4))
+
+
+def test_inductor_exceptions_pass_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr("normfx.backend.compile_graph", _broken)
+    with pytest.raises(Exception, match="no such thing"):
+        torch.compile(Norm(), backend="normfx")(torch.randn(2, 4))
+
+
+@pytest.mark.parametrize(("level", "words"), [("0", []), ("1", ["fold_affine", "capture"]), ("2", ["before", "after"])])
+def test_debug_levels(
+    level: str, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NORMFX_DEBUG", level)
+    normfx.explain(Norm())(torch.randn(2, 4))
+    printed = capsys.readouterr().out
+    assert bool(printed) == bool(words) and all(word in printed for word in words)
+
+
+def test_verify_finds_a_wrong_fold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """options={'verify': True} catches a rewrite that is wrong."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(Edit, "fold_reader", lambda *args: None)
+    model = Norm()
+    nn.init.normal_(model.norm.weight)
+    with pytest.raises(normfx.VerifyError, match="output 0 of the rewritten graph differs"):
+        torch.compile(model, backend="normfx", options={"verify": True, "strict": True})(torch.randn(2, 4))
