@@ -53,6 +53,16 @@ def test_second_scale_is_outside() -> None:
     assert norm.weight is not None and norm.weight.name.startswith("p")
 
 
+def test_subtracted_bias_is_outside() -> None:
+    (norm,) = norms_of(lambda p, x: rms(x) * p["w"] - p["b"], torch.randn(2, 3, D))
+    assert norm.weight is not None and norm.bias is None
+
+
+def test_scaled_addcmul_is_outside() -> None:
+    (norm,) = norms_of(lambda p, x: torch.addcmul(p["b"], rms(x), p["w"], value=2), torch.randn(2, 3, D))
+    assert (norm.weight, norm.bias) == (None, None)
+
+
 def test_number_factor_is_outside() -> None:
     (norm,) = norms_of(lambda p, x: rms(x) * 2.0 * 0.5, torch.randn(2, 3, D))
     assert norm.output.name == "mul"

@@ -327,7 +327,7 @@ def _reshape(rows: Rows, node: Node, call: Call) -> Form:
 def _reduced(rows: Rows, node: Node, call: Call) -> tuple[Poly, int, bool]:
     """Operand of a reduction over exactly the axis, its entries there, and whether the axis is dropped."""
     form, source = rows.operand(call["self"]), value(call["self"])
-    if form.dropped or source is None or source.ndim != len(rows.shape) or reduced_dims(node) != (rows.dim,):
+    if source is None or source.ndim != len(rows.shape) or reduced_dims(node) != (rows.dim,):
         raise Outside
     size = source.shape[rows.dim]
     dropped = not call.get("keepdim", False) and source.ndim > 1

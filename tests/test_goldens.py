@@ -1,0 +1,278 @@
+"""Plans and graphs that someone has read. EXPECTTEST_ACCEPT=1 pytest rewrites them; read the difference.
+
+Graphs are shown as excerpts: norms, folds, linears and the stream, renumbered in order of appearance, so that they do
+not change with how a library builds its attention masks. test_models.py proves the same models in float64.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from equivalence import assert_same_float64, transformed
+from expecttest import TestCase
+from torch import nn
+
+from normfx.report import Report
+
+SHOWN = re.compile(
+    r" = (rms_norm|layer_norm|center|scale_features|fold_shift|linear|addmm|add|embedding|conv2d|cat|dropout|sub)\(|^return"
+)
+
+
+def excerpt(text: str) -> str:
+    """The lines of a graph that matter here, values renumbered by appearance."""
+    numbers: dict[str, str] = {}
+    lines = [line for line in text.splitlines() if SHOWN.search(line) and ": i64[" not in line]
+    return "\n".join(re.sub(r"%\d+", lambda m: numbers.setdefault(m[0], f"%{len(numbers)}"), x) for x in lines) + "\n"
+
+
+class Logits(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs: Any) -> torch.Tensor:
+        out = self.model(*inputs)
+        return out.logits if hasattr(out, "logits") else out.last_hidden_state
+
+
+def gpt2(dropout: float = 0.0) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        n_layer=2, n_embd=32, n_head=4, vocab_size=100, n_positions=32, use_cache=False, bos_token_id=0, eos_token_id=0,
+        resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=0.0, attn_implementation="sdpa",
+    )  # fmt: skip
+    return Logits(transformers.GPT2LMHeadModel(config)), (torch.randint(0, 100, (2, 12)),)
+
+
+def vit() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, image_size=32, patch_size=8
+    )
+    return Logits(transformers.ViTModel(config, add_pooling_layer=False)), (torch.randn(2, 3, 32, 32),)
+
+
+class Observed(nn.Module):
+    """A stream whose value before the last norm is also returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.write = nn.Embedding(10, 8), nn.Linear(8, 8)
+        self.norm, self.final, self.head = nn.LayerNorm(8), nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self.table(ids)
+        x = x + self.write(self.norm(x))
+        return self.head(self.final(x)), x
+
+
+def _report(case: tuple[nn.Module, tuple[torch.Tensor, ...]], training: bool = False) -> Report:
+    model, inputs = case
+    if not training:
+        assert_same_float64(model.eval(), inputs)
+    return transformed(model.train(training), inputs)[1]
+
+
+class Goldens(TestCase):
+    maxDiff = None
+
+    def test_gpt2_plan(self) -> None:
+        self.assertExpectedInline(str(_report(gpt2())), """\
+layer_norm: 5, rms_norm: 0, to_rms_norm: 5, fold_affine: 5, pre_rms_norm: 5, centrings: 0, folds: 20, graphs: 1, graph_breaks: 0
+model.transformer.h.0.ln_1  LayerNorm  pre_rms_norm, fold_affine
+model.transformer.h.0.ln_2  LayerNorm  pre_rms_norm, fold_affine
+model.transformer.h.1.ln_1  LayerNorm  pre_rms_norm, fold_affine
+model.transformer.h.1.ln_2  LayerNorm  pre_rms_norm, fold_affine
+model.transformer.ln_f      LayerNorm  pre_rms_norm, fold_affine""")
+
+    def test_gpt2_graph(self) -> None:
+        self.assertExpectedInline(excerpt(_report(gpt2()).graphs[0].after), """\
+%0 = embedding(model.transformer.wte.weight, %1): f32[2, 12, 32]
+%2 = center(%0, dim=2): f32[2, 12, 32]
+%3 = embedding(model.transformer.wpe.weight, %4): f32[1, 12, 32]
+%5 = center(%3, dim=2): f32[1, 12, 32]
+%6 = add(%2, %7): f32[2, 12, 32]
+%8 = dropout(%6, 0, False): f32[2, 12, 32]
+%9 = rms_norm(%8, dim=2, eps=1e-05): f32[2, 12, 32]  # model.transformer.h.0.ln_1
+%10 = fold_shift(model.transformer.h.0.attn.c_attn.weight, model.transformer.h.0.ln_1.bias, bias=model.transformer.h.0.attn.c_attn.bias, dim=0): f32[96]
+%11 = scale_features(model.transformer.h.0.attn.c_attn.weight, model.transformer.h.0.ln_1.weight, dim=0): f32[32, 96]
+%12 = addmm(%10, %13, %11): f32[24, 96]
+%14 = center(model.transformer.h.0.attn.c_proj.bias, dim=0): f32[32]
+%15 = center(model.transformer.h.0.attn.c_proj.weight, dim=1): f32[32, 32]
+%16 = addmm(%14, %17, %15): f32[24, 32]
+%18 = dropout(%19, 0, False): f32[2, 12, 32]
+%20 = add(%18, %8): f32[2, 12, 32]
+%21 = rms_norm(%20, dim=2, eps=1e-05): f32[2, 12, 32]  # model.transformer.h.0.ln_2
+%22 = fold_shift(model.transformer.h.0.mlp.c_fc.weight, model.transformer.h.0.ln_2.bias, bias=model.transformer.h.0.mlp.c_fc.bias, dim=0): f32[128]
+%23 = scale_features(model.transformer.h.0.mlp.c_fc.weight, model.transformer.h.0.ln_2.weight, dim=0): f32[32, 128]
+%24 = addmm(%22, %25, %23): f32[24, 128]
+%26 = add(%27, %28): f32[2, 12, 128]
+%29 = add(%30, 1): f32[2, 12, 128]
+%31 = center(model.transformer.h.0.mlp.c_proj.bias, dim=0): f32[32]
+%32 = center(model.transformer.h.0.mlp.c_proj.weight, dim=1): f32[128, 32]
+%33 = addmm(%31, %34, %32): f32[24, 32]
+%35 = dropout(%36, 0, False): f32[2, 12, 32]
+%37 = add(%20, %35): f32[2, 12, 32]
+%38 = rms_norm(%37, dim=2, eps=1e-05): f32[2, 12, 32]  # model.transformer.h.1.ln_1
+%39 = fold_shift(model.transformer.h.1.attn.c_attn.weight, model.transformer.h.1.ln_1.bias, bias=model.transformer.h.1.attn.c_attn.bias, dim=0): f32[96]
+%40 = scale_features(model.transformer.h.1.attn.c_attn.weight, model.transformer.h.1.ln_1.weight, dim=0): f32[32, 96]
+%41 = addmm(%39, %42, %40): f32[24, 96]
+%43 = center(model.transformer.h.1.attn.c_proj.bias, dim=0): f32[32]
+%44 = center(model.transformer.h.1.attn.c_proj.weight, dim=1): f32[32, 32]
+%45 = addmm(%43, %46, %44): f32[24, 32]
+%47 = dropout(%48, 0, False): f32[2, 12, 32]
+%49 = add(%47, %37): f32[2, 12, 32]
+%50 = rms_norm(%49, dim=2, eps=1e-05): f32[2, 12, 32]  # model.transformer.h.1.ln_2
+%51 = fold_shift(model.transformer.h.1.mlp.c_fc.weight, model.transformer.h.1.ln_2.bias, bias=model.transformer.h.1.mlp.c_fc.bias, dim=0): f32[128]
+%52 = scale_features(model.transformer.h.1.mlp.c_fc.weight, model.transformer.h.1.ln_2.weight, dim=0): f32[32, 128]
+%53 = addmm(%51, %54, %52): f32[24, 128]
+%55 = add(%56, %57): f32[2, 12, 128]
+%58 = add(%59, 1): f32[2, 12, 128]
+%60 = center(model.transformer.h.1.mlp.c_proj.bias, dim=0): f32[32]
+%61 = center(model.transformer.h.1.mlp.c_proj.weight, dim=1): f32[128, 32]
+%62 = addmm(%60, %63, %61): f32[24, 32]
+%64 = dropout(%65, 0, False): f32[2, 12, 32]
+%66 = add(%49, %64): f32[2, 12, 32]
+%67 = rms_norm(%66, dim=2, eps=1e-05): f32[2, 12, 32]  # model.transformer.ln_f
+%68 = fold_shift(model.transformer.wte.weight, model.transformer.ln_f.bias, dim=1): f32[100]
+%69 = scale_features(model.transformer.wte.weight, model.transformer.ln_f.weight, dim=1): f32[100, 32]
+%70 = linear(%71, %69, %68): f32[2, 12, 100]
+return [%70]
+""")
+
+    def test_vit_plan(self) -> None:
+        self.assertExpectedInline(str(_report(vit())), """\
+layer_norm: 3, rms_norm: 0, to_rms_norm: 3, fold_affine: 2, pre_rms_norm: 3, centrings: 0, folds: 16, graphs: 1, graph_breaks: 0
+model.layers.0.layernorm_before  LayerNorm  pre_rms_norm, fold_affine
+model.layers.0.layernorm_after   LayerNorm  pre_rms_norm, fold_affine
+model.layernorm                  LayerNorm  pre_rms_norm
+                                   fold_affine refused (returned): the norm's output leaves the graph""")
+
+    def test_vit_graph(self) -> None:
+        self.assertExpectedInline(excerpt(_report(vit()).graphs[0].after), """\
+%0 = center(model.embeddings.patch_embeddings.projection.weight, dim=0): f32[32, 3, 8, 8]
+%1 = center(model.embeddings.patch_embeddings.projection.bias, dim=0): f32[32]
+%2 = conv2d(inputs.0, %0, %1, [8, 8]): f32[2, 32, 4, 4]
+%3 = center(%4, dim=2): f32[2, 1, 32]
+%5 = cat([%3, %6], 1): f32[2, 17, 32]
+%7 = center(model.embeddings.position_embeddings, dim=2): f32[1, 17, 32]
+%8 = add(%5, %7): f32[2, 17, 32]
+%9 = dropout(%8, 0, False): f32[2, 17, 32]
+%10 = rms_norm(%9, dim=2, eps=1e-12): f32[2, 17, 32]  # model.layers.0.layernorm_before
+%11 = fold_shift(model.layers.0.attention.q_proj.weight, model.layers.0.layernorm_before.bias, bias=model.layers.0.attention.q_proj.bias, dim=1): f32[32]
+%12 = scale_features(model.layers.0.attention.q_proj.weight, model.layers.0.layernorm_before.weight, dim=1): f32[32, 32]
+%13 = linear(%10, %12, %11): f32[2, 17, 32]
+%14 = fold_shift(model.layers.0.attention.k_proj.weight, model.layers.0.layernorm_before.bias, bias=model.layers.0.attention.k_proj.bias, dim=1): f32[32]
+%15 = scale_features(model.layers.0.attention.k_proj.weight, model.layers.0.layernorm_before.weight, dim=1): f32[32, 32]
+%16 = linear(%10, %15, %14): f32[2, 17, 32]
+%17 = fold_shift(model.layers.0.attention.v_proj.weight, model.layers.0.layernorm_before.bias, bias=model.layers.0.attention.v_proj.bias, dim=1): f32[32]
+%18 = scale_features(model.layers.0.attention.v_proj.weight, model.layers.0.layernorm_before.weight, dim=1): f32[32, 32]
+%19 = linear(%10, %18, %17): f32[2, 17, 32]
+%20 = center(model.layers.0.attention.o_proj.weight, dim=0): f32[32, 32]
+%21 = center(model.layers.0.attention.o_proj.bias, dim=0): f32[32]
+%22 = linear(%23, %20, %21): f32[2, 17, 32]
+%24 = dropout(%22, 0, False): f32[2, 17, 32]
+%25 = add(%24, %9): f32[2, 17, 32]
+%26 = rms_norm(%25, dim=2, eps=1e-12): f32[2, 17, 32]  # model.layers.0.layernorm_after
+%27 = fold_shift(model.layers.0.mlp.fc1.weight, model.layers.0.layernorm_after.bias, bias=model.layers.0.mlp.fc1.bias, dim=1): f32[64]
+%28 = scale_features(model.layers.0.mlp.fc1.weight, model.layers.0.layernorm_after.weight, dim=1): f32[64, 32]
+%29 = linear(%26, %28, %27): f32[2, 17, 64]
+%30 = center(model.layers.0.mlp.fc2.weight, dim=0): f32[32, 64]
+%31 = center(model.layers.0.mlp.fc2.bias, dim=0): f32[32]
+%32 = linear(%33, %30, %31): f32[2, 17, 32]
+%34 = dropout(%32, 0, False): f32[2, 17, 32]
+%35 = add(%34, %25): f32[2, 17, 32]
+%36 = rms_norm(%35, model.layernorm.weight, bias=model.layernorm.bias, dim=2, eps=1e-12): f32[2, 17, 32]  # model.layernorm
+return [%36]
+""")
+
+    def test_refusal_plan(self) -> None:
+        self.assertExpectedInline(str(_report((Observed(), (torch.arange(6).reshape(2, 3),)))), """\
+layer_norm: 2, rms_norm: 0, to_rms_norm: 1, fold_affine: 2, pre_rms_norm: 1, centrings: 0, folds: 5, graphs: 1, graph_breaks: 0
+norm   LayerNorm  pre_rms_norm, fold_affine
+final  LayerNorm  fold_affine
+         pre_rms_norm refused (observed): the stream's mean is read by something other than a LayerNorm over the same features: add is read by output""")
+
+    def test_refusal_graph(self) -> None:
+        report = _report((Observed(), (torch.arange(6).reshape(2, 3),)))
+        self.assertExpectedInline(report.graphs[0].after, """\
+ids: i64[2, 3]
+%0 = embedding(table.weight, ids): f32[2, 3, 8]
+%1 = center(%0, dim=2): f32[2, 3, 8]
+%2 = rms_norm(%1, dim=2, eps=1e-05): f32[2, 3, 8]  # norm
+%3 = fold_shift(write.weight, norm.bias, bias=write.bias, dim=1): f32[8]
+%4 = scale_features(write.weight, norm.weight, dim=1): f32[8, 8]
+%5 = linear(%2, %4, %3): f32[2, 3, 8]
+%6 = add(%0, %5): f32[2, 3, 8]
+%7 = layer_norm(%6, dim=2, eps=1e-05): f32[2, 3, 8]  # final
+%8 = fold_shift(head.weight, final.bias, bias=head.bias, dim=1): f32[3]
+%9 = scale_features(head.weight, final.weight, dim=1): f32[3, 8]
+%10 = linear(%7, %9, %8): f32[2, 3, 3]
+return [%10, %6]
+""")
+
+    def test_training_plan(self) -> None:
+        """With dropout on the residual branches each write would have to be centred while the model runs (M12)."""
+        self.assertExpectedInline(str(_report(gpt2(0.1), training=True)), """\
+layer_norm: 5, rms_norm: 0, to_rms_norm: 0, fold_affine: 5, centrings: 0, folds: 10, graphs: 1, graph_breaks: 0
+model.transformer.h.0.ln_1  LayerNorm  fold_affine
+                              pre_rms_norm refused (uncentred_input): a value enters the stream that can only be centred while the model runs, and that costs more than it saves: dropout_1 (an activation or graph input), dropout (an activation or graph input), dropout_2 (an activation or graph input), dropout_3 (an activation or graph input), dropout_4 (an activation or graph input)
+model.transformer.h.0.ln_2  LayerNorm  fold_affine
+                              pre_rms_norm refused (uncentred_input): a value enters the stream that can only be centred while the model runs, and that costs more than it saves: dropout_1 (an activation or graph input), dropout (an activation or graph input), dropout_2 (an activation or graph input), dropout_3 (an activation or graph input), dropout_4 (an activation or graph input)
+model.transformer.h.1.ln_1  LayerNorm  fold_affine
+                              pre_rms_norm refused (uncentred_input): a value enters the stream that can only be centred while the model runs, and that costs more than it saves: dropout_1 (an activation or graph input), dropout (an activation or graph input), dropout_2 (an activation or graph input), dropout_3 (an activation or graph input), dropout_4 (an activation or graph input)
+model.transformer.h.1.ln_2  LayerNorm  fold_affine
+                              pre_rms_norm refused (uncentred_input): a value enters the stream that can only be centred while the model runs, and that costs more than it saves: dropout_1 (an activation or graph input), dropout (an activation or graph input), dropout_2 (an activation or graph input), dropout_3 (an activation or graph input), dropout_4 (an activation or graph input)
+model.transformer.ln_f      LayerNorm  fold_affine
+                              pre_rms_norm refused (uncentred_input): a value enters the stream that can only be centred while the model runs, and that costs more than it saves: dropout_1 (an activation or graph input), dropout (an activation or graph input), dropout_2 (an activation or graph input), dropout_3 (an activation or graph input), dropout_4 (an activation or graph input)""")
+
+    def test_training_graph(self) -> None:
+        self.assertExpectedInline(excerpt(_report(gpt2(0.1), training=True).graphs[0].after), """\
+%0 = embedding(model.transformer.wte.weight, %1): f32[2, 12, 32]
+%2 = embedding(model.transformer.wpe.weight, %3): f32[1, 12, 32]
+%4 = add(%0, %5): f32[2, 12, 32]
+%6 = dropout(%4, 0.1, True): f32[2, 12, 32]
+%7 = layer_norm(%6, dim=2, eps=1e-05): f32[2, 12, 32]  # model.transformer.h.0.ln_1
+%8 = fold_shift(model.transformer.h.0.attn.c_attn.weight, model.transformer.h.0.ln_1.bias, bias=model.transformer.h.0.attn.c_attn.bias, dim=0): f32[96]
+%9 = scale_features(model.transformer.h.0.attn.c_attn.weight, model.transformer.h.0.ln_1.weight, dim=0): f32[32, 96]
+%10 = addmm(%8, %11, %9): f32[24, 96]
+%12 = addmm(model.transformer.h.0.attn.c_proj.bias, %13, model.transformer.h.0.attn.c_proj.weight): f32[24, 32]
+%14 = dropout(%15, 0.1, True): f32[2, 12, 32]
+%16 = add(%14, %6): f32[2, 12, 32]
+%17 = layer_norm(%16, dim=2, eps=1e-05): f32[2, 12, 32]  # model.transformer.h.0.ln_2
+%18 = fold_shift(model.transformer.h.0.mlp.c_fc.weight, model.transformer.h.0.ln_2.bias, bias=model.transformer.h.0.mlp.c_fc.bias, dim=0): f32[128]
+%19 = scale_features(model.transformer.h.0.mlp.c_fc.weight, model.transformer.h.0.ln_2.weight, dim=0): f32[32, 128]
+%20 = addmm(%18, %21, %19): f32[24, 128]
+%22 = add(%23, %24): f32[2, 12, 128]
+%25 = add(%26, 1): f32[2, 12, 128]
+%27 = addmm(model.transformer.h.0.mlp.c_proj.bias, %28, model.transformer.h.0.mlp.c_proj.weight): f32[24, 32]
+%29 = dropout(%30, 0.1, True): f32[2, 12, 32]
+%31 = add(%16, %29): f32[2, 12, 32]
+%32 = layer_norm(%31, dim=2, eps=1e-05): f32[2, 12, 32]  # model.transformer.h.1.ln_1
+%33 = fold_shift(model.transformer.h.1.attn.c_attn.weight, model.transformer.h.1.ln_1.bias, bias=model.transformer.h.1.attn.c_attn.bias, dim=0): f32[96]
+%34 = scale_features(model.transformer.h.1.attn.c_attn.weight, model.transformer.h.1.ln_1.weight, dim=0): f32[32, 96]
+%35 = addmm(%33, %36, %34): f32[24, 96]
+%37 = addmm(model.transformer.h.1.attn.c_proj.bias, %38, model.transformer.h.1.attn.c_proj.weight): f32[24, 32]
+%39 = dropout(%40, 0.1, True): f32[2, 12, 32]
+%41 = add(%39, %31): f32[2, 12, 32]
+%42 = layer_norm(%41, dim=2, eps=1e-05): f32[2, 12, 32]  # model.transformer.h.1.ln_2
+%43 = fold_shift(model.transformer.h.1.mlp.c_fc.weight, model.transformer.h.1.ln_2.bias, bias=model.transformer.h.1.mlp.c_fc.bias, dim=0): f32[128]
+%44 = scale_features(model.transformer.h.1.mlp.c_fc.weight, model.transformer.h.1.ln_2.weight, dim=0): f32[32, 128]
+%45 = addmm(%43, %46, %44): f32[24, 128]
+%47 = add(%48, %49): f32[2, 12, 128]
+%50 = add(%51, 1): f32[2, 12, 128]
+%52 = addmm(model.transformer.h.1.mlp.c_proj.bias, %53, model.transformer.h.1.mlp.c_proj.weight): f32[24, 32]
+%54 = dropout(%55, 0.1, True): f32[2, 12, 32]
+%56 = add(%41, %54): f32[2, 12, 32]
+%57 = layer_norm(%56, dim=2, eps=1e-05): f32[2, 12, 32]  # model.transformer.ln_f
+%58 = fold_shift(model.transformer.wte.weight, model.transformer.ln_f.bias, dim=1): f32[100]
+%59 = scale_features(model.transformer.wte.weight, model.transformer.ln_f.weight, dim=1): f32[100, 32]
+%60 = linear(%61, %59, %58): f32[2, 12, 100]
+return [%60]
+""")
