@@ -14,6 +14,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.fx.node import map_aggregate
 
 from normfx.backend import transform
 from normfx.options import Options
@@ -23,15 +24,33 @@ FLOAT64 = 1e-10
 """Relative to the largest entry of an output; of a gradient: to its own, or to 1e-3 of the largest gradient's."""
 
 
+def promote(gm: GraphModule) -> GraphModule:
+    """A copy of a Dynamo graph in which float32, where the model asks for it by name, is float64.
+
+    Many RMSNorms compute in float32 whatever the model's dtype. With this their own round-off is out of the way.
+    """
+    graph = copy.deepcopy(gm.graph)
+    for node in graph.nodes:
+        if node.op == "call_method" and node.target == "float":
+            node.target = "double"
+        node.args, node.kwargs = (map_aggregate(a, _wider) for a in (node.args, node.kwargs))
+    return GraphModule(gm, graph)
+
+
+def _wider(arg: Any) -> Any:
+    return torch.float64 if arg is torch.float32 else arg
+
+
 class EagerBackend:
     """A backend that runs normfx's stages strictly, with graph checks, and then the rewritten graph eagerly."""
 
-    def __init__(self, options: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, options: Mapping[str, Any] | None = None, promoted: bool = False) -> None:
+        self.promoted = promoted
         self.settings = Options.parse({"strict": True, **(options or {})}, environ={"NORMFX_VERIFY": "1"})
         self.graphs: list[GraphReport] = []
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        rewritten, report = transform(gm, example_inputs, self.settings)
+        rewritten, report = transform(promote(gm) if self.promoted else gm, example_inputs, self.settings)
         self.graphs.append(report)
         return rewritten.forward  # type: ignore[no-any-return]
 
@@ -52,15 +71,23 @@ def transformed(
 
 
 def assert_same_float64(
-    model: nn.Module, inputs: tuple[Any, ...], options: Mapping[str, Any] | None = None, tolerance: float = FLOAT64
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    options: Mapping[str, Any] | None = None,
+    tolerance: float = FLOAT64,
+    promoted: bool = False,
 ) -> Report:
-    """Outputs and every gradient of the rewritten model equal eager's in float64; a None gradient stays None."""
+    """Outputs and every gradient of the rewritten model equal eager's in float64; a None gradient stays None.
+
+    promoted: both sides compute in float64 where the model asks for float32 by name.
+    """
     model = copy.deepcopy(model).double()
     inputs = tuple(_double(x) for x in inputs)
-    backend = EagerBackend(options)
+    backend = EagerBackend(options, promoted)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=backend, fullgraph=True)
-    expected, expected_grads = outputs_and_grads(model, model, inputs)
+    reference = exact(model) if promoted else model
+    expected, expected_grads = outputs_and_grads(reference, model, inputs)
     actual, actual_grads = outputs_and_grads(compiled, model, inputs)
     assert len(backend.graphs) == 1
     for want, got in zip(expected, actual, strict=True):
@@ -73,6 +100,44 @@ def assert_same_float64(
         if want is not None and got is not None:
             _close(got, want, max(want.abs().max().item(), 1e-3 * largest), tolerance, f"gradient of {name}")
     return backend.report
+
+
+def exact(model: nn.Module) -> Callable[..., Any]:
+    """The model run eagerly with every float32 that it asks for by name made float64."""
+    compiled: Callable[..., Any] = torch.compile(model, backend=lambda gm, _: promote(gm).forward, fullgraph=True)
+    return compiled
+
+
+LOW_PRECISION = {
+    torch.float32: 2.0,  # reordered sums: as good as another order of eager's own
+    torch.bfloat16: 1.25,  # folds are rounded once more than eager's weights: sqrt(2) at one op, diluted by the rest
+}
+"""Largest error against float64, as a multiple of eager's own error in that dtype."""
+
+
+def assert_low_precision(
+    model: nn.Module, batches: Sequence[tuple[Any, ...]], backend: Any, dtype: torch.dtype
+) -> tuple[float, float]:
+    """The error against float64, relative in the 2-norm over all outputs of all batches, is at most eager's own times
+    LOW_PRECISION. Returns both errors. One norm over many entries: a maximum would compare two random outliers."""
+    torch._dynamo.reset()
+    low = copy.deepcopy(model).to(dtype)
+    true = exact(copy.deepcopy(low).double())
+    compiled = torch.compile(low, backend=backend, fullgraph=True)
+    eager_error = own_error = 0.0
+    with torch.no_grad():
+        for inputs in batches:
+            rounded = tuple(x.to(dtype) if _is_float(x) else x for x in inputs)
+            want = _flat(true(*(_double(x) for x in rounded)))
+            eager_error += (_flat(low(*rounded)) - want).square().sum().item()
+            own_error += (_flat(compiled(*rounded)) - want).square().sum().item()
+    eager_error, own_error = eager_error**0.5, own_error**0.5
+    assert own_error <= LOW_PRECISION[dtype] * eager_error, f"{dtype}: {own_error:.3g} against eager's {eager_error:.3g}"
+    return own_error, eager_error
+
+
+def _flat(outputs: Any) -> Tensor:
+    return torch.cat([o.double().flatten() for o in pytree.tree_leaves(outputs) if _is_float(o)])
 
 
 def outputs_and_grads(

@@ -316,6 +316,9 @@ LOOKALIKES: dict[str, Callable[[Parameters, Tensor], Tensor]] = {
     "statistics broadcast over rows": lambda p, x: x * (x.square().mean(-1) + EPS).rsqrt(),
     "statistics expanded over rows": lambda p, x: x * (x.square().mean(-1) + EPS).rsqrt().expand_as(x),
     "mean broadcast over rows": lambda p, x: (x - x.mean(-1)) * torch.rsqrt(x.var(-1, keepdim=True) + EPS),
+    "variance of another axis, unsqueezed": lambda p, x: (
+        centre(x) * (x.var(1, correction=0) + EPS).rsqrt().unsqueeze(-1)
+    ),
     "batch statistics, keepdim": lambda p, x: x * torch.rsqrt(x.square().mean(0, keepdim=True) + EPS),
     "batch statistics": lambda p, x: (x - x.mean(0)) * torch.rsqrt(x.var(0, unbiased=False) + EPS),
     "BatchNorm by hand": lambda p, x: (x - x.mean((0, 1))) * torch.rsqrt(x.var((0, 1), unbiased=False) + EPS),

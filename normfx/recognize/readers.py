@@ -20,10 +20,12 @@ ROW_OPS = (
         "aten::permute", "aten::transpose.int", "aten::t", "aten::mT", "aten::swapaxes", "aten::movedim.int",
         "aten::movedim.intlist", "aten::expand", "aten::expand_as", "aten::dropout", "aten::select.int",
         "aten::slice.Tensor", "aten::narrow", "aten::index_select", "aten::index.Tensor", "aten::roll", "aten::flip",
-        "aten::repeat", "aten::repeat_interleave.self_int",
+        "aten::repeat", "aten::repeat_interleave.self_int", "aten::mean.dim", "aten::adaptive_avg_pool1d",
+        "aten::adaptive_avg_pool2d",
     }
 )  # fmt: skip
-"""Ops whose every output row is one input row: γ and β pass them (M7). Not cat, padding, sums or token scales."""
+"""Ops whose every output row is an input row or a mean of input rows: γ and β pass them (M7). Not cat, padding, sums or
+token scales."""
 
 NUMBER_SCALES = frozenset({"aten::mul.Tensor", "aten::mul.Scalar", "aten::div.Tensor", "aten::div.Scalar"})
 

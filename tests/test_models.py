@@ -1,0 +1,80 @@
+"""Real classes of transformers, timm and torchvision: what is converted, and that nothing else changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from equivalence import EagerBackend, assert_low_precision, assert_same_float64, transformed
+from models import CASES, Case
+
+from normfx.backend import listening
+from normfx.report import GraphReport, Report
+
+PROMOTED = {"llama", "gemma2", "t5", "opt", "falcon", "phi", "gptj", "gpt_neox parallel", "gpt_neox serial", "bloom"}
+"""Models that ask for float32 by name: norms, softmax or rotary tables."""
+
+
+@pytest.fixture(params=CASES, ids=lambda c: c.name.replace(" ", "-"))
+def case(request: pytest.FixtureRequest) -> Case:
+    found: Case = request.param
+    if not found.available:
+        pytest.skip(f"{found.library} is not installed")
+    return found
+
+
+def _assert_expected(case: Case, report: Report) -> None:
+    counts = report.counts
+    assert (counts["layer_norm"], counts["rms_norm"]) == (case.layer_norms, case.rms_norms)
+    assert (counts["to_rms_norm"], counts.get("fold_affine", 0)) == (case.to_rms, case.folded), str(report)
+    assert counts["centrings"] == case.centrings
+    assert {r.code for site in report.sites for r in site.refusals} == case.codes
+    assert all(site.rules or site.refusals for site in report.sites)
+    assert all(site.name and (site.source or case.library == "torch") for site in report.sites)  # torch frames are hidden
+
+
+def test_decisions_and_float64(case: Case) -> None:
+    report = assert_same_float64(case.make(), case.inputs(), promoted=case.name in PROMOTED)
+    _assert_expected(case, report)
+
+
+def _batches(case: Case) -> list[tuple[Any, ...]]:
+    generator = torch.Generator().manual_seed(7)
+    return [
+        tuple(
+            torch.randn(x.shape, generator=generator) if x.is_floating_point() else x.roll(i, -1) for x in case.inputs()
+        )
+        for i in range(3)
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_low_precision(case: Case, dtype: torch.dtype) -> None:
+    assert_low_precision(case.make(), _batches(case), EagerBackend(), dtype)
+
+
+def test_training_with_dropout_is_decided_and_right() -> None:
+    """GPT-2 in training with dropout 0.1: each norm is refused with M12's reason, and the same numbers are drawn."""
+    pytest.importorskip("transformers")
+    case = next(c for c in CASES if c.name == "gpt2")
+    model = case.make().double().train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.1
+    torch.manual_seed(3)
+    expected = model(*case.inputs())
+    torch.manual_seed(3)
+    actual, report = transformed(model, case.inputs())
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+    assert {r.code for site in report.sites for r in site.refusals if r.rule == "pre_rms_norm"} == {"uncentred_input"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_low_precision_under_inductor(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NORMFX_STRICT", "1")
+    graphs: list[GraphReport] = []
+    with listening(graphs.append):
+        assert_low_precision(case.make(), _batches(case), "normfx", dtype)
+    _assert_expected(case, Report((graphs[-1],)))
