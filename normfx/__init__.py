@@ -1,6 +1,6 @@
 """normfx: a torch.compile backend that turns LayerNorm into RMSNorm, and folds what norms multiply into weights.
 
-    torch.compile(model, backend="normfx")
+torch.compile(model, backend="normfx")
 """
 
 from normfx.errors import ExportError, NormfxError, NormfxWarning, OptionError, StageError, VerifyError

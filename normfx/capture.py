@@ -286,9 +286,7 @@ class _Canonicaliser(torch.fx.Interpreter):
 
     def _proxies(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         own = (_Subgraph, _Opaque)
-        args, kwargs = pytree.tree_map(
-            self._proxy, (tuple(args), dict(kwargs)), is_leaf=lambda x: isinstance(x, own)
-        )
+        args, kwargs = pytree.tree_map(self._proxy, (tuple(args), dict(kwargs)), is_leaf=lambda x: isinstance(x, own))
         return args, kwargs
 
     def _proxy(self, value: Any) -> Any:
@@ -349,9 +347,7 @@ def _inherit(gm: GraphModule, canonical: GraphModule) -> None:
         after._rename(before.name)
 
 
-def _describe_attribute(
-    gm: GraphModule, node: Node, mode: FakeTensorMode | None, sources: dict[Node, Source]
-) -> None:
+def _describe_attribute(gm: GraphModule, node: Node, mode: FakeTensorMode | None, sources: dict[Node, Source]) -> None:
     value = attribute(gm, str(node.target))
     if not isinstance(value, torch.Tensor):
         return

@@ -20,3 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif parsed.command == "demo":
         demo.run()
     return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

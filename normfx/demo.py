@@ -49,7 +49,7 @@ def run(layers: int = 6, width: int = 384, batch: int = 4, tokens: int = 256, re
         console.print(f"GPT-2, {layers} layers of width {width}, batch {batch} x {tokens} tokens, float32, CPU\n")
         console.print(str(explain(model)(ids)), highlight=False)
         console.print("\ncompiling with Inductor and with normfx …")
-        calls = {
+        calls: dict[str, Callable[..., Any]] = {
             "eager": model,
             "inductor": torch.compile(model, fullgraph=True),
             "normfx": torch.compile(model, backend="normfx", fullgraph=True),
@@ -85,6 +85,9 @@ def _table(errors: dict[str, float], times: dict[str, list[float]]) -> Table:
         ratios = [base / own for base, own in zip(times["inductor"], seconds, strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         table.add_row(
-            name, f"{errors[name]:.2e}", f"{1e3 * statistics.median(seconds):.1f}", f"{middle:.2f}x ({low:.2f} to {high:.2f})"
+            name,
+            f"{errors[name]:.2e}",
+            f"{1e3 * statistics.median(seconds):.1f}",
+            f"{middle:.2f}x ({low:.2f} to {high:.2f})",
         )
     return table

@@ -92,9 +92,13 @@ class Report:
     def __str__(self) -> str:
         lines = [", ".join(f"{name}: {n}" for name, n in self.counts.items())]
         width = max((len(site.name) for site in self.sites), default=0)
+        said: dict[tuple[str, str, str], str] = {}
         for site in self.sites:
             lines.append(f"{site.name:{width}}  {site.kind:9}  {', '.join(site.rules) or '-'}")
-            lines += [f"{'':{width}}    {r.rule} refused ({r.code}): {r.detail}" for r in site.refusals]
+            for r in site.refusals:
+                first = said.setdefault((r.rule, r.code, r.detail), site.name)
+                reason = r.detail if first == site.name else f"as for {first}"
+                lines.append(f"  {r.rule} refused ({r.code}): {reason}")
         return "\n".join(lines)
 
     def to_json(self) -> str:

@@ -49,6 +49,7 @@ class Edit:
         self.gm = gm
         self.graph = gm.graph
         self.norms: dict[Norm, NormState] = {}
+        self.folded: dict[Node, torch.dtype] = {}
         self.linears = {node: arguments(node) for node in gm.graph.nodes if op_name(node) in LINEARS}
 
     def norm(self, norm: Norm) -> NormState:
@@ -69,7 +70,7 @@ class Edit:
         while node.op == "placeholder" and behind.next.op == "placeholder":
             behind = behind.next
         with self.graph.inserting_after(behind):
-            centred = self._call(ops.CENTER, (node, axis.dim, axis.size, axis.inner), node)
+            centred = self._center(node, axis, node)
         for user in users:
             self._redirect(user, node, centred)
 
@@ -83,15 +84,28 @@ class Edit:
                 continue
             with self.graph.inserting_before(self._first(user) if isinstance(user, Norm) else user):
                 like = user.output if isinstance(user, Norm) else user
-                centred = self._call(ops.CENTER, (node, axis.dim, axis.size, axis.inner), like)
+                centred = self._center(node, axis, like)
             self._redirect(user, node, centred)
 
     def _center_slot(self, linear: Node, name: str, axis: Axis) -> None:
         """Centre what stands in an argument of a linear now: another rule may have folded something into it."""
         with self.graph.inserting_before(linear):
-            operand = arguments(linear)[name]
-            centred = self._call(ops.CENTER, (operand, axis.dim, axis.size, axis.inner), linear)
+            centred = self._center(arguments(linear)[name], axis, linear)
         self._set(linear, name, centred)
+
+    def _center(self, node: Node, axis: Axis, like: Node) -> Node:
+        return self._fold(ops.CENTER, (node, axis.dim, axis.size, axis.inner), like)
+
+    def _fold(self, op: torch._ops.OpOverload, args: tuple[Any, ...], like: Node) -> Node:
+        """A fold with the dtype of what it folds. A fold of a fold is rounded once, last: the inner one stays wide."""
+        operand = args[0]
+        dtype = self.folded.get(operand, value(operand).dtype)  # type: ignore[union-attr]
+        if operand in self.folded:
+            operand.args = (*operand.args[:-1], ops.accumulation_dtype(dtype))
+            operand.meta["val"] = self._fake(operand.target, operand.args)
+        node = self._call(op, (*args, dtype), like)
+        self.folded[node] = dtype
+        return node
 
     def center_writer(self, linear: Node, axis: Axis) -> None:
         """Centre the weight and bias of a linear over its whole output axis, as they stand now."""
@@ -105,7 +119,7 @@ class Edit:
         for name, dim in _output_dims(linear).items():
             operand = arguments(linear)[name]
             with self.graph.inserting_before(linear):
-                scaled = self._call(ops.SCALE_FEATURES, (operand, scale, dim, fake.numel(), 1), linear)
+                scaled = self._fold(ops.SCALE_FEATURES, (operand, scale, dim, fake.numel(), 1), linear)
             self._set(linear, name, scaled)
         args = arguments(product)
         plain = args["other"] if args["self"] is scale else args["self"]
@@ -127,7 +141,7 @@ class Edit:
     def fold_reader(self, linear: Linear, axis: Axis, gamma: Node | None, beta: Node | None, factor: float) -> None:
         """Move γ into the reader's weight and β into its bias, created when missing."""
         node, now = linear.node, arguments(linear.node)
-        weight, bias = now[linear.weight_arg], linear.bias and now[linear.bias_arg]
+        weight, bias = now[linear.weight_arg], linear.bias and now[linear.bias_arg or ""]
         fake_weight, fake_out = value(weight), value(node)
         assert fake_weight is not None and fake_out is not None
         sizes = (axis.dim, axis.size, axis.inner)
@@ -136,7 +150,7 @@ class Edit:
                 dtype = fake_weight.dtype if linear.bias_arg is not None else fake_out.dtype
                 bias = self._call(ops.FOLD_SHIFT, (weight, beta, bias, factor, *sizes, dtype), node)
             if gamma is not None:
-                weight = self._call(ops.SCALE_FEATURES, (weight, gamma, *sizes), node)
+                weight = self._fold(ops.SCALE_FEATURES, (weight, gamma, *sizes), node)
         self._set(node, linear.weight_arg, weight)
         if beta is None:
             return
@@ -175,7 +189,7 @@ class Edit:
 
     def _first(self, norm: Norm) -> Node:
         """The earliest node of a norm."""
-        return next(node for node in self.graph.nodes if node in norm.nodes)
+        return min(norm.nodes)
 
     def _replace(self, old: Node, new: Node) -> None:
         for state in self.norms.values():
@@ -205,14 +219,19 @@ class Edit:
     def _call(self, op: torch._ops.OpOverload, args: tuple[Any, ...], like: Node) -> Node:
         """A new node whose fake value is computed, and whose module path and source line are those of `like`."""
         node = self.graph.call_function(op, args)
-        fakes = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
-        mode = next(f.fake_mode for f in fakes if isinstance(f, torch.Tensor))
-        with mode, torch.no_grad():
-            node.meta["val"] = op(*fakes)
+        node.meta["val"] = self._fake(op, args)
         for key in ("stack_trace", "nn_module_stack", "seq_nr", "custom"):
             if key in like.meta:
                 node.meta[key] = like.meta[key]
         return node
+
+    @staticmethod
+    def _fake(op: Any, args: tuple[Any, ...]) -> torch.Tensor:
+        fakes = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
+        mode = next(f for f in fakes if isinstance(f, torch.Tensor)).fake_mode  # type: ignore[attr-defined]  # all are fakes
+        with mode, torch.no_grad():
+            result: torch.Tensor = op(*fakes)
+        return result
 
 
 def _output_dims(linear: Node) -> dict[str, int]:

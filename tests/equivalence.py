@@ -132,7 +132,9 @@ def assert_low_precision(
             eager_error += (_flat(low(*rounded)) - want).square().sum().item()
             own_error += (_flat(compiled(*rounded)) - want).square().sum().item()
     eager_error, own_error = eager_error**0.5, own_error**0.5
-    assert own_error <= LOW_PRECISION[dtype] * eager_error, f"{dtype}: {own_error:.3g} against eager's {eager_error:.3g}"
+    assert own_error <= LOW_PRECISION[dtype] * eager_error, (
+        f"{dtype}: {own_error:.3g} against eager's {eager_error:.3g}"
+    )
     return own_error, eager_error
 
 

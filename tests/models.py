@@ -74,7 +74,9 @@ def _image() -> tuple[Tensor, ...]:
     return (_floats(2, 3, 32, 32),)
 
 
-def _hf(model: str, config: str, output: str, init: dict[str, Any] | None = None, **sizes: Any) -> Callable[[], nn.Module]:
+def _hf(
+    model: str, config: str, output: str, init: dict[str, Any] | None = None, **sizes: Any
+) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         import transformers
 
@@ -135,7 +137,9 @@ def _t5() -> nn.Module:
 def _torchvision_vit() -> nn.Module:
     from torchvision.models import VisionTransformer
 
-    vit = VisionTransformer(image_size=32, patch_size=8, num_layers=2, num_heads=4, hidden_dim=32, mlp_dim=64, num_classes=7)
+    vit = VisionTransformer(
+        image_size=32, patch_size=8, num_layers=2, num_heads=4, hidden_dim=32, mlp_dim=64, num_classes=7
+    )
     nn.init.normal_(vit.heads.head.weight)
     return vit
 
@@ -144,9 +148,7 @@ def _timm_vit(**kwargs: Any) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         from timm.models.vision_transformer import VisionTransformer
 
-        return VisionTransformer(
-            img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4, num_classes=7, **kwargs
-        )
+        return VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4, num_classes=7, **kwargs)
 
     return build
 
@@ -181,11 +183,13 @@ CASES = (
         _causal("OPTForCausalLM", "OPTConfig", ffn_dim=64, word_embed_proj_dim=32), _text, 5, 0, 5, 5,
     ),
     Case(
-        "vit", "transformers", _hf("ViTModel", "ViTConfig", "last_hidden_state", {"add_pooling_layer": False}, **VISION),
+        "vit", "transformers",
+        _hf("ViTModel", "ViTConfig", "last_hidden_state", {"add_pooling_layer": False}, **VISION),
         _image, 5, 0, 5, 4, codes=frozenset({"returned"}),
     ),
     Case(
-        "deit", "transformers", _hf("DeiTModel", "DeiTConfig", "last_hidden_state", {"add_pooling_layer": False}, **VISION),
+        "deit", "transformers",
+        _hf("DeiTModel", "DeiTConfig", "last_hidden_state", {"add_pooling_layer": False}, **VISION),
         _image, 5, 0, 5, 4, codes=frozenset({"returned"}),
     ),
     Case(
@@ -224,7 +228,11 @@ CASES = (
         frozenset({"reader_not_linear"}),
     ),
     Case("t5", "transformers", _t5, lambda: (_ids(), _ids(2, 6)), 0, 12, 0, 12),
-    Case("gptj", "transformers", _causal("GPTJForCausalLM", "GPTJConfig", n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=32), _text, 3, 0, 3, 3),
+    Case(
+        "gptj", "transformers",
+        _causal("GPTJForCausalLM", "GPTJConfig", n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=32),
+        _text, 3, 0, 3, 3,
+    ),
     Case("falcon", "transformers", _causal("FalconForCausalLM", "FalconConfig"), _text, 3, 0, 3, 3),
     Case("phi", "transformers", _causal("PhiForCausalLM", "PhiConfig"), _text, 3, 0, 3, 3),
     Case("cait", "timm", _timm_cait, _image, 9, 0, 9, 9),

@@ -21,9 +21,7 @@ EPS = 1e-3
 Parameters = dict[str, Tensor]
 
 
-def trace(
-    fn: Callable[..., Any], parameters: Parameters, *inputs: Tensor
-) -> tuple[GraphModule, tuple[Norm, ...]]:
+def trace(fn: Callable[..., Any], parameters: Parameters, *inputs: Tensor) -> tuple[GraphModule, tuple[Norm, ...]]:
     """Canonical graph of fn(parameters, *inputs) and its norms."""
     gm = make_fx(fn, pre_dispatch=True, tracing_mode="fake")(parameters, *inputs)
     placeholders = gm.graph.find_nodes(op="placeholder")
@@ -55,9 +53,7 @@ def recompute(norm: Norm, x: Tensor, weight: Tensor | None, bias: Tensor | None)
     """What the record's fields say, in the words of its docstring."""
     if norm.kind == "LayerNorm":
         x = x - x.mean(norm.dims, keepdim=True)
-    var = x.square().sum(norm.dims, keepdim=True) / (
-        math.prod(x.shape[k] for k in norm.dims) - norm.correction
-    )
+    var = x.square().sum(norm.dims, keepdim=True) / (math.prod(x.shape[k] for k in norm.dims) - norm.correction)
     root = {
         "inside": lambda: (var + norm.eps).sqrt(),
         "outside": lambda: var.sqrt() + norm.eps,
@@ -74,9 +70,7 @@ def assert_recomputes(gm: GraphModule, norms: tuple[Norm, ...], *values: Tensor)
     for norm in norms:
         weight, bias = (None if n is None else run.env[n] for n in (norm.weight, norm.bias))
         expected = run.env[norm.output]
-        torch.testing.assert_close(
-            recompute(norm, run.env[norm.input], weight, bias), expected, rtol=1e-12, atol=1e-12
-        )
+        torch.testing.assert_close(recompute(norm, run.env[norm.input], weight, bias), expected, rtol=1e-12, atol=1e-12)
 
 
 def mean(x: Tensor, dim: int = -1) -> Tensor:

@@ -17,7 +17,16 @@ STREAM_OPS = (
 )  # fmt: skip
 """Ops a centred stream passes, or writers."""
 BREAKING_OPS = ("channel_gate", "clamp", "tanh", "post_norm", "inplace_alias", "feature_roll", "softmax", "norm_plain")
-OBSERVERS = ("norm_out", "scaled_norm", "raw_out", "raw_linear", "feature_mean", "norm_tanh", "two_readers", "double_norm")
+OBSERVERS = (
+    "norm_out",
+    "scaled_norm",
+    "raw_out",
+    "raw_linear",
+    "feature_mean",
+    "norm_tanh",
+    "two_readers",
+    "double_norm",
+)
 
 Step = tuple[str, int]
 
@@ -62,7 +71,8 @@ class Program(nn.Module):
             self.parts[key] = nn.ModuleList([nn.LayerNorm(d), nn.Linear(d, 3), nn.Linear(d, 5, bias=False)])
         shapes = {
             "layer_scale": (d,), "token_gate": (TOKENS, 1), "add_token_scalar": (TOKENS, 1), "channel_gate": (d,),
-            "add_table": (TOKENS, d), "join_token": (1, 1, d), "divide_token": (TOKENS, 1), "matmul_tokens": (TOKENS, TOKENS),
+            "add_table": (TOKENS, d), "join_token": (1, 1, d), "divide_token": (TOKENS, 1),
+            "matmul_tokens": (TOKENS, TOKENS),
         }  # fmt: skip
         if op in shapes:
             self.vectors[key] = nn.Parameter(torch.empty(shapes[op]))
@@ -77,8 +87,14 @@ class Program(nn.Module):
                 values.append(self._stream(op, str(i), x, values[0]))
         return (*outputs, self.head(self.final(values[-1])))
 
+    def _part(self, key: str) -> nn.Module | None:
+        return self.parts[key] if key in self.parts else None  # noqa: SIM401  # a ModuleDict has no get
+
+    def _vector(self, key: str) -> Tensor | None:
+        return self.vectors[key] if key in self.vectors else None  # noqa: SIM401  # nor has a ParameterDict
+
     def _observe(self, op: str, key: str, x: Tensor) -> list[Tensor]:
-        part = self.parts[key] if key in self.parts else None
+        part = self._part(key)
         if op == "norm_out":
             return [part[0](x)]
         if op == "scaled_norm":
@@ -94,9 +110,9 @@ class Program(nn.Module):
             return [part(x)]
         return [x if op == "raw_out" else x.mean(-1)]
 
-    def _stream(self, op: str, key: str, x: Tensor, first: Tensor) -> Tensor:  # noqa: C901  # one line an op
-        part = self.parts[key] if key in self.parts else None
-        vector = self.vectors[key] if key in self.vectors else None
+    def _stream(self, op: str, key: str, x: Tensor, first: Tensor) -> Tensor:  # one line an op
+        part = self._part(key)
+        vector = self._vector(key)
         if op == "branch":
             return x + part[2](torch.relu(part[1](part[0](x))))
         if op == "write":
@@ -136,7 +152,9 @@ class Program(nn.Module):
         if op == "swap_axes":
             return x.transpose(1, 2).contiguous().transpose(1, 2)
         if op == "split_heads":
-            return x.view(BATCH, TOKENS, HEADS, -1).permute(0, 2, 1, 3).permute(0, 2, 1, 3).reshape(BATCH, TOKENS, WIDTH)
+            return (
+                x.view(BATCH, TOKENS, HEADS, -1).permute(0, 2, 1, 3).permute(0, 2, 1, 3).reshape(BATCH, TOKENS, WIDTH)
+            )
         if op in ("mix_tokens", "mix_tokens_bias"):
             return x + part(x.transpose(1, 2)).transpose(1, 2)
         if op == "matmul_tokens":

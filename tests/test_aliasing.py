@@ -32,9 +32,7 @@ def canonical(f: Callable[..., Any], *args: Any) -> GraphModule:
         return gm.forward
 
     torch._dynamo.reset()
-    torch.compile(f, backend=backend, fullgraph=True)(
-        *[a.clone() if isinstance(a, Tensor) else a for a in args]
-    )
+    torch.compile(f, backend=backend, fullgraph=True)(*[a.clone() if isinstance(a, Tensor) else a for a in args])
     return seen[-1]
 
 
@@ -58,9 +56,7 @@ def converted(f: Callable[..., Any], *args: Any) -> tuple[int, GraphModule]:
         torch.manual_seed(0)
         mine = [a.detach().clone().requires_grad_(a.requires_grad) for a in args]
         out = call(*mine)
-        grads = (
-            torch.autograd.grad(out.sum(), [a for a in mine if a.requires_grad]) if out.requires_grad else ()
-        )
+        grads = torch.autograd.grad(out.sum(), [a for a in mine if a.requires_grad]) if out.requires_grad else ()
         results.append([out.detach(), *[a.detach() for a in mine], *grads, torch.randn(2)])
     for got, want in zip(*results, strict=True):
         assert got.dtype == want.dtype
@@ -243,9 +239,7 @@ def test_mutated_covers_aliases_both_ways() -> None:
 
     gm = canonical(f, x64(4, 4, grad=False), x64(4, 4, grad=False))
     found = _named(mutated(gm.graph))
-    assert (
-        "l_x_" in found and len(found) == 2
-    )  # x and its row; not z, y, the result of add_, nor the later view
+    assert "l_x_" in found and len(found) == 2  # x and its row; not z, y, the result of add_, nor the later view
     assert not any(n.target is aten.view.default for n in mutated(gm.graph))
 
 

@@ -75,9 +75,7 @@ def _check(gm: torch.fx.GraphModule, captured: Captured) -> None:
     assert parameters == [captured.sources[n].kind == "parameter" for n in new]
 
 
-def run(
-    f: Callable[..., Any], model: nn.Module | None, *args: Any, **kwargs: Any
-) -> tuple[list[Tensor], list[Any]]:
+def run(f: Callable[..., Any], model: nn.Module | None, *args: Any, **kwargs: Any) -> tuple[list[Tensor], list[Any]]:
     """Outputs, mutated arguments, and gradients of parameters and arguments, of one seeded call."""
     torch.manual_seed(1)
     args = pytree.tree_map_only(Tensor, lambda t: t.detach().clone().requires_grad_(t.requires_grad), args)
@@ -96,9 +94,7 @@ def run(
     return [t.detach() for t in [*outs, *leaves, *state]], [torch.randn(3), *grads]
 
 
-def same(
-    model: Any, *args: Any, backend: Backend | None = None, dynamic: bool | None = None, **kwargs: Any
-) -> Backend:
+def same(model: Any, *args: Any, backend: Backend | None = None, dynamic: bool | None = None, **kwargs: Any) -> Backend:
     """Asserts that the compiled model equals eager in outputs, mutations, gradients and random numbers
     drawn.
     """
@@ -374,9 +370,7 @@ def test_functorch_regions() -> None:
 
 def test_jvp() -> None:
     def f(x: Tensor) -> Tensor:
-        return torch.func.jvp(lambda v: F.layer_norm(v, (8,)).sin(), (x,), (x * 2,))[1] + F.layer_norm(
-            x, (8,)
-        )
+        return torch.func.jvp(lambda v: F.layer_norm(v, (8,)).sin(), (x,), (x * 2,))[1] + F.layer_norm(x, (8,))
 
     assert same(f, x64(3, 8)).count(aten.layer_norm.default) == 1
 
@@ -399,7 +393,7 @@ def test_autograd_inside_the_graph_is_refused() -> None:
         pytest.skip("Dynamo of this torch never traces torch.autograd.grad")
     with (
         torch._dynamo.config.patch(trace_autograd_ops=True),
-        pytest.raises(Exception, match="'grad' at test_capture.py:.* cannot be traced"),
+        pytest.raises(Exception, match=r"'grad' at test_capture\.py:.* cannot be traced"),
     ):
         torch.compile(f, backend=Backend(), fullgraph=True)(x64(3, 8, grad=True))
 
@@ -625,9 +619,7 @@ def test_encoder_layer_means_the_op(kind: int | None, norm_first: bool, gelu: bo
     for dtype in (torch.bool, torch.float64):
         mask = _mask(kind, dtype)
         want = torch._transformer_encoder_layer_fwd(*args, mask, kind)
-        torch.testing.assert_close(
-            encoder_layer(*args, mask, kind), want, rtol=1e-11, atol=1e-12, equal_nan=True
-        )
+        torch.testing.assert_close(encoder_layer(*args, mask, kind), want, rtol=1e-11, atol=1e-12, equal_nan=True)
 
 
 @pytest.mark.parametrize("norm_first", [True, False])
@@ -717,9 +709,7 @@ def test_exported_program() -> None:
     captured = capture_exported(ep)
     assert captured.graph_module.graph is not ep.graph
     sources = {s.name: s.kind for s in captured.sources.values()}
-    assert (
-        sources["h.0.norm.weight"] == "parameter" and sources["scale"] == "buffer" and sources["x"] == "input"
-    )
+    assert sources["h.0.norm.weight"] == "parameter" and sources["scale"] == "buffer" and sources["x"] == "input"
     assert "constant" in sources.values()
     norms = captured.graph_module.graph.find_nodes(op="call_function", target=aten.layer_norm.default)
     assert [module_path(n) for n in norms] == ["h.0.norm", "h.1.norm", "norm_f"]

@@ -87,9 +87,7 @@ def _counts(graphs: list[GraphReport]) -> tuple[int, int]:
     return counts["layer_norm"], counts["to_rms_norm"]
 
 
-@pytest.mark.parametrize(
-    ("style", "converted", "folded"), [("plain", 3, 3), ("in place", 3, 3), ("checkpoint", 0, 1)]
-)
+@pytest.mark.parametrize(("style", "converted", "folded"), [("plain", 3, 3), ("in place", 3, 3), ("checkpoint", 0, 1)])
 def test_styles_in_float64(style: str, converted: int, folded: int, graphs: list[GraphReport]) -> None:
     """A checkpointed branch is carried over whole and observes the stream; the final norm's affine still folds."""
     model = Blocks(style).double()

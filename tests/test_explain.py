@@ -89,7 +89,7 @@ def test_rewritten_program_trains_and_decomposes() -> None:
 
 
 def test_rewrite_refuses_other_things() -> None:
-    with pytest.raises(normfx.ExportError, match="takes a torch.export.ExportedProgram, not Blocks"):
+    with pytest.raises(normfx.ExportError, match=r"takes a torch\.export\.ExportedProgram, not Blocks"):
         normfx.rewrite(Blocks())  # type: ignore[arg-type]
 
 

@@ -83,16 +83,21 @@ class Goldens(TestCase):
     maxDiff = None
 
     def test_gpt2_plan(self) -> None:
-        self.assertExpectedInline(str(_report(gpt2())), """\
+        self.assertExpectedInline(
+            str(_report(gpt2())),
+            """\
 layer_norm: 5, rms_norm: 0, to_rms_norm: 5, fold_affine: 5, pre_rms_norm: 5, centrings: 0, folds: 20, graphs: 1, graph_breaks: 0
 model.transformer.h.0.ln_1  LayerNorm  pre_rms_norm, fold_affine
 model.transformer.h.0.ln_2  LayerNorm  pre_rms_norm, fold_affine
 model.transformer.h.1.ln_1  LayerNorm  pre_rms_norm, fold_affine
 model.transformer.h.1.ln_2  LayerNorm  pre_rms_norm, fold_affine
-model.transformer.ln_f      LayerNorm  pre_rms_norm, fold_affine""")
+model.transformer.ln_f      LayerNorm  pre_rms_norm, fold_affine""",
+        )
 
     def test_gpt2_graph(self) -> None:
-        self.assertExpectedInline(excerpt(_report(gpt2()).graphs[0].after), """\
+        self.assertExpectedInline(
+            excerpt(_report(gpt2()).graphs[0].after),
+            """\
 %0 = embedding(model.transformer.wte.weight, %1): f32[2, 12, 32]
 %2 = center(%0, dim=2): f32[2, 12, 32]
 %3 = embedding(model.transformer.wpe.weight, %4): f32[1, 12, 32]
@@ -144,18 +149,24 @@ model.transformer.ln_f      LayerNorm  pre_rms_norm, fold_affine""")
 %69 = scale_features(model.transformer.wte.weight, model.transformer.ln_f.weight, dim=1): f32[100, 32]
 %70 = linear(%71, %69, %68): f32[2, 12, 100]
 return [%70]
-""")
+""",
+        )
 
     def test_vit_plan(self) -> None:
-        self.assertExpectedInline(str(_report(vit())), """\
+        self.assertExpectedInline(
+            str(_report(vit())),
+            """\
 layer_norm: 3, rms_norm: 0, to_rms_norm: 3, fold_affine: 2, pre_rms_norm: 3, centrings: 0, folds: 16, graphs: 1, graph_breaks: 0
 model.layers.0.layernorm_before  LayerNorm  pre_rms_norm, fold_affine
 model.layers.0.layernorm_after   LayerNorm  pre_rms_norm, fold_affine
 model.layernorm                  LayerNorm  pre_rms_norm
-                                   fold_affine refused (returned): the norm's output leaves the graph""")
+  fold_affine refused (returned): the norm's output leaves the graph""",
+        )
 
     def test_vit_graph(self) -> None:
-        self.assertExpectedInline(excerpt(_report(vit()).graphs[0].after), """\
+        self.assertExpectedInline(
+            excerpt(_report(vit()).graphs[0].after),
+            """\
 %0 = center(model.embeddings.patch_embeddings.projection.weight, dim=0): f32[32, 3, 8, 8]
 %1 = center(model.embeddings.patch_embeddings.projection.bias, dim=0): f32[32]
 %2 = conv2d(inputs.0, %0, %1, [8, 8]): f32[2, 32, 4, 4]
@@ -190,18 +201,24 @@ model.layernorm                  LayerNorm  pre_rms_norm
 %35 = add(%34, %25): f32[2, 17, 32]
 %36 = rms_norm(%35, model.layernorm.weight, bias=model.layernorm.bias, dim=2, eps=1e-12): f32[2, 17, 32]  # model.layernorm
 return [%36]
-""")
+""",
+        )
 
     def test_refusal_plan(self) -> None:
-        self.assertExpectedInline(str(_report((Observed(), (torch.arange(6).reshape(2, 3),)))), """\
+        self.assertExpectedInline(
+            str(_report((Observed(), (torch.arange(6).reshape(2, 3),)))),
+            """\
 layer_norm: 2, rms_norm: 0, to_rms_norm: 1, fold_affine: 2, pre_rms_norm: 1, centrings: 0, folds: 5, graphs: 1, graph_breaks: 0
 norm   LayerNorm  pre_rms_norm, fold_affine
 final  LayerNorm  fold_affine
-         pre_rms_norm refused (observed): the stream's mean is read by something other than a LayerNorm over the same features: add is read by output""")
+  pre_rms_norm refused (observed): the stream's mean is read by something other than a LayerNorm over the same features: add is read by output""",
+        )
 
     def test_refusal_graph(self) -> None:
         report = _report((Observed(), (torch.arange(6).reshape(2, 3),)))
-        self.assertExpectedInline(report.graphs[0].after, """\
+        self.assertExpectedInline(
+            report.graphs[0].after,
+            """\
 ids: i64[2, 3]
 %0 = embedding(table.weight, ids): f32[2, 3, 8]
 %1 = center(%0, dim=2): f32[2, 3, 8]
@@ -215,25 +232,31 @@ ids: i64[2, 3]
 %9 = scale_features(head.weight, final.weight, dim=1): f32[3, 8]
 %10 = linear(%7, %9, %8): f32[2, 3, 3]
 return [%10, %6]
-""")
+""",
+        )
 
     def test_training_plan(self) -> None:
         """With dropout on the residual branches each write would have to be centred while the model runs (M12)."""
-        self.assertExpectedInline(str(_report(gpt2(0.1), training=True)), """\
+        self.assertExpectedInline(
+            str(_report(gpt2(0.1), training=True)),
+            """\
 layer_norm: 5, rms_norm: 0, to_rms_norm: 0, fold_affine: 5, centrings: 0, folds: 10, graphs: 1, graph_breaks: 0
 model.transformer.h.0.ln_1  LayerNorm  fold_affine
-                              pre_rms_norm refused (uncentred_input): a value enters the stream that can only be centred while the model runs, and that costs more than it saves: dropout_1 (an activation or graph input), dropout (an activation or graph input), dropout_2 (an activation or graph input), dropout_3 (an activation or graph input), dropout_4 (an activation or graph input)
+  pre_rms_norm refused (uncentred_input): a value enters the stream that can only be centred while the model runs, and that costs more than it saves: dropout_1 (an activation or graph input), dropout (an activation or graph input), dropout_2 (an activation or graph input), dropout_3 (an activation or graph input), dropout_4 (an activation or graph input)
 model.transformer.h.0.ln_2  LayerNorm  fold_affine
-                              pre_rms_norm refused (uncentred_input): a value enters the stream that can only be centred while the model runs, and that costs more than it saves: dropout_1 (an activation or graph input), dropout (an activation or graph input), dropout_2 (an activation or graph input), dropout_3 (an activation or graph input), dropout_4 (an activation or graph input)
+  pre_rms_norm refused (uncentred_input): as for model.transformer.h.0.ln_1
 model.transformer.h.1.ln_1  LayerNorm  fold_affine
-                              pre_rms_norm refused (uncentred_input): a value enters the stream that can only be centred while the model runs, and that costs more than it saves: dropout_1 (an activation or graph input), dropout (an activation or graph input), dropout_2 (an activation or graph input), dropout_3 (an activation or graph input), dropout_4 (an activation or graph input)
+  pre_rms_norm refused (uncentred_input): as for model.transformer.h.0.ln_1
 model.transformer.h.1.ln_2  LayerNorm  fold_affine
-                              pre_rms_norm refused (uncentred_input): a value enters the stream that can only be centred while the model runs, and that costs more than it saves: dropout_1 (an activation or graph input), dropout (an activation or graph input), dropout_2 (an activation or graph input), dropout_3 (an activation or graph input), dropout_4 (an activation or graph input)
+  pre_rms_norm refused (uncentred_input): as for model.transformer.h.0.ln_1
 model.transformer.ln_f      LayerNorm  fold_affine
-                              pre_rms_norm refused (uncentred_input): a value enters the stream that can only be centred while the model runs, and that costs more than it saves: dropout_1 (an activation or graph input), dropout (an activation or graph input), dropout_2 (an activation or graph input), dropout_3 (an activation or graph input), dropout_4 (an activation or graph input)""")
+  pre_rms_norm refused (uncentred_input): as for model.transformer.h.0.ln_1""",
+        )
 
     def test_training_graph(self) -> None:
-        self.assertExpectedInline(excerpt(_report(gpt2(0.1), training=True).graphs[0].after), """\
+        self.assertExpectedInline(
+            excerpt(_report(gpt2(0.1), training=True).graphs[0].after),
+            """\
 %0 = embedding(model.transformer.wte.weight, %1): f32[2, 12, 32]
 %2 = embedding(model.transformer.wpe.weight, %3): f32[1, 12, 32]
 %4 = add(%0, %5): f32[2, 12, 32]
@@ -275,4 +298,5 @@ model.transformer.ln_f      LayerNorm  fold_affine
 %59 = scale_features(model.transformer.wte.weight, model.transformer.ln_f.weight, dim=1): f32[100, 32]
 %60 = linear(%61, %59, %58): f32[2, 12, 100]
 return [%60]
-""")
+""",
+        )

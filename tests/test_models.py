@@ -31,7 +31,9 @@ def _assert_expected(case: Case, report: Report) -> None:
     assert counts["centrings"] == case.centrings
     assert {r.code for site in report.sites for r in site.refusals} == case.codes
     assert all(site.rules or site.refusals for site in report.sites)
-    assert all(site.name and (site.source or case.library == "torch") for site in report.sites)  # torch frames are hidden
+    assert all(
+        site.name and (site.source or case.library == "torch") for site in report.sites
+    )  # torch frames are hidden
 
 
 def test_decisions_and_float64(case: Case) -> None:

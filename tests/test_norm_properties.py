@@ -152,10 +152,7 @@ OUTPUTS: tuple[Callable[[Parameters, Tensor], Tensor], ...] = (
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
-    *(
-        st.sampled_from(table)
-        for table in (BASES, NUMERATORS, NUMERATORS, STATISTICS, EPSILONS, ROOTS, SCALES, OUTPUTS)
-    )
+    *(st.sampled_from(table) for table in (BASES, NUMERATORS, NUMERATORS, STATISTICS, EPSILONS, ROOTS, SCALES, OUTPUTS))
 )
 def test_right_and_wrong_parts_mixed_yield_only_true_records(
     base: Any, numerator: Any, inner: Any, statistic: Any, epsilon: Any, root: Any, scale: float, output: Any

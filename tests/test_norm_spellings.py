@@ -96,9 +96,7 @@ def _viewed(p: Parameters, x: Tensor) -> Tensor:
 
 SPELLINGS: dict[str, Case] = {
     "F.layer_norm": Case(lambda p, x: F.layer_norm(x, (D,), p["w"], p["b"], EPS), "LayerNorm", affine="wb"),
-    "F.layer_norm, two dims": Case(
-        lambda p, x: F.layer_norm(x, (3, D), None, None, EPS), "LayerNorm", dims=(1, 2)
-    ),
+    "F.layer_norm, two dims": Case(lambda p, x: F.layer_norm(x, (3, D), None, None, EPS), "LayerNorm", dims=(1, 2)),
     "native_layer_norm": Case(
         lambda p, x: torch.native_layer_norm(x, [D], p["w"], None, EPS)[0], "LayerNorm", affine="w"
     ),
@@ -163,27 +161,21 @@ SPELLINGS: dict[str, Case] = {
     "gemma in bf16": Case(_gemma, "RMSNorm", affine="w", dtype=BF16),
     "t5 in bf16": Case(_t5, "RMSNorm", affine="w", dtype=BF16),
     "rstd cast back": Case(_rstd_cast, "RMSNorm", affine="w", dtype=BF16),
-    "statistics in bf16": Case(
-        lambda p, x: x * torch.rsqrt(mean(x * x) + EPS), "RMSNorm", dtype=BF16, compute=BF16
-    ),
+    "statistics in bf16": Case(lambda p, x: x * torch.rsqrt(mean(x * x) + EPS), "RMSNorm", dtype=BF16, compute=BF16),
     "mean with dtype=": Case(
         lambda p, x: x / torch.sqrt(torch.mean(x * x, -1, keepdim=True, dtype=torch.float32) + EPS),
         "RMSNorm",
         dtype=BF16,
     ),
     "sum·(1/n)": Case(lambda p, x: x / ((x * x).sum(-1, keepdim=True) * (1 / D) + EPS).sqrt(), "RMSNorm"),
-    "sum/n": Case(
-        lambda p, x: x * (1.0 / ((x * x).sum(-1, True) / D + EPS).sqrt()) * p["w"], "RMSNorm", affine="w"
-    ),
+    "sum/n": Case(lambda p, x: x * (1.0 / ((x * x).sum(-1, True) / D + EPS).sqrt()) * p["w"], "RMSNorm", affine="w"),
     "eps in the sum": Case(
         lambda p, x: math.sqrt(D) * x * ((x * x).sum(-1, keepdim=True) + EPS).rsqrt(), "RMSNorm", eps=EPS / D
     ),
     "unsqueeze": Case(_dropped, "RMSNorm"),
     "view and expand": Case(_viewed, "RMSNorm", affine="w"),
     "eps outside": Case(lambda p, x: x / (mean(x.pow(2)).sqrt() + EPS), "RMSNorm", place="outside"),
-    "clamped mean square": Case(
-        lambda p, x: x * mean(x.pow(2)).clamp(min=EPS).rsqrt(), "RMSNorm", place="clamped"
-    ),
+    "clamped mean square": Case(lambda p, x: x * mean(x.pow(2)).clamp(min=EPS).rsqrt(), "RMSNorm", place="clamped"),
     "F.normalize·√d": Case(
         lambda p, x: F.normalize(x, dim=-1, eps=EPS) * D**0.5 * p["w"],
         "RMSNorm",
@@ -208,17 +200,13 @@ SPELLINGS: dict[str, Case] = {
     "reciprocal": Case(lambda p, x: x * (mean(x.square()) + EPS).sqrt().reciprocal(), "RMSNorm"),
     "div by rsqrt": Case(lambda p, x: x / (mean(x.square()) + EPS).rsqrt().reciprocal(), "RMSNorm"),
     "addcmul": Case(
-        lambda p, x: torch.addcmul(
-            p["b"], p["w"], centre(x) * (x.var(-1, False, keepdim=True) + EPS).rsqrt()
-        ),
+        lambda p, x: torch.addcmul(p["b"], p["w"], centre(x) * (x.var(-1, False, keepdim=True) + EPS).rsqrt()),
         "LayerNorm",
         affine="wb",
     ),
     "scalar γ": Case(lambda p, x: p["g"] * x * (mean(x.square()) + EPS).rsqrt(), "RMSNorm", affine="g"),
     "only β": Case(lambda p, x: x * (mean(x**2) + EPS).rsqrt() + p["b"], "RMSNorm", affine="b"),
-    "per head, view": Case(
-        lambda p, x: F.rms_norm(x.view(2, 3, 2, 4), (4,), None, EPS), "RMSNorm", dims=(3,)
-    ),
+    "per head, view": Case(lambda p, x: F.rms_norm(x.view(2, 3, 2, 4), (4,), None, EPS), "RMSNorm", dims=(3,)),
 }
 
 
@@ -301,18 +289,14 @@ LOOKALIKES: dict[str, Callable[[Parameters, Tensor], Tensor]] = {
     "mean of another axis": lambda p, x: (
         (x - x.mean(1, keepdim=True)) * torch.rsqrt(x.var(-1, keepdim=True, correction=0) + EPS)
     ),
-    "variance of another axis": lambda p, x: (
-        centre(x) * torch.rsqrt(x.var(1, keepdim=True, correction=0) + EPS)
-    ),
+    "variance of another axis": lambda p, x: centre(x) * torch.rsqrt(x.var(1, keepdim=True, correction=0) + EPS),
     "statistics of another value": lambda p, x: rms(x, of=x + p["b"]),
     "statistics of relu(x)": lambda p, x: rms(x, of=F.relu(x)),
     "detached statistics": lambda p, x: rms(x, of=x.detach()),
     "detached mean": lambda p, x: (x - mean(x).detach()) * torch.rsqrt(x.var(-1, keepdim=True) + EPS),
     "no_grad statistics": _no_grad_statistics,
     "statistics in another autocast region": _autocast_statistics,
-    "statistics of another axis, unsqueezed": lambda p, x: (
-        x * (x.square().mean(1) + EPS).rsqrt().unsqueeze(-1)
-    ),
+    "statistics of another axis, unsqueezed": lambda p, x: x * (x.square().mean(1) + EPS).rsqrt().unsqueeze(-1),
     "statistics broadcast over rows": lambda p, x: x * (x.square().mean(-1) + EPS).rsqrt(),
     "statistics expanded over rows": lambda p, x: x * (x.square().mean(-1) + EPS).rsqrt().expand_as(x),
     "mean broadcast over rows": lambda p, x: (x - x.mean(-1)) * torch.rsqrt(x.var(-1, keepdim=True) + EPS),

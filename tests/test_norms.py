@@ -151,9 +151,7 @@ def test_symbolic_batch() -> None:
 
 def test_symbolic_width() -> None:
     width = torch.export.Dim("width", min=2)
-    program = torch.export.export(
-        _Spelled(), (torch.randn(4, 3, D),), dynamic_shapes=[{2: width}], strict=False
-    )
+    program = torch.export.export(_Spelled(), (torch.randn(4, 3, D),), dynamic_shapes=[{2: width}], strict=False)
     (norm,) = find_norms(program.graph_module.graph, frozenset(), lambda n: "", lambda n: "")
     assert (norm.kind, norm.size, norm.correction) == ("LayerNorm", 0, 0)
 
@@ -261,16 +259,11 @@ def test_real_class(name: str, dtype: torch.dtype) -> None:
     gm, (norm,) = trace(lambda p, x: functional_call(model, p, (x,)), p, x)
     assert (norm.kind, norm.eps_place, norm.correction, norm.obstacle) == (kind, "inside", 0, "")
     assert norm.eps == pytest.approx(eps) and norm.size == D and (norm.weight is not None) == ("weight" in p)
-    assert (
-        norm.compute_dtype == (dtype if name in IN_ITS_OWN_DTYPE else torch.float32)
-        and norm.out_dtype == dtype
-    )
+    assert norm.compute_dtype == (dtype if name in IN_ITS_OWN_DTYPE else torch.float32) and norm.out_dtype == dtype
     assert_recomputes(gm, (norm,), *p.values(), x)
 
 
 def test_timm_simple_norm_is_not_centred_and_no_norm() -> None:
     model = _timm("SimpleNorm")(D)
-    _, norms = trace(
-        lambda p, x: functional_call(model, p, (x,)), dict(model.named_parameters()), torch.randn(TOKENS)
-    )
+    _, norms = trace(lambda p, x: functional_call(model, p, (x,)), dict(model.named_parameters()), torch.randn(TOKENS))
     assert norms == ()

@@ -10,13 +10,13 @@ import pytest
 import sympy
 import torch
 from equivalence import assert_same_float64, transformed
+
 from normfx.export import rewrite
 from normfx.ir import ops
 from normfx.options import RULE_NAMES
 from normfx.plan import refusal_codes
 from normfx.rules import RULES, fold_affine
 from normfx.rules.rule import Example, Rule
-
 
 CASES = [
     pytest.param(rule, example, id=f"{rule.name}-{example.name.replace(' ', '-')}")
@@ -63,7 +63,7 @@ def test_center_in_general_dimension() -> None:
     square = (projection * projection).expand().doit()
     reduced = square.subs(one.T * one, d * sympy.Identity(1)).doit()
     sums = sympy.Matrix(5, 5, lambda i, j: sympy.Integer(int(i == j)) - sympy.Rational(1, 5))
-    assert reduced is not None and sums * sums == sums and sums.T == sums
+    assert reduced is not None and sums * sums == sums and sums == sums.T
     assert sums * sympy.ones(5, 1) == sympy.zeros(5, 1)
 
 
@@ -71,7 +71,9 @@ def test_fold_formula_is_what_the_op_computes() -> None:
     torch.manual_seed(0)
     weight, bias, gamma, beta = (torch.randn(s, dtype=torch.float64) for s in ((4, 6), (4,), (6,), (6,)))
     new_weight, new_bias = fold_affine.fold(weight, bias, gamma, beta, 0.5)
-    torch.testing.assert_close(ops.scale_features(weight, gamma, 1, 6, 1), new_weight, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(
+        ops.scale_features(weight, gamma, 1, 6, 1, torch.float64), new_weight, rtol=1e-14, atol=1e-14
+    )
     torch.testing.assert_close(
         ops.fold_shift(weight, beta, bias, 0.5, 1, 6, 1, torch.float64), new_bias, rtol=1e-14, atol=1e-14
     )

@@ -84,9 +84,7 @@ def test_wrong_dtype_shape_and_missing_value() -> None:
     with pytest.raises(VerifyError, match=r"after stage 'rewrite', node 'layer_norm.*found torch.float64"):
         verify(gm, "rewrite")
     norm.meta["val"] = good.new_empty(3, 5)
-    with pytest.raises(
-        VerifyError, match=r"expected torch.float32 \(3, 4\) on cpu, found torch.float32 \(3, 5\)"
-    ):
+    with pytest.raises(VerifyError, match=r"expected torch.float32 \(3, 4\) on cpu, found torch.float32 \(3, 5\)"):
         verify(gm, "rewrite")
     del norm.meta["val"]
     with pytest.raises(VerifyError, match=r"node 'layer_norm.*expected meta\['val'\], found none"):

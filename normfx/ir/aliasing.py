@@ -29,9 +29,39 @@ _WRITES_STATISTICS = frozenset(
 """Ops that update running statistics (arguments 3, 4) if argument 5 is true; their schemas do not say so."""
 
 _VIEWS = frozenset(
-    "view view_as reshape transpose swapaxes movedim permute squeeze unsqueeze expand expand_as flatten "
-    "unflatten contiguous to type_as float double half bfloat16 t T mT getitem detach chunk split unbind "
-    "narrow select alias".split()
+    [
+        "view",
+        "view_as",
+        "reshape",
+        "transpose",
+        "swapaxes",
+        "movedim",
+        "permute",
+        "squeeze",
+        "unsqueeze",
+        "expand",
+        "expand_as",
+        "flatten",
+        "unflatten",
+        "contiguous",
+        "to",
+        "type_as",
+        "float",
+        "double",
+        "half",
+        "bfloat16",
+        "t",
+        "T",
+        "mT",
+        "getitem",
+        "detach",
+        "chunk",
+        "split",
+        "unbind",
+        "narrow",
+        "select",
+        "alias",
+    ]
 )
 
 
@@ -167,10 +197,7 @@ def _writes(graph: Graph) -> Iterator[tuple[Node, list[Node]]]:
 
 
 def _hidden_writes(node: Node) -> list[Node]:
-    if (
-        not isinstance(node.target, OpOverload)
-        or node.target._schema.name.split("::")[1] not in _WRITES_STATISTICS
-    ):
+    if not isinstance(node.target, OpOverload) or node.target._schema.name.split("::")[1] not in _WRITES_STATISTICS:
         return []
     training = len(node.args) < 6 or node.args[5] is not False
     return [n for n in node.args[3:5] if isinstance(n, Node)] if training else []
@@ -190,7 +217,9 @@ def _looks_in_place(node: Node) -> bool:
     return method or operator_form or name in {"setitem", *_WRITES_STATISTICS} or "out" in node.kwargs
 
 
-_OPERATORS = frozenset("add sub mul truediv floordiv mod pow and or xor lshift rshift matmul".split())
+_OPERATORS = frozenset(
+    ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift", "matmul"]
+)
 
 
 def _subgraphs(graph: Graph, node: Node) -> Iterator[Graph]:
@@ -255,9 +284,7 @@ def _same_signature(op: OpOverload, twin: OpOverload, kwargs: Iterable[str]) -> 
     return types and names >= set(kwargs) and writes == [mine[0].name] and not twin._schema.is_mutable
 
 
-def _older_aliases(
-    node: Node, storages: dict[Node, frozenset[Storage]], position: dict[Node, int]
-) -> list[Node]:
+def _older_aliases(node: Node, storages: dict[Node, frozenset[Storage]], position: dict[Node, int]) -> list[Node]:
     """Values made before `node` that share storage with what it writes, the written value included."""
     held = storages[node.args[0]]  # type: ignore[index]
     return [n for n, s in storages.items() if s & held and position[n] < position[node]]

@@ -117,9 +117,7 @@ def _inline(gm: GraphModule, node: Node) -> None:
 
     def layer(*fakes: Tensor) -> Tensor:
         remaining = iter(fakes)
-        args, kwargs = pytree.tree_unflatten(
-            [next(remaining) if isinstance(a, Node) else a for a in flat], spec
-        )
+        args, kwargs = pytree.tree_unflatten([next(remaining) if isinstance(a, Node) else a for a in flat], spec)
         return encoder_layer(*args, **kwargs)
 
     with mode, enable_python_dispatcher(), torch.no_grad():

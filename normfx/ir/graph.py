@@ -10,7 +10,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch.fx import Graph, Node
 
-SHAPE_READS = frozenset({"aten::sym_size.int", "aten::sym_stride.int", "aten::sym_numel", "aten::_assert_tensor_metadata"})
+SHAPE_READS = frozenset(
+    {"aten::sym_size.int", "aten::sym_stride.int", "aten::sym_numel", "aten::_assert_tensor_metadata"}
+)
 """Ops that read a value's shape or dtype, never its entries."""
 
 RANDOM = torch.Tag.nondeterministic_seeded
@@ -21,7 +23,7 @@ def op_name(node: Node) -> str:
     target = node.target
     if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
         return ""
-    return target.name()
+    return str(target.name())  # type: ignore[no-untyped-call]
 
 
 def value(node: object) -> torch.Tensor | None:
@@ -127,6 +129,6 @@ def size_hint(expr: sympy.Expr, nodes: Iterable[Node]) -> int:
     for node in nodes:
         for dim in shape(node):
             if isinstance(dim, torch.SymInt) and dim.node.expr.is_Symbol:
-                hints[dim.node.expr] = dim.node.hint if dim.node.has_hint() else 64
+                hints[dim.node.expr] = int(dim.node.hint) if dim.node.has_hint() else 64  # type: ignore[arg-type]
     known = expr.subs(hints)
     return int(known.subs(dict.fromkeys(known.free_symbols, 64)))

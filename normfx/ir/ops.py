@@ -1,8 +1,8 @@
 """Canonical ops. The body below *is* the meaning of each op: on every device, in every test, under autograd.
 
-Each is a composite of ATen ops, so autograd differentiates it and Inductor sees (and fuses) the spelled form. Statistics
-and folds are computed in float32 or better whatever autocast says (no op used here is on autocast's lower-precision
-list) and rounded once, at the end.
+Each is a composite of ATen ops, so autograd differentiates it and Inductor sees (and fuses) the spelled form.
+Statistics and folds are computed in float32 or better whatever autocast says (no op used here is on autocast's
+lower-precision list) and rounded once, at the end.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_LIBRARY = torch.library.Library("normfx", "DEF")
+_LIBRARY = torch.library.Library("normfx", "DEF")  # type: ignore[no-untyped-call]
 
 _NORM_ARGS = (
     "(Tensor x, Tensor? weight, Tensor? bias, int dim, float eps, str eps_place, int correction, float scale, "
@@ -104,29 +104,37 @@ def _along(vector: Tensor, ndim: int, dim: int) -> Tensor:
     return vector.reshape([-1] + [1] * trailing)
 
 
-def center(x: Tensor, dim: int, size: int, inner: int) -> Tensor:
-    """P x along a feature axis: x minus its mean over the middle of `dim` seen as (outer, size, inner).
+def center(x: Tensor, dim: int, size: int, inner: int, dtype: torch.dtype) -> Tensor:
+    """P x along a feature axis, as `dtype`: x minus its mean over the middle of `dim` seen as (outer, size, inner).
 
     A value that is constant along the axis (one entry in `dim`) has the centred form 0.
     """
     wide = x.to(accumulation_dtype(x.dtype))
     n = x.shape[dim]
     if n == size or n == 1:
-        return (wide - wide.mean(dim, keepdim=True)).to(x.dtype)
+        return (wide - wide.mean(dim, keepdim=True)).to(dtype)
     dim = dim % x.ndim
-    split = wide.unflatten(dim, (n // (size * inner), size, inner))
-    return (split - split.mean(dim + 1, keepdim=True)).flatten(dim, dim + 2).to(x.dtype)
+    blocks = (*x.shape[:dim], n // (size * inner), size, inner, *x.shape[dim + 1 :])
+    split = wide.reshape(blocks)
+    return (split - split.mean(dim + 1, keepdim=True)).reshape(x.shape).to(dtype)
 
 
-def scale_features(weight: Tensor, gamma: Tensor, dim: int, size: int, inner: int) -> Tensor:
-    """W · diag(γ) over a feature axis of `weight`: γ multiplies the middle of `dim` seen as (outer, size, inner)."""
+def scale_features(weight: Tensor, gamma: Tensor, dim: int, size: int, inner: int, dtype: torch.dtype) -> Tensor:
+    """W · diag(γ), as `dtype`: γ multiplies the middle of the weight's `dim` seen as (outer, size, inner)."""
     wide = _wider(weight.dtype, gamma.dtype)
     factors = _tile(gamma.to(wide), weight.shape[dim], size, inner)
-    return (weight.to(wide) * _along(factors, weight.ndim, dim)).to(weight.dtype)
+    return (weight.to(wide) * _along(factors, weight.ndim, dim)).to(dtype)
 
 
 def fold_shift(
-    weight: Tensor, beta: Tensor, bias: Tensor | None, factor: float, dim: int, size: int, inner: int, dtype: torch.dtype
+    weight: Tensor,
+    beta: Tensor,
+    bias: Tensor | None,
+    factor: float,
+    dim: int,
+    size: int,
+    inner: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     """c + k·Wβ for a two-dimensional weight with input features along `dim`: the bias that takes over a norm's β (M7).
 
@@ -152,14 +160,17 @@ def _tile(vector: Tensor, n: int, size: int, inner: int) -> Tensor:
 
 def _define(schema: str, body: object) -> None:
     name = schema[: schema.index("(")]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, body, "CompositeImplicitAutograd")
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+    _LIBRARY.impl(name, body, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
 
 
 _define("rms_norm" + _NORM_ARGS, rms_norm)
 _define("layer_norm" + _NORM_ARGS, layer_norm)
-_define("center(Tensor x, int dim, int size, int inner) -> Tensor", center)
-_define("scale_features(Tensor weight, Tensor gamma, int dim, int size, int inner) -> Tensor", scale_features)
+_define("center(Tensor x, int dim, int size, int inner, ScalarType dtype) -> Tensor", center)
+_define(
+    "scale_features(Tensor weight, Tensor gamma, int dim, int size, int inner, ScalarType dtype) -> Tensor",
+    scale_features,
+)
 _define(
     "fold_shift(Tensor weight, Tensor beta, Tensor? bias, float factor, int dim, int size, int inner, "
     "ScalarType dtype) -> Tensor",

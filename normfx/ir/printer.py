@@ -75,7 +75,10 @@ def _canonical_arguments(node: Node, name: str, text: Mapping[Node, str]) -> lis
     usual = {"eps_place": "inside", "correction": 0, "scale": 1.0, "factor": 1.0, "inner": 1}
     hidden = {"compute_dtype", "out_dtype", "dtype"}
     shown = {k: v for k, v in args.items() if k not in hidden and usual.get(k) != v}
-    return [_argument(v, text) if isinstance(v, Node) and k != "bias" else f"{k}={_argument(v, text)}" for k, v in shown.items()]
+    return [
+        _argument(v, text) if isinstance(v, Node) and k != "bias" else f"{k}={_argument(v, text)}"
+        for k, v in shown.items()
+    ]
 
 
 def _argument(arg: Any, text: Mapping[Node, str]) -> str:

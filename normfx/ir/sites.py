@@ -151,7 +151,9 @@ class Stream:
             self,
             norms=chosen,
             leaves=tuple(
-                replace(leaf, users=tuple(u for u in leaf.users if u in reached)) for leaf in self.leaves if leaf in reached
+                replace(leaf, users=tuple(u for u in leaf.users if u in reached))
+                for leaf in self.leaves
+                if leaf in reached
             ),
             dropped=tuple((node, name) for node, name in self.dropped if node in reached),
         )

@@ -46,8 +46,7 @@ def verify(gm: GraphModule, stage: str) -> None:
 
 def _fail(stage: str, node: Node, expected: object, found: object) -> VerifyError:
     return VerifyError(
-        f"normfx: after stage '{stage}', node '{node.name}' ({node.target}): "
-        f"expected {expected}, found {found}"
+        f"normfx: after stage '{stage}', node '{node.name}' ({node.target}): expected {expected}, found {found}"
     )
 
 
@@ -97,9 +96,7 @@ def _check_rerun(node: Node, mode: FakeTensorMode, stage: str) -> None:
     try:
         again = _rerun(node, mode)
     except Exception as error:
-        raise _fail(
-            stage, node, "an op that accepts its arguments", f"{type(error).__name__}: {error}"
-        ) from error
+        raise _fail(stage, node, "an op that accepts its arguments", f"{type(error).__name__}: {error}") from error
     recorded = pytree.tree_leaves(node.meta.get("val"))
     for old, new in zip(recorded, pytree.tree_leaves(again), strict=False):
         if not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor):

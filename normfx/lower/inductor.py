@@ -29,17 +29,16 @@ def inductor_options(mode: str | None, options: Mapping[str, Any]) -> dict[str, 
     for key, given in options.items():
         name = key.replace("-", "_")
         if name not in known:
-            raise OptionError(f"normfx: unknown Inductor option {key!r} in options['inductor']; see torch._inductor.list_options()")
+            raise OptionError(
+                f"normfx: unknown Inductor option {key!r} in options['inductor']; see torch._inductor.list_options()"
+            )
         patches[name] = given
     return patches
 
 
-def compile_graph(
-    gm: GraphModule, example_inputs: Sequence[Any], patches: Mapping[str, Any]
-) -> Callable[..., Any]:
+def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], patches: Mapping[str, Any]) -> Callable[..., Any]:
     """Compile with Inductor. Canonical normfx ops are composites: autograd and Inductor see their ATen bodies."""
-    compiled: Callable[..., Any] = compile_fx(gm, list(example_inputs), config_patches=dict(patches) or None)
-    return compiled
+    return compile_fx(gm, list(example_inputs), config_patches=dict(patches) or None)  # type: ignore[return-value]
 
 
 def inline_canonical_ops(gm: GraphModule) -> GraphModule:
@@ -49,7 +48,7 @@ def inline_canonical_ops(gm: GraphModule) -> GraphModule:
 
         def body(*values: torch.Tensor, node: torch.fx.Node = node, tensors: list[torch.fx.Node] = tensors) -> Any:
             given = dict(zip(tensors, values, strict=True))
-            return BODIES[node.target](*[given.get(a, a) if isinstance(a, torch.fx.Node) else a for a in node.args])  # type: ignore[index]
+            return BODIES[node.target](*[given.get(a, a) if isinstance(a, torch.fx.Node) else a for a in node.args])  # type: ignore[operator,index]
 
         traced = make_fx(body, pre_dispatch=True)(*[t.meta["val"] for t in tensors])
         inside = dict(zip(traced.graph.find_nodes(op="placeholder"), tensors, strict=True))

@@ -54,6 +54,6 @@ def _compare(actual: Any, expected: Any) -> None:
         if not difference <= TOLERANCE.get(want.dtype, 1e-1) * max(scale, torch.finfo(want.dtype).tiny):
             raise VerifyError(
                 f"normfx: verify: output {i} of the rewritten graph differs from the original by {difference:.3g} "
-                f"(largest entry {scale:.3g}). Switch rules off one by one (options={{'rules': 'default,-NAME'}}) to find "
-                "which, and please report it."
+                f"(largest entry {scale:.3g}). Switch rules off one by one (options={{'rules': 'default,-NAME'}}) "
+                "to find which, and please report it."
             )

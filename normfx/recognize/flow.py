@@ -210,7 +210,8 @@ _op("slice.Tensor", "narrow", "cumsum", "index_select", "repeat_interleave.self_
 _op("roll", "flip")(_other_dim("dims"))
 
 PARTS = frozenset(
-    "aten::" + n for n in ("split.Tensor", "split.sizes", "split_with_sizes", "chunk", "unbind.int", "tensor_split.sections")
+    "aten::" + n
+    for n in ("split.Tensor", "split.sizes", "split_with_sizes", "chunk", "unbind.int", "tensor_split.sections")
 )
 
 
@@ -270,7 +271,7 @@ def _pad(node: Node, args: dict[str, Any], axis: Axis) -> Flow | None:
 @_op("repeat", "tile")
 def _repeat(node: Node, args: dict[str, Any], axis: Axis) -> Flow | None:
     ndim = len(shape(node))
-    repeats = args.get("repeats", args.get("dims"))
+    repeats = args["repeats" if "repeats" in args else "dims"]
     repeats = [1] * (ndim - len(repeats)) + list(repeats)
     if not is_one(repeats[axis.dim]):
         return None
@@ -344,7 +345,7 @@ def _addmm(node: Node, args: dict[str, Any], axis: Axis) -> Flow | None:
 @_op("mm", "bmm", "matmul")
 def _matmul(node: Node, args: dict[str, Any], axis: Axis) -> Flow | None:
     a = args["self"]
-    b = args.get("mat2", args.get("other"))
+    b = args["mat2" if "mat2" in args else "other"]
     ndim = len(shape(node))
     if len(shape(a)) < 2 or len(shape(b)) < 2:
         return None

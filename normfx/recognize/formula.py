@@ -59,22 +59,14 @@ def read(p: Poly, size: int) -> Formula | None:
         return None
     ((base, exponent),) = atoms.items()
     deviation = _deviation(base, exponent)
-    if (
-        deviation is None
-        or deviation.centred != centred
-        or deviation.scale <= 0
-        or deviation.eps < 0
-        or factor <= 0
-    ):
+    if deviation is None or deviation.centred != centred or deviation.scale <= 0 or deviation.eps < 0 or factor <= 0:
         return None
     scale, correction = deviation.scale, 0
     if centred and size > 1 and not _unit(factor, scale):
         scale, correction = scale * (size - 1) / size, 1
     if not _unit(factor, scale):
         return None
-    unit = (
-        1.0 if isclose(scale, 1.0, rel_tol=1e-12) else sqrt(scale) if deviation.place == "outside" else scale
-    )
+    unit = 1.0 if isclose(scale, 1.0, rel_tol=1e-12) else sqrt(scale) if deviation.place == "outside" else scale
     return Formula(
         kind="LayerNorm" if centred else "RMSNorm",
         eps=deviation.eps / unit,
@@ -125,16 +117,10 @@ def _deviation(base: Atom, exponent: Fraction) -> Deviation | None:
         return Deviation(found.scale, found.centred, found.rest, "outside") if found else None
     if isinstance(base, Clamp) and exponent == -HALF:
         found = statistic(base.inside)
-        return (
-            Deviation(found.scale, found.centred, base.least, "clamped") if found and not found.rest else None
-        )
+        return Deviation(found.scale, found.centred, base.least, "clamped") if found and not found.rest else None
     if isinstance(base, Clamp) and exponent == -1:
         found = _rooted(base.inside)
-        return (
-            Deviation(found.scale, found.centred, base.least**2, "clamped")
-            if found and not found.rest
-            else None
-        )
+        return Deviation(found.scale, found.centred, base.least**2, "clamped") if found and not found.rest else None
     return None
 
 
@@ -151,13 +137,7 @@ def _rooted(p: Poly) -> Statistic | None:
         ((base, exponent),) = powers.items()
         if exponent != HALF:
             return None
-        inner = (
-            Statistic(1.0, False, 0.0)
-            if base == S
-            else statistic(base.inside)
-            if isinstance(base, Root)
-            else None
-        )
+        inner = Statistic(1.0, False, 0.0) if base == S else statistic(base.inside) if isinstance(base, Root) else None
         if inner is None or inner.rest or c <= 0:
             return None
         found = Statistic(inner.scale * c * c, inner.centred, 0.0)

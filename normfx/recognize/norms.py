@@ -50,9 +50,7 @@ def find_norms(graph: Graph, parameters: frozenset[Node], name: Naming, source: 
     """
     position = {node: k for k, node in enumerate(graph.nodes)}
     blocked = mutated(graph)
-    norms = [
-        norm for node in graph.nodes if (norm := _whole(node, parameters, blocked, name, source)) is not None
-    ]
+    norms = [norm for node in graph.nodes if (norm := _whole(node, parameters, blocked, name, source)) is not None]
     norms += [_from_spelled(found, name, source) for found in find_spelled(graph, parameters, blocked)]
     norms.sort(key=lambda norm: position[norm.output])
     return tuple(_named(norms))
@@ -62,9 +60,7 @@ def _named(norms: list[Norm]) -> Iterator[Norm]:
     """Make names unique and give one to every nameless norm."""
     seen: Counter[str] = Counter()
     for norm in norms:
-        base = norm.name or {"LayerNorm": "layer_norm", "RMSNorm": "rms_norm"}.get(
-            norm.kind, norm.kind.lower()
-        )
+        base = norm.name or {"LayerNorm": "layer_norm", "RMSNorm": "rms_norm"}.get(norm.kind, norm.kind.lower())
         count = seen[base]
         seen[base] += 1
         suffix = f"#{count + 1}" if norm.name else f"_{count}"
@@ -156,9 +152,7 @@ def _describe(op: str, call: dict[str, Any]) -> _Op | None:
         shape = call["normalized_shape"]
         # rms_norm(eps=None): finfo of the dtype it computes in (CPU 2.13 and 2.15: float32 for half inputs)
         dims = tuple(range(rank - len(shape), rank))
-        return _Op(
-            "LayerNorm" if op in LAYER_NORMS else "RMSNorm", dims, _product(shape), call.get("eps"), ""
-        )
+        return _Op("LayerNorm" if op in LAYER_NORMS else "RMSNorm", dims, _product(shape), call.get("eps"), "")
     if op in GROUP_NORMS:
         groups = call["num_groups"] if "num_groups" in call else call["group"]
         return _Op(

@@ -138,7 +138,7 @@ class Rows:
             return same_shape(tuple(val.shape), dropped)
         if len(self.shape) == 1 and form.poly.per_row and val.ndim == 0:
             return True
-        kept = self.shape[: self.dim] + (1,) + self.shape[self.dim + 1 :]
+        kept = (*self.shape[: self.dim], 1, *self.shape[self.dim + 1 :])
         full = same_shape(tuple(val.shape), self.shape)
         return full or (form.poly.per_row and same_shape(tuple(val.shape), kept))
 

@@ -190,9 +190,7 @@ def _extent(rows: Rows, output: Node) -> tuple[Node, frozenset[Node]]:
     copies = {node for node in nodes if rows.poly(node) == algebra.atom(X)}
     shared = {copy for copy in copies if any(user not in nodes for user in readers(copy))}
     shared |= {operand for copy in shared for operand in operands(copy) if operand in copies}
-    entries = {
-        operand for node in nodes - copies for operand in operands(node) if operand in copies | {rows.x}
-    }
+    entries = {operand for node in nodes - copies for operand in operands(node) if operand in copies | {rows.x}}
     if len(entries) == 1 and entries <= shared:
         return entries.pop(), frozenset(nodes - copies)
     return rows.x, frozenset(nodes - shared)

@@ -1,8 +1,8 @@
 """Residual streams: which values may be stored centred, proved on the graph.
 
 Backwards from the input of every LayerNorm, through the M3 ops of flow.py, lie the values that could be centred
-("candidates"). A candidate may be centred in place iff each of its uses is a LayerNorm over exactly its feature axis, or
-an M3 op whose result may itself be centred ("blind"). All others are "raw": somebody reads their mean. Values that
+("candidates"). A candidate may be centred in place iff each of its uses is a LayerNorm over exactly its feature axis,
+or an M3 op whose result may itself be centred ("blind"). All others are "raw": somebody reads their mean. Values that
 enter the blind region from outside (parameters, raw values, activations) are leaves; the region reads centred copies
 of them, so their other users never forbid anything. Regions connected through blind values or shared leaves form one
 Stream, which is decided as a whole.
@@ -111,7 +111,6 @@ def _mark_raw(graph: Graph, region: _Region) -> None:
                 region.witness[node] = region.witness[user]
                 break
 
-
     for node in graph.nodes:
         if region.blind(node):
             for operand, _ in region.flows[node].carried:
@@ -161,14 +160,15 @@ def _stream(
     norms: list[Norm], nodes: list[Node], operands: Mapping[Node | Norm, list[tuple[Node, Axis]]], region: _Region
 ) -> Stream:
     users: dict[tuple[Node, Axis], list[Node | Norm]] = {}
-    for reader in (*nodes, *norms):
+    readers: list[Node | Norm] = [*nodes, *norms]
+    for reader in readers:
         for operand, axis in operands[reader]:
             if not _inside(operand, axis, region):
                 users.setdefault((operand, axis), []).append(reader)
-    leaves = {key: _leaf(key, readers, region) for key, readers in users.items()}
+    leaves = {key: _leaf(key, found, region) for key, found in users.items()}
     reads = {
         reader: tuple(o if _inside(o, axis, region) else leaves[o, axis] for o, axis in operands[reader])
-        for reader in (*nodes, *norms)
+        for reader in readers
     }
     dropped = tuple((node, name) for node in nodes for name in region.flows[node].dropped)
     joins = not any(op_name(n) in LINEARS for n in nodes) or any(_joins(node, region) for node in nodes)

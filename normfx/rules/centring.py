@@ -151,4 +151,3 @@ def rewrite(stream: Stream, edit: Any) -> None:
         edit.drop_term(node, name)
     for norm in stream.norms:
         edit.norm(norm).centred = True
-

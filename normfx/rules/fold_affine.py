@@ -2,6 +2,9 @@
 
     W (γ⊙z + β)·k + c  ==  (W·γ)(k·z) + (k·Wβ + c)        z is the normalised row, k a number on the way
 
+Not for weights stored in half precision: with W·γ rounded to bfloat16 the error against float64 of 24 small models was
+0.98 to 1.92 times eager's own; with γ left in the norm and the writers centred, 0.77 to 1.17 times.
+
 Source: Jiang et al. 2023, appendix ("merge γ and β into the following linear"); here on live parameters (maths M7).
 """
 
@@ -10,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import sympy
 import torch
 from torch import nn
 from torch.fx import Node
 
-from normfx.ir.graph import entries, packed_sources, shape
+from normfx.ir.graph import entries, packed_sources, shape, value
 from normfx.ir.sites import Norm, Readers, Sites
 from normfx.rules import centring
 from normfx.rules.rule import Code, Cost, Example, Rule, Symbols
@@ -66,10 +70,17 @@ def guard(site: Readers) -> Iterator[tuple[str, str, tuple[Node, ...]]]:
     if packed:
         yield "packed_weight", ", ".join(node.name for node in packed), packed
 
+    narrow = tuple(linear.node for linear, _, _ in site.linears if value(linear.weight).dtype in _NARROW)  # type: ignore[union-attr]
+    if narrow:
+        yield "rounded_weight", ", ".join(node.name for node in narrow), narrow
+
+
+_NARROW = (torch.bfloat16, torch.float16)
+
 
 def cost(site: Readers) -> Cost:
     """One pass over the rows for γ and β; afterwards none. The folded weights do not grow with the tokens."""
-    return Cost(entries(shape(site.norm.output)))
+    return Cost(entries(shape(site.norm.output)), sympy.Integer(0))
 
 
 def rewrite(site: Readers, edit: Any) -> None:
@@ -81,6 +92,8 @@ def rewrite(site: Readers, edit: Any) -> None:
 
 class _Read(nn.Module):
     """A norm read by a linear, and by `tap`."""
+
+    packed: torch.Tensor
 
     def __init__(self, tap: str = "", norm: nn.Module | None = None) -> None:
         super().__init__()
@@ -129,6 +142,10 @@ RULE = Rule(
             "a reader's weight is shared with a reader behind a norm of other γ or β: each would need a copy of it",
             "none needed: γ and β stay in the norm",
         ),
+        "rounded_weight": Code(
+            "a reader's weight is stored in half precision: W·γ would have to be rounded again",
+            "keep the weights in float32 and run under autocast",
+        ),
         "no_affine": Code("the norm has neither weight nor bias", "none needed"),
         "returned": Code("the norm's output leaves the graph", "none needed: γ and β stay in the norm"),
         "reader_not_linear": Code(
@@ -149,6 +166,7 @@ RULE = Rule(
         Example("returned", lambda: _Read("output"), _input, "returned"),
         Example("packed", lambda: _Read("packed"), _input, "packed_weight"),
         Example("shared weight", _Shared, _input, "shared_weight"),
+        Example("half precision", lambda: _Read().bfloat16(), lambda: (_input()[0].bfloat16(),), "rounded_weight"),
         Example("no affine", lambda: _Read(norm=nn.LayerNorm(6, elementwise_affine=False)), _input, "no_affine"),
         Example("two axes", lambda: _Read(norm=nn.LayerNorm((5, 6))), _input, "several_axes"),
     ),

@@ -37,6 +37,8 @@ def norms(stream: Stream) -> tuple[Norm, ...]:
 class _Heads(nn.Module):
     """A projection, split into heads, each normalised."""
 
+    codes: torch.Tensor
+
     def __init__(self, packed: bool = False) -> None:
         super().__init__()
         self.packed = packed
@@ -45,7 +47,7 @@ class _Heads(nn.Module):
 
     def forward(self, x: torch.Tensor) -> Any:
         weight = self.codes.to(x.dtype) * 0.01 if self.packed else self.project.weight
-        return self.norm(nn.functional.linear(x, weight, self.project.bias).unflatten(-1, (3, 4)))
+        return self.norm(nn.functional.linear(x, weight, self.project.bias).view(2, 5, 3, 4))
 
 
 def _input() -> tuple[torch.Tensor, ...]:

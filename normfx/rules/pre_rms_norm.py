@@ -2,7 +2,8 @@
 
     P = I − 11ᵀ/d,  x = Σ writers(a)    ⇒    γ ⊙ LN(x) + β  ==  γ ⊙ RMS(Σ P writers(a)) + β,    P(Wa + b) = (PW)a + Pb
 
-"Pre-RMSNorm and Pre-CRMSNorm Transformers: Equivalent and Efficient Pre-LN Transformers" (Jiang et al. 2023), section 3.
+"Pre-RMSNorm and Pre-CRMSNorm Transformers: Equivalent and Efficient Pre-LN Transformers" (Jiang et al. 2023),
+section 3.
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ def _ids() -> tuple[torch.Tensor, ...]:
 
 class _Packed(nn.Module):
     """A writer whose weight is stored as int8 with a scale."""
+
+    packed: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()

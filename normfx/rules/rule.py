@@ -41,8 +41,8 @@ class Refusal:
 class Cost:
     """Passes over the entries of activations, before and after, in the graph's symbolic sizes."""
 
-    before: sympy.Expr = sympy.Integer(0)
-    after: sympy.Expr = sympy.Integer(0)
+    before: sympy.Expr
+    after: sympy.Expr
 
 
 class Symbols(Protocol):
