@@ -1,4 +1,4 @@
-"""Compile a small GPT-2 with normfx and print what happened to its norms. Needs `transformers`; nothing is downloaded."""
+"""Compile a small GPT-2 with normfx and print what happened to its norms. Needs `transformers`, no downloads."""
 
 import torch
 from transformers import GPT2Config, GPT2Model

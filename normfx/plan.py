@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from normfx.ir.sites import Norm, Sites
@@ -36,8 +37,16 @@ class Plan:
     def applied(self) -> Iterator[Decision]:
         return (d for d in self.decisions if d.applied)
 
+    @cached_property
+    def _by_norm(self) -> Mapping[Norm, list[Decision]]:
+        found: dict[Norm, list[Decision]] = {norm: [] for norm in self.norms}
+        for decision in self.decisions:
+            for norm in decision.norms:
+                found[norm].append(decision)
+        return found
+
     def of(self, norm: Norm) -> tuple[Decision, ...]:
-        return tuple(d for d in self.decisions if norm in d.norms)
+        return tuple(self._by_norm[norm])
 
     def rules(self, norm: Norm) -> tuple[str, ...]:
         """Names of the rules applied to a norm, in order."""

@@ -50,6 +50,7 @@ class Edit:
         self.graph = gm.graph
         self.norms: dict[Norm, NormState] = {}
         self.folded: dict[Node, torch.dtype] = {}
+        self.replaced: dict[Node, Node] = {}
         self.linears = {node: arguments(node) for node in gm.graph.nodes if op_name(node) in LINEARS}
 
     def norm(self, norm: Norm) -> NormState:
@@ -175,7 +176,7 @@ class Edit:
         weight = norm.weight if state.affine else None
         bias = norm.bias if state.affine else None
         dim = norm.dims[0]
-        args = (state.input, weight, bias, dim, norm.eps, norm.eps_place, norm.correction, state.scale)
+        args = (self._now(state.input), weight, bias, dim, norm.eps, norm.eps_place, norm.correction, state.scale)
         with self.graph.inserting_before(state.output):
             op = ops.RMS_NORM if centred else ops.LAYER_NORM
             new = self._call(op, (*args, norm.compute_dtype, state.out_dtype), norm.output)
@@ -192,10 +193,14 @@ class Edit:
         return min(norm.nodes)
 
     def _replace(self, old: Node, new: Node) -> None:
-        for state in self.norms.values():
-            if state.input is old:
-                state.input = new
+        self.replaced[old] = new
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+
+    def _now(self, node: Node) -> Node:
+        """What a node of the plan has become."""
+        while node in self.replaced:
+            node = self.replaced[node]
+        return node
 
     def _cast(self, node: Node, like: Node) -> Node:
         """The node, cast where its dtype differs from that of `like`."""

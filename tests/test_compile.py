@@ -11,6 +11,7 @@ import torch
 import torch.utils.checkpoint
 from equivalence import EagerBackend, outputs_and_grads
 from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
 from torch.nn import functional as F
 
 from normfx.backend import listening
@@ -66,6 +67,10 @@ class Blocks(nn.Module):
             elif self.style == "autocast":
                 with torch.autocast("cpu", dtype=torch.bfloat16):
                     x = x + self.branch(x, i)
+            elif self.style == "cond":
+                x = x + self.branch(x, i)
+                if i == 0:
+                    x = torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,))
             elif self.style == "break":
                 x = x + self.branch(x, i)
                 torch._dynamo.graph_break()
@@ -87,9 +92,11 @@ def _counts(graphs: list[GraphReport]) -> tuple[int, int]:
     return counts["layer_norm"], counts["to_rms_norm"]
 
 
-@pytest.mark.parametrize(("style", "converted", "folded"), [("plain", 3, 3), ("in place", 3, 3), ("checkpoint", 0, 1)])
+@pytest.mark.parametrize(
+    ("style", "converted", "folded"), [("plain", 3, 3), ("in place", 3, 3), ("checkpoint", 0, 1), ("cond", 3, 3)]
+)
 def test_styles_in_float64(style: str, converted: int, folded: int, graphs: list[GraphReport]) -> None:
-    """A checkpointed branch is carried over whole and observes the stream; the final norm's affine still folds."""
+    """Subgraphs are carried over whole and observe the stream they read; what is outside them is still rewritten."""
     model = Blocks(style).double()
     expected, expected_grads = outputs_and_grads(model, model, (_ids(),))
     actual, grads = outputs_and_grads(_compile(model), model, (_ids(),))
@@ -223,6 +230,24 @@ def test_training_with_dropout_draws_the_same_numbers(graphs: list[GraphReport])
     actual = torch.compile(model, backend=backend, fullgraph=True)(_ids())
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     assert backend.report.counts["layer_norm"] == 3
+
+
+def test_norms_reach_inductor_in_a_form_that_fuses(graphs: list[GraphReport]) -> None:
+    """On CPU the lookup, its centring, the residual add and the RMSNorm are one kernel; the folds are the other."""
+
+    class AddNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.write = nn.Embedding(9, 64), nn.Linear(64, 64)
+            self.norm = nn.LayerNorm(64)
+
+        def forward(self, ids: Tensor, a: Tensor) -> Tensor:
+            return self.norm(self.table(ids) + self.write(a))
+
+    with torch.no_grad():
+        _, (code,) = run_and_get_code(_compile(AddNorm()), torch.arange(8), torch.randn(8, 64))
+    assert _counts(graphs) == (1, 1)
+    assert code.count("async_compile.cpp_pybinding(") == 2
 
 
 def test_model_without_norms_is_compiled_unchanged(graphs: list[GraphReport]) -> None:

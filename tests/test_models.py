@@ -72,6 +72,37 @@ def test_training_with_dropout_is_decided_and_right() -> None:
     assert {r.code for site in report.sites for r in site.refusals if r.rule == "pre_rms_norm"} == {"uncentred_input"}
 
 
+def test_generate_token_by_token() -> None:
+    """Greedy generation with a growing KV cache, compiled with dynamic shapes: the same tokens, norms converted."""
+    pytest.importorskip("transformers")
+    model = next(c for c in CASES if c.name == "gpt2").make().double().model
+    ids = torch.randint(1, 100, (2, 5), generator=torch.Generator().manual_seed(1))
+    kwargs = dict(max_new_tokens=8, do_sample=False, use_cache=True, pad_token_id=0, eos_token_id=None)
+    torch._dynamo.reset()
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), **kwargs)
+    graphs: list[GraphReport] = []
+    model.forward = torch.compile(model.forward, backend="normfx", dynamic=True, options={"strict": True})
+    with listening(graphs.append):
+        actual = model.generate(ids, attention_mask=torch.ones_like(ids), **kwargs)
+    assert actual.tolist() == expected.tolist() and actual.shape == (2, 13)
+    assert sum(Report((g,)).counts["to_rms_norm"] for g in graphs) >= 5
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "opt"])
+def test_dynamic_lengths(name: str) -> None:
+    """One graph for all lengths, the same decisions as with static shapes."""
+    pytest.importorskip("transformers")
+    case = next(c for c in CASES if c.name == name)
+    model, backend = case.make(), EagerBackend()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+    for tokens in (7, 12, 20):
+        ids = torch.randint(1, 100, (3, tokens), generator=torch.Generator().manual_seed(tokens))
+        torch.testing.assert_close(compiled(ids), model(ids), rtol=1e-4, atol=1e-4)
+    assert len(backend.graphs) == 1
+    _assert_expected(case, backend.report)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_low_precision_under_inductor(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:

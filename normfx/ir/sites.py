@@ -32,12 +32,12 @@ class Axis:
 class Norm:
     """One normalisation: output = weight ⊙ (x − mean)·rstd + bias, without the mean for an RMSNorm.
 
-    name:          module path, or the name of the output node where the model calls a function
+    name:          module path ("path#2" for its second call), or "layer_norm", "rms_norm_1"… for a function call
     input, output: the values before and after; `nodes` are all nodes that compute it, output included
     dims:          normalised dimensions of `input`, non-negative, ascending
     size:          number of normalised entries d (0 where unknown or symbolic)
     eps:           as written in the graph; `eps_place` says where: rstd = 1/sqrt(var + eps) is "inside",
-                   1/(sqrt(var) + eps) "outside", 1/sqrt(max(var, eps)) or 1/max(sqrt(var), eps) "clamped"
+                   1/(sqrt(var) + eps) "outside", 1/sqrt(max(var, eps)) "clamped"
     correction:    0 for the biased variance (every nn.LayerNorm), 1 for torch.var's default
     weight, bias:  parameter-only nodes of shape (d,) up to size-1 dimensions, or None; `1 + w` is one node
     compute_dtype: dtype of the statistics; out_dtype: dtype of `output`

@@ -27,7 +27,7 @@ def recognize(
     name, source: module path and source line of a node ("" when unknown)
     """
     parameters = parameter_only(graph, weights - mutated) - mutated
-    norms = find_norms(graph, parameters, name, source)
+    norms = find_norms(graph, parameters, name, source, mutated)
     scaled = [found for norm in norms if (found := find_scaled(norm)) is not None and found.node not in mutated]
     return Sites(
         norms=norms,

@@ -31,12 +31,15 @@ GROUP_NORMS = frozenset({"aten::group_norm", "aten::native_group_norm"})
 INSTANCE_NORMS = frozenset({"aten::instance_norm"})
 
 
-def find_norms(graph: Graph, parameters: frozenset[Node], name: Naming, source: Naming) -> tuple[Norm, ...]:
+def find_norms(
+    graph: Graph, parameters: frozenset[Node], name: Naming, source: Naming, blocked: frozenset[Node] | None = None
+) -> tuple[Norm, ...]:
     """All norms of `graph`, in the order of their output nodes.
 
     parameters: nodes that depend on parameters, buffers and constants only
     name:       module path of a node, "" when unknown; norms of one module become "path", "path#2", …
     source:     source line of a node, "" when unknown
+    blocked:    values whose memory is written in place (found here when not given)
 
     Norms that no rule may touch (their inside is read elsewhere, their affine is computed from data, they
     normalise over the batch) are listed with an obstacle. What is not exactly a norm is not listed.
@@ -49,7 +52,7 @@ def find_norms(graph: Graph, parameters: frozenset[Node], name: Naming, source: 
     [('RMSNorm', 1e-06, (1,))]
     """
     position = {node: k for k, node in enumerate(graph.nodes)}
-    blocked = mutated(graph)
+    blocked = mutated(graph) if blocked is None else blocked
     norms = [norm for node in graph.nodes if (norm := _whole(node, parameters, blocked, name, source)) is not None]
     norms += [_from_spelled(found, name, source) for found in find_spelled(graph, parameters, blocked)]
     norms.sort(key=lambda norm: position[norm.output])
