@@ -51,6 +51,8 @@ class Edit:
         self.norms: dict[Norm, NormState] = {}
         self.folded: dict[Node, torch.dtype] = {}
         self.replaced: dict[Node, Node] = {}
+        calls = {getattr(node.target, "__name__", "") for node in gm.graph.nodes}
+        self.switches_grad = "_set_grad_enabled" in calls
         self.linears = {node: arguments(node) for node in gm.graph.nodes if op_name(node) in LINEARS}
 
     def norm(self, norm: Norm) -> NormState:
@@ -66,7 +68,14 @@ class Edit:
         state.output, state.out_dtype = node, fake.dtype
 
     def center_value(self, node: Node, axis: Axis, users: Iterable[Node | Norm]) -> None:
-        """Readers of a value read its centred copy, made right behind it."""
+        """Readers of a value read its centred copy, made right behind it.
+
+        A graph input that needs a gradient may first be read inside an enable_grad region of a graph that starts without
+        gradients: a copy made at the start would lose it, so there each reader gets its own.
+        """
+        if node.op == "placeholder" and self.switches_grad:
+            self.center_operand(node, axis, users)
+            return
         behind = node
         while node.op == "placeholder" and behind.next.op == "placeholder":
             behind = behind.next

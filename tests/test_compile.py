@@ -170,6 +170,32 @@ def test_without_gradients(guard: Any, graphs: list[GraphReport]) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
+class InnerGrad(nn.Module):
+    """Gradients are switched on inside a call that was made without them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.LayerNorm(8), nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return self.first(x) + torch.tanh(self.second(x * 2.0))
+
+
+def test_enable_grad_inside_no_grad() -> None:
+    torch.manual_seed(0)
+    model = InnerGrad().double()
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    backend = EagerBackend()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        expected, actual = model(x), compiled(x)
+    assert backend.report.counts["to_rms_norm"] == 2
+    (want,) = torch.autograd.grad(expected.sum(), x)
+    (got,) = torch.autograd.grad(actual.sum(), x)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
 class Mutating(nn.Module):
     """Writes its input and a buffer between two norms."""
 

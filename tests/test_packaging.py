@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.resources
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,8 @@ def test_version_and_types() -> None:
 
 
 def test_command() -> None:
+    (script,) = [p for p in importlib.metadata.entry_points(group="console_scripts") if p.name == "normfx"]
+    assert script.value == "normfx.cli:main"
     done = subprocess.run([sys.executable, "-m", "normfx.cli", "--help"], capture_output=True, text=True, check=True)
     assert "demo" in done.stdout
 
@@ -41,7 +44,5 @@ def test_wheel_holds_everything(tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", str(tmp_path), str(root)]
     subprocess.run(pip, check=True)
     (wheel,) = tmp_path.glob("*.whl")
-    import zipfile
-
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"normfx/py.typed", "normfx/kernels/__init__.py", "normfx/rules/fold_affine.py"} <= names
