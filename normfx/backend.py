@@ -24,6 +24,7 @@ from normfx.plan import Plan, make_plan
 from normfx.recognize import recognize
 from normfx.report import GraphReport, Report, graph_report
 from normfx.rewrite import rewrite
+from normfx.specialize import specialize_epsilons
 from normfx.weights import live_folds
 
 log = logging.getLogger("normfx")
@@ -65,6 +66,7 @@ def normfx(
 def transform(gm: GraphModule, example_inputs: Sequence[Any], settings: Options) -> tuple[GraphModule, GraphReport]:
     """Dynamo graph → rewritten canonical graph, or the graph itself when nothing applies or a stage failed."""
     stages = _Stages()
+    specialize_epsilons(gm)
     try:
         captured = stages.run("capture", capture, gm, example_inputs)
         rewritten, report = transform_canonical(captured, settings, stages)

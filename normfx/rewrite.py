@@ -70,8 +70,8 @@ class Edit:
     def center_value(self, node: Node, axis: Axis, users: Iterable[Node | Norm]) -> None:
         """Readers of a value read its centred copy, made right behind it.
 
-        A graph input that needs a gradient may first be read inside an enable_grad region of a graph that starts without
-        gradients: a copy made at the start would lose it, so there each reader gets its own.
+        A graph input that needs a gradient may first be read inside an enable_grad region of a graph that starts
+        without gradients: a copy made at the start would lose it, so there each reader gets its own.
         """
         if node.op == "placeholder" and self.switches_grad:
             self.center_operand(node, axis, users)

@@ -16,7 +16,7 @@ FLOORS = (
     ("ir.ops", "ir.graph", "ir.regions", "ir.names"),
     ("ir.sites", "ir.cleanup", "ir.aliasing", "ir.expand"),
     ("ir.verify", "ir.printer"),
-    ("capture",),
+    ("capture", "specialize"),
     ("recognize.axes", "recognize.algebra", "recognize.barriers"),
     ("recognize.flow", "recognize.rows"),
     ("recognize.formula",),
@@ -39,7 +39,9 @@ FLOORS = (
 )
 """Top to bottom: a module may import from floors before its own. "" is normfx/__init__.py."""
 
-PRIVATE_ROOMS = frozenset({"capture", "lower", "lower.inductor", "lower.verified", "ir.aliasing", "ir.expand"})
+PRIVATE_ROOMS = frozenset(
+    {"capture", "specialize", "lower", "lower.inductor", "lower.verified", "ir.aliasing", "ir.expand"}
+)
 """Modules that may use any private part of torch."""
 
 PRIVATE_NAMES = {

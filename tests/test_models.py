@@ -88,7 +88,7 @@ def test_generate_token_by_token() -> None:
     assert sum(Report((g,)).counts["to_rms_norm"] for g in graphs) >= 5
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "opt"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "opt"])
 def test_dynamic_lengths(name: str) -> None:
     """One graph for all lengths, the same decisions as with static shapes."""
     pytest.importorskip("transformers")
@@ -110,4 +110,9 @@ def test_low_precision_under_inductor(case: Case, dtype: torch.dtype, monkeypatc
     graphs: list[GraphReport] = []
     with listening(graphs.append):
         assert_low_precision(case.make(), _batches(case), "normfx", dtype)
-    _assert_expected(case, Report((graphs[-1],)))
+    report = Report((graphs[-1],))
+    if dtype == torch.float32:
+        _assert_expected(case, report)
+    else:  # γ is not folded into weights stored in half precision
+        assert report.counts["to_rms_norm"] == case.to_rms
+        assert "fold_affine" not in report.counts
