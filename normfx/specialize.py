@@ -1,7 +1,7 @@
 """With dynamic=True Dynamo makes float attributes of user modules symbolic: also the eps of a hand-written norm.
 
-Which norm it is depends on the number, so Dynamo is asked to start over with that float as a guarded constant, in the way
-in which its own backends ask. Other floats stay symbolic. Torch-private names: tried on torch 2.13 and 2.15.
+Which norm it is depends on the number, so Dynamo is asked to start over with that float as a guarded constant, in the
+way in which its own backends ask. Other floats stay symbolic. Torch-private names: tried on torch 2.13 and 2.15.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class Case:
     """kinds: LayerNorms and RMSNorms in the graph; to_rms, folded: how many become RMSNorm, lose γ and β to readers."""
 
     name: str
-    library: str
+    package: str
     build: Callable[[], nn.Module]
     inputs: Callable[[], tuple[Tensor, ...]]
     layer_norms: int
@@ -45,7 +45,7 @@ class Case:
 
     @property
     def available(self) -> bool:
-        return importlib.util.find_spec(self.library) is not None
+        return importlib.util.find_spec(self.package) is not None
 
     def make(self) -> nn.Module:
         """The model in eval, with norms, biases and scales away from ones and zeros so that a wrong fold shows."""

@@ -20,7 +20,7 @@ PROMOTED = {"llama", "gemma2", "t5", "opt", "falcon", "phi", "gptj", "gpt_neox p
 def case(request: pytest.FixtureRequest) -> Case:
     found: Case = request.param
     if not found.available:
-        pytest.skip(f"{found.library} is not installed")
+        pytest.skip(f"{found.package} is not installed")
     return found
 
 
@@ -32,7 +32,7 @@ def _assert_expected(case: Case, report: Report) -> None:
     assert {r.code for site in report.sites for r in site.refusals} == case.codes
     assert all(site.rules or site.refusals for site in report.sites)
     assert all(
-        site.name and (site.source or case.library == "torch") for site in report.sites
+        site.name and (site.source or case.package == "torch") for site in report.sites
     )  # torch frames are hidden
 
 
