@@ -145,7 +145,11 @@ class Edit:
             self._set(node, name, 0)
             return
         with self.graph.inserting_before(node):
-            zero = self._call(torch.ops.aten.sub.Tensor, (term, term), node)
+            fake = value(term)
+            if fake is not None and not fake.is_floating_point():
+                zero = self._call(torch.ops.aten.zeros_like.default, (term,), node)
+            else:
+                zero = self._call(torch.ops.aten.sub.Tensor, (term, term), node)
         self._set(node, name, zero)
 
     def fold_reader(self, linear: Linear, axis: Axis, gamma: Node | None, beta: Node | None, factor: float) -> None:

@@ -11,7 +11,8 @@ BATCH, TOKENS, WIDTH, HEADS, VOCABULARY = 2, 4, 8, 2, 11
 
 STREAM_OPS = (
     "branch", "branch", "branch", "write", "layer_scale", "conv_write", "head_write", "number", "add_number", "negate",
-    "token_gate", "add_token_scalar", "add_table", "roll", "flip", "cut_and_pad", "join_token", "cumsum", "token_mean",
+    "token_gate", "add_token_scalar", "add_token_flag",
+    "add_table", "roll", "flip", "cut_and_pad", "join_token", "cumsum", "token_mean",
     "swap_axes", "split_heads", "mix_tokens", "mix_tokens_bias", "mask", "choose", "gather", "depth_mean", "stack_sum",
     "inplace_add", "cast", "dropout_eval", "half", "detach", "matmul_tokens", "divide_token", "double_view",
 )  # fmt: skip
@@ -133,6 +134,8 @@ class Program(nn.Module):
             return x * vector
         if op == "divide_token":
             return x / (vector.abs() + 1.0)
+        if op == "add_token_flag":
+            return x + (torch.arange(TOKENS) > 1)[:, None]
         if op == "add_token_scalar":
             return x + vector
         if op == "add_table":
