@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
@@ -18,12 +17,6 @@ from normfx.capture import Captured, capture
 from normfx.ir.verify import verify
 
 aten = torch.ops.aten
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> None:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
 
 
 class Backend:

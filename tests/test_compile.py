@@ -20,14 +20,6 @@ from normfx.report import GraphReport, Report
 OPTIONS = {"strict": True}
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("NORMFX_VERIFY", "1")
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.fixture
 def graphs() -> Iterator[list[GraphReport]]:
     """Reports of the graphs compiled in the test."""

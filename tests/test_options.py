@@ -82,7 +82,6 @@ class Norm(nn.Module):
     ],
 )
 def test_torch_compile_shows_the_error(kwargs: dict[str, object], word: str) -> None:
-    torch._dynamo.reset()
     with pytest.raises(Exception, match=word):
         torch.compile(Norm(), backend="normfx", **kwargs)(torch.randn(2, 4))
 
@@ -92,7 +91,6 @@ def _broken(*args: object) -> None:
 
 
 def test_a_failing_stage_leaves_the_model_working(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch._dynamo.reset()
     monkeypatch.setattr("normfx.backend.make_plan", _broken)
     model, x = Norm(), torch.randn(2, 4)
     with pytest.warns(normfx.NormfxWarning, match=r"stage 'plan' failed \(IndexError: no such thing\)"):
@@ -102,7 +100,6 @@ def test_a_failing_stage_leaves_the_model_working(monkeypatch: pytest.MonkeyPatc
 
 def test_a_stage_that_fails_half_way_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rewrite edits its own copy: the graph that is compiled after a failure is the untouched one."""
-    torch._dynamo.reset()
     monkeypatch.setattr(Edit, "finish", _broken)
     model, x = Norm(), torch.randn(2, 4)
     with pytest.warns(normfx.NormfxWarning, match="stage 'rewrite'"):
@@ -111,14 +108,12 @@ def test_a_stage_that_fails_half_way_leaves_no_trace(monkeypatch: pytest.MonkeyP
 
 
 def test_strict_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch._dynamo.reset()
     monkeypatch.setattr("normfx.backend.make_plan", _broken)
     with pytest.raises(Exception, match=r"stage 'plan' failed: IndexError: no such thing"):
         torch.compile(Norm(), backend="normfx", options={"strict": True})(torch.randn(2, 4))
 
 
 def test_inductor_exceptions_pass_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch._dynamo.reset()
     monkeypatch.setattr("normfx.backend.compile_graph", _broken)
     with pytest.raises(Exception, match="no such thing"):
         torch.compile(Norm(), backend="normfx")(torch.randn(2, 4))
@@ -136,7 +131,6 @@ def test_debug_levels(
 
 def test_verify_finds_a_wrong_fold(monkeypatch: pytest.MonkeyPatch) -> None:
     """options={'verify': True} catches a rewrite that is wrong."""
-    torch._dynamo.reset()
     monkeypatch.setattr(Edit, "fold_reader", lambda *args: None)
     model = Norm()
     nn.init.normal_(model.norm.weight)

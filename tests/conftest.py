@@ -1,0 +1,14 @@
+"""Every test starts with nothing compiled, its own random state and checked graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a test inherits what others compiled of the same code, and Dynamo's recompile limit."""
+    monkeypatch.setenv("NORMFX_VERIFY", "1")
+    torch._dynamo.reset()
+    torch.manual_seed(0)
