@@ -90,12 +90,12 @@ def transform_canonical(
     _check(settings, canonical, "capture")
     sites = stages.run("recognize", recognize, graph, weights, mutated(graph), module_path, source_line)
     plan = stages.run("plan", make_plan, sites, settings.rules)
-    before = print_graph(graph, names, module_path)
+    before = print_graph(graph, names, weights, module_path)
     changed = any(True for _ in plan.applied())
     if changed:
         stages.run("rewrite", rewrite, canonical, plan)
         _check(settings, canonical, "rewrite")
-    after = print_graph(graph, names, module_path) if changed else before
+    after = print_graph(graph, names, weights, module_path) if changed else before
     report = graph_report(plan, before, after, module_path, _count_folds(canonical, weights), stages.seconds)
     _log(report, plan, settings)
     return (canonical if changed else None), report

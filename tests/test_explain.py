@@ -22,6 +22,7 @@ def test_explain_runs_eagerly_and_reports_every_norm() -> None:
     assert all(site.kind == "LayerNorm" and site.rules == ("pre_rms_norm", "fold_affine") for site in report.sites)
     assert all("test_compile.py" in site.source for site in report.sites)
     (graph,) = report.graphs
+    assert graph.before.startswith("ids: i64[2, 6]\n%0 = embedding(table.weight, ids)")
     assert "layer_norm(" in graph.before and "layer_norm(" not in graph.after and "rms_norm(" in graph.after
 
 

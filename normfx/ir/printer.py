@@ -21,10 +21,13 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def print_graph(graph: Graph, names: Mapping[Node, str], module_path: Callable[[Node], str]) -> str:
+def print_graph(
+    graph: Graph, names: Mapping[Node, str], weights: frozenset[Node], module_path: Callable[[Node], str]
+) -> str:
     """Text of a graph. names: placeholders and attributes → readable names ("transformer.wte.weight").
 
-    Inputs that nothing reads are left out; so is the module path of everything but norms.
+    Inputs that nothing reads are left out, and so are the lines of `weights`: where they are read their names say all.
+    Only norms are followed by their module path.
     """
     text: dict[Node, str] = {}
     lines: list[str] = []
@@ -32,7 +35,7 @@ def print_graph(graph: Graph, names: Mapping[Node, str], module_path: Callable[[
     for node in graph.nodes:
         if node.op in ("placeholder", "get_attr"):
             text[node] = names.get(node, node.name)
-            if node.op == "placeholder" and node.users and value(node) is not None and not _is_weight(names, node):
+            if node.op == "placeholder" and node.users and value(node) is not None and node not in weights:
                 lines.append(f"{text[node]}: {describe(node.meta.get('val'))}")
         elif node.op == "output":
             lines.append(f"return {_argument(node.args[0], text)}")
@@ -41,10 +44,6 @@ def print_graph(graph: Graph, names: Mapping[Node, str], module_path: Callable[[
             count += 1
             lines.append(_line(node, text, module_path))
     return "\n".join(lines) + "\n"
-
-
-def _is_weight(names: Mapping[Node, str], node: Node) -> bool:
-    return "." in names.get(node, "")
 
 
 def _line(node: Node, text: Mapping[Node, str], module_path: Callable[[Node], str]) -> str:
