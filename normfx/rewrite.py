@@ -190,7 +190,7 @@ class Edit:
         bias = norm.bias if state.affine else None
         dim = norm.dims[0]
         args = (self._now(state.input), weight, bias, dim, norm.eps, norm.eps_place, norm.correction, state.scale)
-        with self.graph.inserting_before(state.output):
+        with self.graph.inserting_before(norm.output):  # in the norm's own gradient mode
             op = ops.RMS_NORM if centred else ops.LAYER_NORM
             new = self._call(op, (*args, norm.compute_dtype, state.out_dtype), norm.output)
         self._replace(state.output, new)

@@ -15,6 +15,7 @@ STREAM_OPS = (
     "add_table", "roll", "flip", "cut_and_pad", "join_token", "cumsum", "token_mean",
     "swap_axes", "split_heads", "mix_tokens", "mix_tokens_bias", "mask", "choose", "gather", "depth_mean", "stack_sum",
     "inplace_add", "cast", "dropout_eval", "half", "detach", "matmul_tokens", "divide_token", "double_view",
+    "frozen_write", "detached_scale",
 )  # fmt: skip
 """Ops a centred stream passes, or writers."""
 BREAKING_OPS = ("channel_gate", "clamp", "tanh", "post_norm", "inplace_alias", "feature_roll", "softmax", "norm_plain")
@@ -27,6 +28,11 @@ OBSERVERS = (
     "norm_tanh",
     "two_readers",
     "double_norm",
+    "frozen_norm",
+    "detached_norm",
+    "frozen_scaled",
+    "scaled_frozen",
+    "moved_frozen",
 )
 
 Step = tuple[str, int]
@@ -58,7 +64,7 @@ class Program(nn.Module):
         d = WIDTH
         if op == "branch":
             self.parts[key] = nn.ModuleList([nn.LayerNorm(d), nn.Linear(d, 6), nn.Linear(6, d)])
-        elif op in ("write", "raw_linear", "layer_scale", "inplace_add"):
+        elif op in ("write", "raw_linear", "layer_scale", "inplace_add", "frozen_write", "detached_scale"):
             self.parts[key] = nn.Linear(d, d)
         elif op == "conv_write":
             self.parts[key] = nn.Conv1d(d, d, 3, padding=1)
@@ -66,12 +72,24 @@ class Program(nn.Module):
             self.parts[key] = nn.ModuleList([nn.Linear(d, 2 * d), nn.LayerNorm(d), nn.Linear(2 * d, d, bias=False)])
         elif op in ("mix_tokens", "mix_tokens_bias"):
             self.parts[key] = nn.Linear(TOKENS, TOKENS, bias=op.endswith("bias"))
-        elif op in ("norm_out", "scaled_norm", "norm_tanh", "post_norm", "double_norm"):
+        elif op in (
+            "norm_out",
+            "scaled_norm",
+            "norm_tanh",
+            "post_norm",
+            "double_norm",
+            "frozen_norm",
+            "detached_norm",
+            "frozen_scaled",
+            "scaled_frozen",
+            "moved_frozen",
+        ):
             self.parts[key] = nn.ModuleList([nn.LayerNorm(d), nn.Linear(d, 3), nn.LayerNorm(d)])
         elif op == "two_readers":
             self.parts[key] = nn.ModuleList([nn.LayerNorm(d), nn.Linear(d, 3), nn.Linear(d, 5, bias=False)])
         shapes = {
-            "layer_scale": (d,), "token_gate": (TOKENS, 1), "add_token_scalar": (TOKENS, 1), "channel_gate": (d,),
+            "frozen_write": (d,), "detached_scale": (d,), "layer_scale": (d,),
+            "token_gate": (TOKENS, 1), "add_token_scalar": (TOKENS, 1), "channel_gate": (d,),
             "add_table": (TOKENS, d), "join_token": (1, 1, d), "divide_token": (TOKENS, 1),
             "matmul_tokens": (TOKENS, TOKENS),
         }  # fmt: skip
@@ -107,6 +125,17 @@ class Program(nn.Module):
         if op == "two_readers":
             y = part[0](x).transpose(0, 1)
             return [part[1](y), part[2](y[:, :1])]
+        if op == "detached_norm":
+            return [part[1](part[0](x).detach())]
+        if op in ("frozen_norm", "frozen_scaled"):
+            with torch.no_grad():
+                y = part[0](x)
+            return [part[1](y * 2.0 if op == "frozen_scaled" else y)]
+        if op in ("scaled_frozen", "moved_frozen"):
+            y = part[0](x)
+            with torch.no_grad():
+                z = y * 2.0 if op == "scaled_frozen" else y.transpose(0, 1)
+            return [part[1](z)]
         if op == "raw_linear":
             return [part(x)]
         return [x if op == "raw_out" else x.mean(-1)]
@@ -120,6 +149,12 @@ class Program(nn.Module):
             return x - part(torch.sin(first)) * 2.0
         if op == "layer_scale":
             return x + vector * part(torch.cos(first))
+        if op == "frozen_write":
+            with torch.no_grad():
+                y = part(torch.cos(first))
+            return x + vector * y
+        if op == "detached_scale":
+            return x + vector * part(torch.cos(first)).detach()
         if op == "conv_write":
             return x + part(torch.sin(first).transpose(1, 2)).transpose(1, 2)
         if op == "head_write":

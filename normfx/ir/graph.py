@@ -67,6 +67,23 @@ def _holds_tensors(node: Node) -> bool:
     return all(isinstance(v, torch.Tensor) for v in (val if isinstance(val, (list, tuple)) else (val,)))
 
 
+def grad_modes(graph: Graph) -> dict[Node, bool]:
+    """Whether gradients are recorded at each node of a graph that is entered in the present gradient mode."""
+    modes: dict[Node, bool] = {}
+    mode, outer = torch.is_grad_enabled(), []
+    for node in graph.nodes:
+        name = getattr(node.target, "__name__", "")
+        if name == "_set_grad_enabled":
+            mode = bool(node.args[0])
+        elif name == "_enter_inference_mode":
+            outer.append(mode)
+            mode = mode and not (node.args and node.args[0])
+        elif name == "_exit_inference_mode":
+            mode = outer.pop()
+        modes[node] = mode
+    return modes
+
+
 def arguments(node: Node) -> dict[str, Any]:
     """Arguments of an ATen call by schema name, defaults filled in."""
     schema = node.target._schema  # type: ignore[union-attr]  # op_name(node) was checked by the caller

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch.fx import Graph, Node
 
-from normfx.ir.graph import parameter_only
+from normfx.ir.graph import grad_modes, parameter_only
 from normfx.ir.sites import Sites
 from normfx.recognize.norms import find_norms
 from normfx.recognize.readers import find_all_readers, find_scaled
@@ -28,10 +28,11 @@ def recognize(
     """
     parameters = parameter_only(graph, weights - mutated) - mutated
     norms = find_norms(graph, parameters, name, source, mutated)
-    scaled = [found for norm in norms if (found := find_scaled(norm)) is not None and found.node not in mutated]
+    modes = grad_modes(graph)
+    scaled = [found for norm in norms if (found := find_scaled(norm, modes)) is not None and found.node not in mutated]
     return Sites(
         norms=norms,
-        streams=find_streams(graph, norms, parameters, mutated),
-        readers=find_all_readers(norms, parameters, mutated),
+        streams=find_streams(graph, norms, parameters, mutated, modes),
+        readers=find_all_readers(norms, parameters, mutated, modes),
         scaled={found.norm: found for found in scaled},
     )

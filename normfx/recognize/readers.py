@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from torch.fx import Node
@@ -14,7 +14,7 @@ from normfx.recognize.flow import CASTS, PARTS, RESHAPES, flow
 
 ROW_OPS = (
     RESHAPES
-    | CASTS
+    | (CASTS - {"aten::detach"})  # γ and β behind it would get gradients that they do not have
     | PARTS
     | {
         "aten::permute", "aten::transpose.int", "aten::t", "aten::mT", "aten::swapaxes", "aten::movedim.int",
@@ -31,10 +31,10 @@ NUMBER_SCALES = frozenset({"aten::mul.Tensor", "aten::mul.Scalar", "aten::div.Te
 
 
 def find_all_readers(
-    norms: Iterable[Norm], parameters: frozenset[Node], barred: frozenset[Node]
+    norms: Iterable[Norm], parameters: frozenset[Node], barred: frozenset[Node], modes: Mapping[Node, bool]
 ) -> dict[Norm, Readers]:
     """Readers of each norm, with the weights that norms of different γ or β share."""
-    found = {norm: find_readers(norm, parameters, barred) for norm in norms}
+    found = {norm: find_readers(norm, parameters, barred, modes) for norm in norms}
     affines: dict[Node, set[tuple[Node | None, Node | None]]] = {}
     for norm, readers in found.items():
         for linear, _, _ in readers.linears:
@@ -61,17 +61,22 @@ def number_factor(node: Node, operand: Node) -> float | None:
     return 1.0 / other if divides else float(other)
 
 
-def find_scaled(norm: Norm) -> Scaled | None:
-    """norm(x)·k, when the multiplication is the norm's only reader."""
+def find_scaled(norm: Norm, modes: Mapping[Node, bool]) -> Scaled | None:
+    """norm(x)·k, when the multiplication is the norm's only reader and in the same gradient mode."""
     users = [u for u in norm.output.users if op_name(u) not in SHAPE_READS]
-    if norm.obstacle or len(users) != 1:
+    if norm.obstacle or len(users) != 1 or modes[users[0]] != modes[norm.output]:
         return None
     factor = number_factor(users[0], norm.output)
     return None if factor is None else Scaled(norm, users[0], factor)
 
 
-def find_readers(norm: Norm, parameters: frozenset[Node], barred: frozenset[Node]) -> Readers:
-    """Walk forwards from a norm's output along its feature axis."""
+def find_readers(
+    norm: Norm, parameters: frozenset[Node], barred: frozenset[Node], modes: Mapping[Node, bool]
+) -> Readers:
+    """Walk forwards from a norm's output along its feature axis.
+
+    Nothing in another gradient mode than the norm can take γ and β on: they would gain or lose gradients.
+    """
     linears: list[tuple[Linear, Axis, float]] = []
     path: list[Node] = []
     others: list[Node] = []
@@ -84,10 +89,15 @@ def find_readers(norm: Norm, parameters: frozenset[Node], barred: frozenset[Node
         for user in node.users:
             if op_name(user) in SHAPE_READS:
                 continue
+            same_mode = modes[user] == modes[norm.output]
             linear = linear_reader(user, node, axis, parameters)
             factor_here = number_factor(user, node)
             onward = _forward(user, node, axis) if op_name(user) in ROW_OPS or is_getitem(user) else None
-            if linear is not None and user not in barred and linear.weight not in barred and linear.bias not in barred:
+            if not same_mode:
+                others.append(user)
+            elif (
+                linear is not None and user not in barred and linear.weight not in barred and linear.bias not in barred
+            ):
                 linears.append((linear, Axis(linear.in_dim, axis.size, axis.inner), factor))
             elif factor_here is not None and user not in barred:
                 path.append(user)

@@ -29,6 +29,7 @@ class _Region:
     parameters: frozenset[Node]
     barred: frozenset[Node]
     outputs: Mapping[Node, Norm]
+    modes: Mapping[Node, bool]
     axes: dict[Node, Axis] = field(default_factory=dict)
     flows: dict[Node, Flow] = field(default_factory=dict)
     conflicts: set[Node] = field(default_factory=set)
@@ -39,11 +40,16 @@ class _Region:
 
 
 def find_streams(
-    graph: Graph, norms: Iterable[Norm], parameters: frozenset[Node], barred: frozenset[Node]
+    graph: Graph,
+    norms: Iterable[Norm],
+    parameters: frozenset[Node],
+    barred: frozenset[Node],
+    modes: Mapping[Node, bool],
 ) -> tuple[Stream, ...]:
     """All streams of a graph, in the order of their first norm; each LayerNorm is in exactly one.
 
-    barred: values that are written in place somewhere; nothing is assumed of them.
+    barred: values that are written in place somewhere; nothing is assumed of them
+    modes:  whether gradients are recorded at each node
     """
     seeds: dict[Node, list[Norm]] = {}
     outputs = {norm.output: norm for norm in norms}
@@ -59,7 +65,7 @@ def find_streams(
             alone.append(Stream((norm,), (), obstacle="several_axes", detail=detail))
         else:
             seeds.setdefault(norm.input, []).append(norm)
-    region = _Region(seeds, parameters, barred, outputs)
+    region = _Region(seeds, parameters, barred, outputs, modes)
     _collect(region)
     _mark_raw(graph, region)
     order = {node: i for i, node in enumerate(graph.nodes)}
@@ -227,7 +233,10 @@ def _scaled_writer(node: Node, axis: Axis, users: list[Node | Norm], region: _Re
         if value(source).shape != value(node).shape:  # type: ignore[union-attr]
             continue
         inside = axis
+        mode = region.modes[node]
         while len(source.users) == 1 and source not in region.barred and source not in region.outputs:
+            if op_name(source) == "aten::detach" or region.modes[source] != mode:
+                break  # λ would lose or gain a gradient
             step = flow(source, inside)
             if step is None or inside.inner != 1 or value(source).shape[inside.dim] != axis.size:  # type: ignore[union-attr]
                 break
