@@ -27,7 +27,7 @@ def test_random_residual_networks(steps: tuple[Step, ...]) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=1500, **QUIET)
+@settings(max_examples=400, **QUIET)
 @given(programs(14))
 def test_many_random_residual_networks(steps: tuple[Step, ...]) -> None:
     _check(steps)
