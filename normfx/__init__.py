@@ -3,11 +3,13 @@
 torch.compile(model, backend="normfx")
 """
 
+from normfx.backend import compiled_report
 from normfx.errors import ExportError, NormfxError, NormfxWarning, OptionError, StageError, VerifyError
 from normfx.explain import explain
 from normfx.export import rewrite
 from normfx.options import Options
 from normfx.report import Report
+from normfx.weights.store import refold
 
 __version__ = "0.1.0"
 
@@ -20,6 +22,8 @@ __all__ = [
     "Report",
     "StageError",
     "VerifyError",
+    "compiled_report",
     "explain",
+    "refold",
     "rewrite",
 ]

@@ -7,9 +7,11 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from normfx.capture import Captured, capture, module_path, source_line
 from normfx.errors import NormfxWarning, StageError, stage_warning
@@ -17,15 +19,16 @@ from normfx.ir import ops
 from normfx.ir.aliasing import functionalize_local, mutated
 from normfx.ir.printer import print_graph
 from normfx.ir.verify import verify
+from normfx.lower.folded import Compiled, compile_folded, is_frozen
 from normfx.lower.inductor import compile_graph, inductor_options
 from normfx.lower.verified import verified
 from normfx.options import Options
 from normfx.plan import Plan, make_plan
 from normfx.recognize import recognize
-from normfx.report import GraphReport, Report, graph_report
+from normfx.report import FoldReport, GraphReport, Report, graph_report
 from normfx.rewrite import rewrite
 from normfx.specialize import specialize_epsilons
-from normfx.weights import live_folds
+from normfx.weights.live import live_folds
 
 log = logging.getLogger("normfx")
 
@@ -56,35 +59,65 @@ def normfx(
     """
     settings = Options.parse(options, mode)
     patches = inductor_options(settings.mode, settings.inductor)
-    rewritten, report = transform(gm, example_inputs, settings)
-    compiled = compile_graph(rewritten, example_inputs, patches)
+    freezes = is_frozen(settings.fold, patches)
+    ready = transform(gm, example_inputs, settings, freezes)
+    if ready.graph_module is gm:
+        compiled = Compiled(compile_graph(gm, example_inputs, patches))
+    else:
+        compiled = compile_folded(ready.graph_module, example_inputs, ready.weights, settings.fold, patches, freezes)
+    _compiled[compiled] = ready.report
     for listener in _listeners:
-        listener(report)
-    return verified(compiled, gm) if settings.verify and rewritten is not gm else compiled
+        listener(ready.report)
+    return verified(compiled, gm) if settings.verify and ready.graph_module is not gm else compiled
 
 
-def transform(gm: GraphModule, example_inputs: Sequence[Any], settings: Options) -> tuple[GraphModule, GraphReport]:
-    """Dynamo graph → rewritten canonical graph, or the graph itself when nothing applies or a stage failed."""
+_compiled: WeakKeyDictionary[Compiled, GraphReport] = WeakKeyDictionary()
+
+
+def compiled_report() -> Report:
+    """The report of every graph that the backend compiled and that is still in use, folded weights as of now."""
+    reports = [(report, compiled.folding()) for compiled, report in _compiled.items()]
+    return Report(tuple(replace(report, weights=FoldReport(**folding)) for report, folding in reports))
+
+
+@dataclass(frozen=True, eq=False)
+class Transformed:
+    """A graph to compile, rewritten or as it came; `weights`: its parameters, buffers and constants (if rewritten)."""
+
+    graph_module: GraphModule
+    report: GraphReport
+    weights: frozenset[Node] = frozenset()
+
+
+def transform(
+    gm: GraphModule, example_inputs: Sequence[Any], settings: Options, freezes: bool = False
+) -> Transformed:
+    """Dynamo graph → rewritten canonical graph, or the graph itself when nothing applies or a stage failed.
+
+    freezes: the canonical graph is wanted even if no rule applies
+    """
     stages = _Stages()
     specialize_epsilons(gm)
     try:
         captured = stages.run("capture", capture, gm, example_inputs)
-        rewritten, report = transform_canonical(captured, settings, stages)
+        changed, report = transform_canonical(captured, settings, stages)
     except Exception as error:
         if settings.strict:
             raise StageError(stages.current, error) from error
         warnings.warn(stage_warning(stages.current, error), NormfxWarning, stacklevel=2)
-        return gm, GraphReport(())
-    return (gm if rewritten is None else rewritten), report
+        return Transformed(gm, GraphReport(()))
+    if changed or freezes:
+        return Transformed(captured.graph_module, report, captured.weights)
+    return Transformed(gm, report)
 
 
 def transform_canonical(
     captured: Captured, settings: Options, stages: _Stages | None = None
-) -> tuple[GraphModule | None, GraphReport]:
-    """Canonical graph → rewritten graph (None when no rule applies) and report."""
+) -> tuple[bool, GraphReport]:
+    """Rewrite a canonical graph in place. Returns whether anything was applied, and the report."""
     stages = stages or _Stages()
     canonical, graph = captured.graph_module, captured.graph_module.graph
-    weights = frozenset(n for n, s in captured.sources.items() if s.kind != "input")
+    weights = captured.weights
     names = {n: s.name for n, s in captured.sources.items()}
     stages.run("functionalize", functionalize_local, canonical)
     _check(settings, canonical, "capture")
@@ -98,7 +131,7 @@ def transform_canonical(
     after = print_graph(graph, names, weights, module_path) if changed else before
     report = graph_report(plan, before, after, module_path, _count_folds(canonical, weights), stages.seconds)
     _log(report, plan, settings)
-    return (canonical if changed else None), report
+    return changed, report
 
 
 def _count_folds(gm: GraphModule, weights: frozenset[Any]) -> tuple[int, int]:

@@ -68,6 +68,11 @@ class Captured:
     graph_module: GraphModule
     sources: Mapping[Node, Source]
 
+    @property
+    def weights(self) -> frozenset[Node]:
+        """The parameters, buffers and constants."""
+        return frozenset(node for node, source in self.sources.items() if source.kind != "input")
+
 
 def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> Captured:
     """Canonical form of a Dynamo graph, under the grad mode and autocast of the call.

@@ -31,7 +31,7 @@ def explain(model: Callable[..., Any], options: Mapping[str, Any] | None = None)
         graphs: list[GraphReport] = []
 
         def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-            graphs.append(transform(gm, example_inputs, settings)[1])
+            graphs.append(transform(gm, example_inputs, settings).report)
             return gm.forward  # type: ignore[no-any-return]  # the untouched graph, run eagerly
 
         torch._dynamo.reset()  # else earlier compilations of the same code may use up its recompile limit

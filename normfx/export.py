@@ -31,9 +31,10 @@ def rewrite(exported_program: ExportedProgram, options: Mapping[str, Any] | None
             "export the model first: torch.export.export(model, args)"
         )
     captured = capture_exported(exported_program)
-    rewritten, _ = transform_canonical(captured, Options.parse(options))
-    if rewritten is None:
+    changed, _ = transform_canonical(captured, Options.parse(options))
+    if not changed:
         return exported_program
+    rewritten = captured.graph_module
     inline_canonical_ops(rewritten)
     return exported_program._update(rewritten, _renamed(exported_program.graph_signature, rewritten.graph))
 

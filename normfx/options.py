@@ -12,7 +12,7 @@ from normfx.errors import OptionError
 RULE_NAMES = ("pre_rms_norm", "linear_norm", "fold_scale", "fold_affine")
 """Every rule of this version, in the order in which they are decided."""
 DEFAULT_RULES = RULE_NAMES
-FOLDS = ("auto", "live")
+FOLDS = ("auto", "live", "cached", "frozen")
 LOWERINGS = ("auto", "inductor")
 KEYS = ("rules", "fold", "lowering", "strict", "verify", "inductor", "mode")
 
@@ -22,7 +22,9 @@ class Options:
     """What `torch.compile(..., backend="normfx", options={...})` accepts.
 
     rules:     names of the rules that may fire, in the order of RULE_NAMES
-    fold:      "live" writes folds as graph expressions on the parameters; "auto" chooses (today: live)
+    fold:      "live" writes folds as graph expressions on the parameters; "cached" keeps their values where no gradient
+               is needed and renews them when a parameter changed; "frozen" adds a variant with constants; "auto":
+               frozen where Inductor's `freezing` is on, else cached on the CPU and live elsewhere
     lowering:  "inductor" hands every norm to Inductor; "auto" chooses (today: inductor)
     strict:    raise when a stage of normfx fails, in place of compiling the untouched graph
     verify:    on the first call also run the original graph and compare

@@ -43,8 +43,33 @@ class SiteReport:
 
 
 @dataclass(frozen=True)
+class FoldReport:
+    """What became of the folded weights of a compiled graph.
+
+    variants:       those that exist: "live" or "cached", and "frozen"
+    bytes:          of the kept values of one parameter set
+    parameter_sets: sets of parameters the graph was called with whose folds are kept
+    refreshes:      kept values computed so far, the first time included
+    freezes:        times the frozen variant was built
+    """
+
+    variants: tuple[str, ...] = ()
+    bytes: int = 0
+    parameter_sets: int = 0
+    refreshes: int = 0
+    freezes: int = 0
+
+    def __str__(self) -> str:
+        size = f"{self.bytes / 2**20:.1f} MiB of folded weights, {self.parameter_sets} parameter sets"
+        return f"{' + '.join(self.variants)}: {size}, {self.refreshes} values computed, frozen {self.freezes} times"
+
+
+@dataclass(frozen=True)
 class GraphReport:
-    """One captured graph. before, after: printer text; kernels: name → generated source; seconds: per stage."""
+    """One captured graph. before, after: printer text; kernels: name → generated source; seconds: per stage.
+
+    weights: None where nothing was compiled
+    """
 
     sites: tuple[SiteReport, ...]
     before: str = ""
@@ -53,6 +78,7 @@ class GraphReport:
     folds: int = 0
     centrings: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
+    weights: FoldReport | None = None
 
 
 _KINDS = {
@@ -99,6 +125,7 @@ class Report:
                 first = said.setdefault((r.rule, r.code, r.detail), site.name)
                 reason = r.detail if first == site.name else f"as for {first}"
                 lines.append(f"  {r.rule} refused ({r.code}): {reason}")
+        lines += [f"graph {i}: {graph.weights}" for i, graph in enumerate(self.graphs) if graph.weights]
         return "\n".join(lines)
 
     def to_json(self) -> str:

@@ -6,7 +6,7 @@ or gradient-mode region. Rules describe their edits through `Edit`; norms are wr
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,34 @@ def rewrite(gm: GraphModule, plan: Plan) -> GraphModule:
     if edit.norms:
         edit.finish()
     return gm
+
+
+def feed(gm: GraphModule, nodes: Sequence[Node], prefix: str) -> tuple[Node, ...]:
+    """Replace values of a graph by new inputs, behind the old ones: the caller computes them (in place; dead code goes).
+
+    The inputs are marked static, as Dynamo marks parameters: their memory does not move from call to call.
+    """
+    last = [n for n in gm.graph.nodes if n.op == "placeholder"][-1:]
+    inputs: list[Node] = []
+    for i, node in enumerate(nodes):
+        where = gm.graph.inserting_after(last[0]) if last else gm.graph.inserting_before(next(iter(gm.graph.nodes)))
+        with where:
+            new = gm.graph.placeholder(f"{prefix}_{i}")
+        new.meta["val"] = _detached(node.meta["val"])
+        new.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+        node.replace_all_uses_with(new)
+        inputs.append(new)
+        last = [new]
+    gm.graph.eliminate_dead_code(_is_impure)
+    gm.graph.lint()
+    gm.recompile()
+    return tuple(inputs)
+
+
+def _detached(fake: torch.Tensor) -> torch.Tensor:
+    """A fake like this one, without history, that is nobody's view."""
+    with fake.fake_mode, torch.inference_mode(False), torch.no_grad():  # type: ignore[attr-defined]
+        return torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device)
 
 
 class Edit:

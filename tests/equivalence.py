@@ -50,7 +50,8 @@ class EagerBackend:
         self.graphs: list[GraphReport] = []
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        rewritten, report = transform(promote(gm) if self.promoted else gm, example_inputs, self.settings)
+        ready = transform(promote(gm) if self.promoted else gm, example_inputs, self.settings)
+        rewritten, report = ready.graph_module, ready.report
         self.graphs.append(report)
         return rewritten.forward  # type: ignore[no-any-return]
 

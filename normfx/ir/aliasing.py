@@ -70,7 +70,7 @@ def mutated(graph: Graph) -> frozenset[Node]:
 
     The result of an in-place op is in the set only if a later op writes again.
     """
-    storages = _storages(graph)
+    storages = storages_of(graph)
     position = {node: i for i, node in enumerate(graph.nodes)}
     last_write: dict[Storage, int] = {}
     for node, targets in _writes(graph):
@@ -90,7 +90,7 @@ def functionalize_local(gm: GraphModule) -> int:
     form would not; writes without grad to a value made with grad, which keep the value's gradient where the
     out-of-place form has none.
     """
-    storages, position = _storages(gm.graph), {node: i for i, node in enumerate(gm.graph.nodes)}
+    storages, position = storages_of(gm.graph), {node: i for i, node in enumerate(gm.graph.nodes)}
     copied = carried(gm.graph)
     grad_on: dict[Node, bool] = {}
     count = 0
@@ -121,7 +121,7 @@ def functionalize_local(gm: GraphModule) -> int:
 # ---------------------------------------------------------------- storages
 
 
-def _storages(graph: Graph) -> dict[Node, frozenset[Storage]]:
+def storages_of(graph: Graph) -> dict[Node, frozenset[Storage]]:
     """The storages a node's value lives in.
 
     Fakes share storage where the tensors they stand for do (torch 2.13 and 2.15, but for eval `dropout` on

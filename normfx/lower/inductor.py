@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch._dynamo.source import ConstantSource
 from torch._inductor.compile_fx import compile_fx  # private; as torch.compile's own backend does (torch 2.11 to 2.15)
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -38,6 +39,9 @@ def inductor_options(mode: str | None, options: Mapping[str, Any]) -> dict[str, 
 
 def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], patches: Mapping[str, Any]) -> Callable[..., Any]:
     """Compile with Inductor. Canonical normfx ops are composites: autograd and Inductor see their ATen bodies."""
+    for node in gm.graph.find_nodes(op="placeholder"):
+        if not hasattr(node, "_dynamo_source"):  # an input that normfx added; AOTAutograd asks each where it comes from
+            node._dynamo_source = ConstantSource(node.name)
     return compile_fx(gm, list(example_inputs), config_patches=dict(patches) or None)  # type: ignore[return-value]
 
 

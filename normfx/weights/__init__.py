@@ -1,0 +1,1 @@
+"""Folded weights: live in the graph, or kept outside it and true to the parameters."""

@@ -1,0 +1,129 @@
+"""Which folded weights of a rewritten graph need not be computed in the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses import FakeTensor
+from torch.fx import Graph, Node
+
+from normfx.ir import ops
+from normfx.ir.aliasing import storages_of
+from normfx.ir.graph import grad_modes, is_getitem, op_name, parameter_only, value
+from normfx.ir.regions import target_name
+from normfx.weights.expression import Expression, expression
+
+FOLD_OPS = frozenset({ops.CENTER, ops.SCALE_FEATURES, ops.FOLD_SHIFT})
+
+AUTOCAST_NEUTRAL = frozenset(
+    {"add", "clone", "contiguous", "detach", "div", "expand", "mul", "neg", "permute", "reshape", "select", "slice",
+     "squeeze", "sub", "t", "to", "transpose", "unsqueeze", "view"}
+)  # fmt: skip
+"""ATen ops that do the same under autocast and without."""
+
+
+BAKED = "normfx_baked"
+"""Node meta key: the rule bake_weights wants the value kept."""
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """A value of the graph that can be computed before it runs: what computes it, from which inputs or attributes."""
+
+    node: Node
+    expression: Expression
+    sources: tuple[Node, ...]
+
+
+def records_gradients(graph: Graph) -> bool:
+    """Whether any part of the graph runs with gradients recorded, in the present gradient mode."""
+    return torch.is_grad_enabled() or any(grad_modes(graph).values())
+
+
+def gradient_free(graph: Graph, weights: Iterable[Node]) -> frozenset[Node]:
+    """Parameters, buffers and constants whose gradient nobody asks for, in the present gradient mode."""
+    records = records_gradients(graph)
+    return frozenset(n for n in weights if _is_plain(n) and not (records and _fake(n).requires_grad))
+
+
+def _fake(node: Node) -> torch.Tensor:
+    fake = value(node)
+    assert fake is not None
+    return fake
+
+
+def _is_plain(node: Node) -> bool:
+    fake = value(node)
+    return type(fake) in (FakeTensor, torch.nn.Parameter) and fake is not None and fake.layout == torch.strided
+
+
+def kept_values(graph: Graph, weights: Iterable[Node], everywhere: bool = True) -> tuple[Kept, ...]:
+    """The largest expressions on gradient-free parameters that contain a fold or a baked node.
+
+    everywhere: on every device; else on the CPU, where looking at the parameters does not wait for a device
+
+    Views are left in the graph, behind the kept value. Nothing is kept that shares memory with what the graph returns or
+    writes: it would change under the caller.
+    """
+    free = gradient_free(graph, weights)
+    if not everywhere:
+        free = frozenset(n for n in free if _fake(n).device.type == "cpu")
+    known = parameter_only(graph, free)
+    folding = _closed_forwards(known)
+    if not folding:
+        return ()
+    storages = storages_of(graph)
+    outside = frozenset(s for node in graph.nodes if _lets_out(node) for n in node.all_input_nodes for s in storages[n])
+    autocast = is_autocast(graph)
+    chosen: dict[Node, None] = {}
+    for node in graph.nodes:
+        work = [] if node in known else [n for n in node.all_input_nodes if n in folding]
+        while work:
+            item = work.pop()
+            if any(storages[item] & storages[n] for n in item.all_input_nodes):  # a view
+                work += [n for n in item.all_input_nodes if n in folding]
+            elif not storages[item] & outside and (not autocast or _is_neutral(item, free)):
+                chosen[item] = None
+    leaves = dict.fromkeys(free)
+    return tuple(Kept(node, *expression(node, leaves)) for node in chosen)
+
+
+def _lets_out(node: Node) -> bool:
+    """Whether the operands of a node may leave the graph, be written, or be kept by something we know nothing of."""
+    if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    return not is_getitem(node) and node.op not in ("placeholder", "get_attr")
+
+
+def is_autocast(graph: Graph) -> bool:
+    """Whether any of the graph may run under autocast."""
+    return any(target_name(n) == "_enter_autocast" for n in graph.nodes) or any(
+        torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")
+    )
+
+
+def _is_neutral(node: Node, leaves: frozenset[Node]) -> bool:
+    work, seen = [node], set()
+    while work:
+        item = work.pop()
+        if item in seen or item in leaves:
+            continue
+        seen.add(item)
+        if item.target not in FOLD_OPS and op_name(item).removeprefix("aten::").split(".")[0] not in AUTOCAST_NEUTRAL:
+            return False
+        work += item.all_input_nodes
+    return True
+
+
+def _closed_forwards(known: frozenset[Node]) -> frozenset[Node]:
+    """The known nodes that are, or depend on, a fold or a baked node."""
+    found: set[Node] = set()
+    work = [n for n in known if n.target in FOLD_OPS or BAKED in n.meta]
+    while work:
+        node = work.pop()
+        if node not in found:
+            found.add(node)
+            work += [u for u in node.users if u in known]
+    return frozenset(found)
