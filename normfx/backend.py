@@ -19,7 +19,7 @@ from normfx.ir import ops
 from normfx.ir.aliasing import functionalize_local, mutated
 from normfx.ir.printer import print_graph
 from normfx.ir.verify import verify
-from normfx.lower.folded import Compiled, compile_folded, is_frozen
+from normfx.lower.folded import Compiled, Folding, compile_folded, hoist, is_frozen
 from normfx.lower.inductor import compile_graph, inductor_options
 from normfx.lower.verified import verified
 from normfx.options import Options
@@ -28,6 +28,7 @@ from normfx.recognize import recognize
 from normfx.report import FoldReport, GraphReport, Report, graph_report
 from normfx.rewrite import rewrite
 from normfx.specialize import specialize_epsilons
+from normfx.weights.kept import kept_values
 from normfx.weights.live import live_folds
 
 log = logging.getLogger("normfx")
@@ -64,7 +65,8 @@ def normfx(
     if ready.graph_module is gm:
         compiled = Compiled(compile_graph(gm, example_inputs, patches))
     else:
-        compiled = compile_folded(ready.graph_module, example_inputs, ready.weights, settings.fold, patches, freezes)
+        constants = ready.weights if freezes else None
+        compiled = compile_folded(ready.graph_module, ready.folding, example_inputs, constants, patches)
     _compiled[compiled] = ready.report
     for listener in _listeners:
         listener(ready.report)
@@ -82,16 +84,19 @@ def compiled_report() -> Report:
 
 @dataclass(frozen=True, eq=False)
 class Transformed:
-    """A graph to compile, rewritten or as it came; `weights`: its parameters, buffers and constants (if rewritten)."""
+    """A graph to compile, rewritten or as it came.
+
+    folding: its kept folds, which are its last inputs
+    weights: its parameters, buffers and constants
+    """
 
     graph_module: GraphModule
     report: GraphReport
+    folding: Folding | None = None
     weights: frozenset[Node] = frozenset()
 
 
-def transform(
-    gm: GraphModule, example_inputs: Sequence[Any], settings: Options, freezes: bool = False
-) -> Transformed:
+def transform(gm: GraphModule, example_inputs: Sequence[Any], settings: Options, freezes: bool = False) -> Transformed:
     """Dynamo graph → rewritten canonical graph, or the graph itself when nothing applies or a stage failed.
 
     freezes: the canonical graph is wanted even if no rule applies
@@ -101,13 +106,14 @@ def transform(
     try:
         captured = stages.run("capture", capture, gm, example_inputs)
         changed, report = transform_canonical(captured, settings, stages)
+        folding = stages.run("fold", _keep_folds, captured, settings) if settings.fold != "live" else None
     except Exception as error:
         if settings.strict:
             raise StageError(stages.current, error) from error
         warnings.warn(stage_warning(stages.current, error), NormfxWarning, stacklevel=2)
         return Transformed(gm, GraphReport(()))
     if changed or freezes:
-        return Transformed(captured.graph_module, report, captured.weights)
+        return Transformed(captured.graph_module, report, folding, captured.weights)
     return Transformed(gm, report)
 
 
@@ -132,6 +138,11 @@ def transform_canonical(
     report = graph_report(plan, before, after, module_path, _count_folds(canonical, weights), stages.seconds)
     _log(report, plan, settings)
     return changed, report
+
+
+def _keep_folds(captured: Captured, settings: Options) -> Folding | None:
+    gm = captured.graph_module
+    return hoist(gm, kept_values(gm.graph, captured.weights, captured.trained, everywhere=settings.fold != "auto"))
 
 
 def _count_folds(gm: GraphModule, weights: frozenset[Any]) -> tuple[int, int]:

@@ -55,10 +55,11 @@ MODES = frozenset({"_enter_inference_mode", "_exit_inference_mode", "_enter_auto
 
 @dataclass(frozen=True)
 class Source:
-    """Where the value of a placeholder or a tensor attribute comes from."""
+    """Where the value of a placeholder or a tensor attribute comes from, and whether it wants a gradient."""
 
     kind: Kind
     name: str
+    requires_grad: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,11 @@ class Captured:
     def weights(self) -> frozenset[Node]:
         """The parameters, buffers and constants."""
         return frozenset(node for node, source in self.sources.items() if source.kind != "input")
+
+    @property
+    def trained(self) -> frozenset[Node]:
+        """The parameters, buffers and constants that want a gradient."""
+        return frozenset(node for node in self.weights if self.sources[node].requires_grad)
 
 
 def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> Captured:
@@ -363,7 +369,7 @@ def _describe_attribute(gm: GraphModule, node: Node, mode: FakeTensorMode | None
     source = getattr(gm, "_param_name_to_source", {}).get(str(node.target))
     known = source is not None and not isinstance(source, ConstantSource)
     kind: Kind = "parameter" if isinstance(value, torch.nn.Parameter) else "buffer" if known else "constant"
-    sources[node] = Source(kind, dotted(source_name(source)) if known else str(node.target))
+    sources[node] = Source(kind, dotted(source_name(source)) if known else str(node.target), value.requires_grad)
 
 
 # ---------------------------------------------------------------- names
@@ -377,11 +383,13 @@ def _dynamo_sources(gm: GraphModule, canonical: GraphModule) -> dict[Node, Sourc
 def _placeholder_source(node: Node) -> Source:
     source = getattr(node, "_dynamo_source", None)
     kind: Kind = "input"
-    if isinstance(node.meta.get("example_value"), torch.nn.Parameter):
+    example = node.meta.get("example_value")
+    if isinstance(example, torch.nn.Parameter):
         kind = "parameter"
     elif source is not None and is_from_unspecialized_param_buffer_source(source):
         kind = "buffer"
-    return Source(kind, dotted(source_name(source)) or node.name)
+    wants = isinstance(example, torch.Tensor) and example.requires_grad
+    return Source(kind, dotted(source_name(source)) or node.name, wants)
 
 
 def _export_sources(ep: torch.export.ExportedProgram, graph: Graph) -> dict[Node, Source]:

@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 from torch.fx.node import map_aggregate
 
 from normfx.backend import transform
+from normfx.lower.folded import fed
 from normfx.options import Options
 from normfx.report import GraphReport, Report
 
@@ -51,9 +52,9 @@ class EagerBackend:
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         ready = transform(promote(gm) if self.promoted else gm, example_inputs, self.settings)
-        rewritten, report = ready.graph_module, ready.report
-        self.graphs.append(report)
-        return rewritten.forward  # type: ignore[no-any-return]
+        self.graphs.append(ready.report)
+        run = ready.graph_module.forward
+        return fed(run, ready.folding) if ready.folding else run  # type: ignore[no-any-return]
 
     @property
     def report(self) -> Report:

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 import torch._inductor.config as inductor_config
-from torch._guards import TracingContext, tracing
+from torch._guards import TracingContext, detect_fake_mode, tracing
+from torch._inductor.codecache import PyCodeCache
 from torch.fx import Graph, GraphModule, Node
 
 from normfx.ir.aliasing import mutated
@@ -23,7 +24,7 @@ from normfx.ir.graph import value
 from normfx.ir.regions import attribute
 from normfx.lower.inductor import compile_graph
 from normfx.rewrite import feed
-from normfx.weights.kept import Kept, kept_values, records_gradients
+from normfx.weights.kept import Kept, records_gradients
 from normfx.weights.store import Fold, Folds, Seen, Watch, picker
 
 REFREEZE_AFTER = 64
@@ -60,18 +61,18 @@ class Compiled:
 
 def compile_folded(
     gm: GraphModule,
+    folding: Folding | None,
     example_inputs: Sequence[Any],
-    weights: frozenset[Node],
-    fold: str,
+    constants: frozenset[Node] | None,
     patches: Mapping[str, Any],
-    freezes: bool,
 ) -> Compiled:
-    """Compile a rewritten graph with its folds live, kept, or kept and frozen. `weights`: its parameters, buffers and
-    constants. Edits the graph."""
-    kept = () if fold == "live" else kept_values(gm.graph, weights, everywhere=fold != "auto")
-    folding = hoist(gm, kept) if kept else None
-    template = FrozenTemplate(gm, folding, weights, patches) if freezes else None
-    patches = {**patches, "freezing": False} if freezes else patches
+    """Compile a graph with its folds kept (`folding`, of this graph), or live.
+
+    constants: parameters, buffers and constants of the graph, for a frozen variant beside it; None: no such variant
+    """
+    template = None if constants is None else FrozenTemplate(gm, folding, constants, patches)
+    if template is not None:
+        patches = {**patches, "freezing": False}
     call = compile_kept(folding, example_inputs, patches) if folding else compile_graph(gm, example_inputs, patches)
     frozen = Frozen(template, call, example_inputs) if template else None
     return Compiled(frozen or call, folding.folds if folding else None, frozen)
@@ -87,8 +88,10 @@ class Folding:
     attributes: tuple[torch.Tensor, ...]
 
 
-def hoist(gm: GraphModule, kept: Sequence[Kept]) -> Folding:
-    """Make inputs of the kept values of a graph, in place. `kept` must not be empty."""
+def hoist(gm: GraphModule, kept: Sequence[Kept]) -> Folding | None:
+    """Make inputs of the kept values of a graph, in place; None when there are none."""
+    if not kept:
+        return None
     placeholders = gm.graph.find_nodes(op="placeholder")
     sources = list(dict.fromkeys(node for item in kept for node in item.sources))
     held = [node for node in sources if node.op == "get_attr"]
@@ -107,13 +110,15 @@ def hoist(gm: GraphModule, kept: Sequence[Kept]) -> Folding:
 def compile_kept(folding: Folding, example_inputs: Sequence[Any], patches: Mapping[str, Any]) -> Callable[..., Any]:
     """Compile the graph with its folds as static inputs, true to the arguments of each call."""
     fakes = [node.meta["val"] for node in folding.inputs]
-    compiled = compile_graph(folding.graph_module, [*example_inputs, *fakes], patches)
+    return fed(compile_graph(folding.graph_module, [*example_inputs, *fakes], patches), folding)
+
+
+def fed(call: Callable[..., Any], folding: Folding) -> Callable[..., Any]:
+    """What runs the graph, given only the arguments it had before folds became inputs."""
     values, attributes = folding.folds.values, folding.attributes
-
-    def run(*args: Any) -> Any:
-        return compiled(*args, *values((*args, *attributes) if attributes else args))
-
-    return run
+    if attributes:
+        return lambda *args: call(*args, *values((*args, *attributes)))
+    return lambda *args: call(*args, *values(args))
 
 
 def _is_watchable(node: Node) -> bool:
@@ -147,11 +152,23 @@ class FrozenTemplate:
             folds = self.folding.folds.values((*arguments, *self.folding.attributes))
             values.update(zip((n.name for n in self.folding.inputs), folds, strict=True))
         gm = with_constants(self.gm, values)
-        rest = [arguments[i] for i in self.kept_inputs]
-        context = TracingContext.try_get()
-        mode = context.fake_mode if context is not None else None
+        # fakes of Dynamo's own symbols: a real input would bring new ones, and guards on them that cannot be checked
+        rest = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
+        mode = detect_fake_mode(rest)
+        loaded = len(PyCodeCache.modules)
         with tracing(TracingContext(mode)), torch.inference_mode(False), torch.no_grad():
-            return compile_graph(gm, rest, self.patches)
+            compiled = compile_graph(gm, rest, self.patches)
+        _release_modules(loaded)
+        return compiled
+
+
+def _release_modules(loaded: int) -> None:
+    """Let generated modules with constants, those behind the first `loaded`, live only as long as their code is in use.
+
+    Inductor lists every module it generated for the life of the process, and frozen parameters are attributes of theirs.
+    """
+    later = PyCodeCache.modules[loaded:]
+    PyCodeCache.modules[loaded:] = [m for m in later if not any(isinstance(v, torch.Tensor) for v in vars(m).values())]
 
 
 def with_constants(gm: GraphModule, values: Mapping[str, torch.Tensor]) -> GraphModule:

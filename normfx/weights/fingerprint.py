@@ -164,18 +164,18 @@ class _Device:
     """Reads through torch, one copy to the host a device; waits for the device."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._indices = [torch.tensor(sample_indices(t.numel()), device=t.device) for t in tensors]
+        self._indices = [torch.tensor(sample_indices(t.numel()), dtype=torch.long, device=t.device) for t in tensors]
         self._expected: list[tuple[int, ...]] = []
 
     def read(self, tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
         with torch.inference_mode(False), torch.no_grad():
-            taken = [torch.take(t.detach(), i).view(torch.uint8) for t, i in zip(tensors, self._indices, strict=True)]
+            taken = [torch.take(_bits(t.detach()), i) for t, i in zip(tensors, self._indices, strict=True)]
             groups: dict[torch.device, list[int]] = {}
             for k, t in enumerate(taken):
                 groups.setdefault(t.device, []).append(k)
             found: list[tuple[int, ...]] = [()] * len(taken)
             for members in groups.values():
-                flat = torch.cat([taken[k] for k in members]).tolist()
+                flat = torch.cat([taken[k].long() for k in members]).tolist()
                 for k, values in zip(members, _grouped(flat, [taken[k].numel() for k in members]), strict=True):
                     found[k] = values
         return found
@@ -185,6 +185,13 @@ class _Device:
 
     def changed(self, tensors: Sequence[Tensor]) -> bool:
         return self.read(tensors) != self._expected
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The entries as integers; of a complex128 entry the real half."""
+    if tensor.element_size() > 8:
+        tensor = torch.view_as_real(tensor).select(-1, 0)
+    return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -42,10 +41,10 @@ def records_gradients(graph: Graph) -> bool:
     return torch.is_grad_enabled() or any(grad_modes(graph).values())
 
 
-def gradient_free(graph: Graph, weights: Iterable[Node]) -> frozenset[Node]:
+def gradient_free(graph: Graph, weights: frozenset[Node], trained: frozenset[Node]) -> frozenset[Node]:
     """Parameters, buffers and constants whose gradient nobody asks for, in the present gradient mode."""
-    records = records_gradients(graph)
-    return frozenset(n for n in weights if _is_plain(n) and not (records and _fake(n).requires_grad))
+    wanted = trained if records_gradients(graph) else frozenset()
+    return frozenset(node for node in weights - wanted if _is_plain(node))
 
 
 def _fake(node: Node) -> torch.Tensor:
@@ -59,15 +58,18 @@ def _is_plain(node: Node) -> bool:
     return type(fake) in (FakeTensor, torch.nn.Parameter) and fake is not None and fake.layout == torch.strided
 
 
-def kept_values(graph: Graph, weights: Iterable[Node], everywhere: bool = True) -> tuple[Kept, ...]:
+def kept_values(
+    graph: Graph, weights: frozenset[Node], trained: frozenset[Node], everywhere: bool = True
+) -> tuple[Kept, ...]:
     """The largest expressions on gradient-free parameters that contain a fold or a baked node.
 
+    weights:    parameters, buffers and constants; `trained`: those that want a gradient
     everywhere: on every device; else on the CPU, where looking at the parameters does not wait for a device
 
     Views are left in the graph, behind the kept value. Nothing is kept that shares memory with what the graph returns or
     writes: it would change under the caller.
     """
-    free = gradient_free(graph, weights)
+    free = gradient_free(graph, weights, trained)
     if not everywhere:
         free = frozenset(n for n in free if _fake(n).device.type == "cpu")
     known = parameter_only(graph, free)

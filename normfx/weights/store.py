@@ -73,10 +73,14 @@ class Store:
         """Recompute, at the next call, the values that depend on these storages (all values when None)."""
         with self.lock:
             written = None if storages is None else frozenset(storages)
-            for entry in list(self._entries.values()):
+            for entry in self.entries():
                 if written is None or not written.isdisjoint(storage for storage, _ in entry.identities):
                     entry.seen = None
             self.generation += 1
+
+    def entries(self) -> list[Entry]:
+        """The entries that are in use."""
+        return list(self._entries.values())
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -84,7 +88,7 @@ class Store:
     @property
     def bytes(self) -> int:
         """Bytes of all kept values."""
-        return sum(entry.value.nbytes for entry in list(self._entries.values()) if entry.value is not None)
+        return sum(entry.value.nbytes for entry in self.entries() if entry.value is not None)
 
 
 STORE = Store()
@@ -257,7 +261,10 @@ class Folds:
                     entry.seen = wanted
             binding.values = tuple(entry.value for entry in binding.entries if entry.value is not None)
             watch.accept(seen)
-        self._latest = binding
+        if binding is not self._latest:
+            self._latest = binding
+            for other in [b for b in self._bindings if b.alive() is None and b is not binding]:
+                self.drop(other)
         return binding.values
 
     def _compute(self, fold: Fold, entry: Entry, sources: Sequence[Tensor]) -> None:
@@ -311,8 +318,9 @@ class Folds:
                 self._latest = None
 
     def forget(self, alive: weakref.ref[Tensor]) -> None:
-        """The parameter behind this reference died."""
-        for binding in [b for b in self._bindings if b.alive is alive]:
+        """The parameter behind this reference died. The latest values stay until others come: when the parameter was only
+        replaced, its successor's values go into the same memory."""
+        for binding in [b for b in self._bindings if b.alive is alive and b is not self._latest]:
             self.drop(binding)
 
 
