@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from normfx import demo
+from normfx import bench, demo
+from normfx.errors import NormfxError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -14,7 +15,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser("demo", help="GPT-2 with random weights: report, error against float64, time")
     show.add_argument("--quick", action="store_true", help="a two-layer model, seconds in place of a minute")
+    compare = commands.add_parser("bench", help="time, error and memory of models under eager, Inductor and normfx")
+    bench.add_arguments(compare)
     parsed = parser.parse_args(arguments)
+    if parsed.command == "bench":
+        try:
+            return bench.main(parsed)
+        except NormfxError as error:
+            compare.error(str(error))
     if parsed.command == "demo" and parsed.quick:
         demo.run(layers=2, width=128, batch=2, tokens=64, repeats=15)
     elif parsed.command == "demo":

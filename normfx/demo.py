@@ -4,28 +4,17 @@ from __future__ import annotations
 
 import copy
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
 
+from normfx.bench.models import Logits, perturbed
+from normfx.bench.timing import interleaved, relative_error, speeds
 from normfx.explain import explain
-
-
-class _Logits(nn.Module):
-    """A causal language model as a function of token numbers to logits."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: Tensor) -> Tensor:
-        logits: Tensor = self.model(ids, use_cache=False).logits
-        return logits
 
 
 def run(layers: int = 6, width: int = 384, batch: int = 4, tokens: int = 256, repeats: int = 21) -> None:
@@ -38,12 +27,8 @@ def run(layers: int = 6, width: int = 384, batch: int = 4, tokens: int = 256, re
 
     console = Console()
     torch.manual_seed(0)
-    config = GPT2Config(n_layer=layers, n_embd=width, n_head=width // 64, n_positions=tokens)
-    model = _Logits(GPT2LMHeadModel(config)).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim == 1:  # norms and biases of a fresh model are ones and zeros: a wrong fold would not show
-                p.add_(0.1 * torch.randn_like(p))
+    config = GPT2Config(n_layer=layers, n_embd=width, n_head=width // 64, n_positions=tokens, use_cache=False)
+    model = perturbed(Logits(GPT2LMHeadModel(config), ("input_ids",)))
     ids = torch.randint(0, config.vocab_size, (batch, tokens))
     with torch.no_grad():
         console.print(f"GPT-2, {layers} layers of width {width}, batch {batch} x {tokens} tokens, float32, CPU\n")
@@ -55,8 +40,8 @@ def run(layers: int = 6, width: int = 384, batch: int = 4, tokens: int = 256, re
             "normfx": torch.compile(model, backend="normfx", fullgraph=True),
         }
         exact = copy.deepcopy(model).double()(ids)
-        errors = {name: _error(call(ids), exact) for name, call in calls.items()}
-        times = _interleaved(calls, ids, repeats)
+        errors = {name: relative_error([call(ids)], [exact]) for name, call in calls.items()}
+        times = interleaved({name: partial(call, ids) for name, call in calls.items()}, repeats)
     console.print(_table(errors, times))
     console.print(
         "normfx here computes folded weights in every call (live folds): right whatever writes the weights, at a cost\n"
@@ -64,26 +49,10 @@ def run(layers: int = 6, width: int = 384, batch: int = 4, tokens: int = 256, re
     )
 
 
-def _error(actual: Tensor, exact: Tensor) -> float:
-    return float((actual.double() - exact).norm() / exact.norm())
-
-
-def _interleaved(calls: dict[str, Callable[..., Any]], ids: Tensor, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call, round by round: what slows the machine slows all of them."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            begin = time.perf_counter()
-            call(ids)
-            times[name].append(time.perf_counter() - begin)
-    return times
-
-
 def _table(errors: dict[str, float], times: dict[str, list[float]]) -> Table:
     table = Table("", "error against float64", "median ms", "speed relative to Inductor (quartiles)")
     for name, seconds in times.items():
-        ratios = [base / own for base, own in zip(times["inductor"], seconds, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
+        low, middle, high = speeds(times["inductor"], seconds)
         table.add_row(
             name,
             f"{errors[name]:.2e}",

@@ -33,7 +33,10 @@ FLOORS = (
     ("report",),
     ("backend",),
     ("explain", "export"),
-    ("demo",),
+    ("bench.models", "bench.timing", "bench.machine"),
+    ("bench.measure",),
+    ("bench.present",),
+    ("bench", "demo"),
     ("cli",),
     ("",),
 )
@@ -50,6 +53,10 @@ PRIVATE_NAMES = {
         "torch._ops.HigherOrderOperator",
         "torch._ops.OpOverload",
         "torch.utils._pytree",  # it has no public spelling (torch 2.13, 2.15)
+    },
+    "bench.measure": {
+        "torch._dynamo.reset",
+        "torch._inductor.config.patch",  # Dynamo reads `freezing` there, whatever torch.compile's options say
     },
     "explain": {"torch._dynamo.reset"},
     "ir.cleanup": {"torch._subclasses.FakeTensor"},

@@ -1,0 +1,151 @@
+"""`normfx bench`: models × {eager, Inductor, Inductor freezing, normfx, normfx frozen}, forward or training."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import importlib.util
+import itertools
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from normfx.bench import machine, present
+from normfx.bench.measure import BASE, TASKS, VARIANTS, Cell, Measured, Settings, failure_text, measure
+from normfx.bench.models import CHAIN, DTYPES, MODELS, factory
+from normfx.bench.present import Results
+from normfx.errors import OptionError
+
+ALL_MODELS = tuple(name for name in MODELS if name != CHAIN)
+ALL_VARIANTS = tuple(name for name in VARIANTS if name != "normfx-no-rules")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    listed = f"of {', '.join(ALL_MODELS)}, and module:factory, where factory(batch) returns a module and its inputs"
+    parser.add_argument("--models", default=",".join(ALL_MODELS), help=listed)
+    parser.add_argument("--dtypes", default="float32", help=f"of {', '.join(DTYPES)}")
+    parser.add_argument("--batches", default="1,8", help="batch sizes")
+    parser.add_argument("--task", default="forward", help=f"of {', '.join(TASKS)}")
+    parser.add_argument("--variants", default=",".join(ALL_VARIANTS), help=f"of {', '.join(VARIANTS)}; {BASE} always")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …")
+    parser.add_argument("--threads", type=int, help="of torch, on the CPU")
+    parser.add_argument("--rounds", type=int, help="timed rounds; by default 15, or more where calls are short")
+    parser.add_argument("--cold", action="store_true", help="compile without Inductor's caches")
+    parser.add_argument("--memory", action="store_true", help="peak memory too, each variant in its own process")
+    parser.add_argument("--overhead", action="store_true", help="only the call overhead: a chain of 300 parameters")
+    parser.add_argument("--resume", action="store_true", help="keep the cells of an earlier run of the same settings")
+    parser.add_argument("--output", type=Path, default=Path("normfx-bench"), metavar="DIR")
+
+
+def main(parsed: argparse.Namespace) -> int:
+    """Measure the cells that the arguments name, writing the results so far after each. Exit status 1: some failed.
+
+    Raises OptionError for an unknown model, dtype, task or variant, before anything is measured.
+    """
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # else 80, which breaks the table's lines
+    cells, variants = _chosen(parsed)
+    settings = Settings(parsed.rounds, parsed.cold, parsed.memory, parsed.threads)
+    settings.apply(parsed.device)
+    results = _results(parsed, settings)
+    done = {m.cell: m for m in results.cells}
+    parsed.output.mkdir(parents=True, exist_ok=True)
+    columns = (*Progress.get_default_columns(), TimeElapsedColumn(), TextColumn("{task.fields[stage]}"))
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        _warm_up(parsed.device)
+        task = progress.add_task("cells", total=len(cells), stage="")
+        for cell in cells:
+            wanted = [v for v in variants if cell.task == "forward" or VARIANTS[v].trains]
+            if not _complete(done.get(cell), wanted):
+                done[cell] = _measured(cell, wanted, settings, lambda stage: progress.update(task, stage=stage))
+                results.cells = list(done.values())
+                present.write(results, parsed.output)
+            progress.advance(task)
+    present.write(results, parsed.output)
+    _show(results, console)
+    console.print(f"written to {parsed.output}", highlight=False)
+    return int(any(m.failures for m in results.cells))
+
+
+def _chosen(parsed: argparse.Namespace) -> tuple[list[Cell], list[str]]:
+    """The cells to measure, and the variants, in the order of VARIANTS."""
+    variants = {BASE, *_words(parsed.variants, "variant", VARIANTS)}
+    if parsed.overhead:
+        variants.add("normfx-no-rules")
+        cells = [Cell(CHAIN, "float32", 1, "forward", parsed.device)]
+    else:
+        models = _words(parsed.models)
+        for name in models:
+            factory(name)
+        dtypes, tasks = _words(parsed.dtypes, "dtype", DTYPES), _words(parsed.task, "task", TASKS)
+        batches = [int(b) if b.isdecimal() else 0 for b in _words(parsed.batches)]
+        if min(batches, default=0) < 1:
+            raise OptionError(f"normfx: --batches must be positive numbers, not {parsed.batches!r}")
+        order = itertools.product(models, dtypes, batches, tasks)
+        cells = [Cell(model, dtype, batch, task, parsed.device) for model, dtype, batch, task in order]
+    if parsed.rounds is not None and parsed.rounds < 2:
+        raise OptionError("normfx: --rounds must be 2 or more: one round has no quartiles")
+    if torch.device(parsed.device).type == "cuda" and not torch.cuda.is_available():
+        raise OptionError(f"normfx: --device {parsed.device}: torch sees no CUDA device")
+    return cells, [name for name in VARIANTS if name in variants]
+
+
+def _words(text: str, what: str = "", valid: Iterable[str] = ()) -> list[str]:
+    words = [w.strip() for w in text.split(",") if w.strip()]
+    for word in words:
+        if what and word not in valid:
+            raise OptionError.unknown(what, word, valid, f"--{what}s" if what != "task" else "--task")
+    return list(dict.fromkeys(words))
+
+
+def _results(parsed: argparse.Namespace, settings: Settings) -> Results:
+    """New results, or under --resume those of an earlier run, if they are of the same machine and settings."""
+    here = machine.describe(parsed.device)
+    fresh = Results({**here, "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}, settings)
+    path = parsed.output / "bench.json"
+    if not parsed.resume or not path.exists():
+        return fresh
+    old = Results.load(path.read_text())
+    then, now = {**old.machine, **dataclasses.asdict(old.settings)}, {**here, **dataclasses.asdict(settings)}
+    different = [f"{key} was {then.get(key)!r}, is {now[key]!r}" for key in now if then.get(key) != now[key]]
+    if different:
+        raise OptionError(f"normfx: --resume: {path} was measured otherwise: {'; '.join(different)}")
+    return old
+
+
+def _complete(measured: Measured | None, variants: Iterable[str]) -> bool:
+    """Whether there is nothing left to measure; cells with failures are measured again."""
+    return measured is not None and not measured.failures and set(variants) <= set(measured.results)
+
+
+def _measured(cell: Cell, variants: list[str], settings: Settings, say: Callable[[str], None]) -> Measured:
+    try:
+        return measure(cell, variants, settings, lambda stage: say(f"{cell}: {stage}"))
+    except Exception as error:  # a model that cannot be made, say: the run goes on
+        return Measured(cell, failures={"cell": failure_text(error)})
+
+
+def _warm_up(device: str) -> None:
+    """Else the first variant of the first cell pays for the imports of the compiler."""
+    x = torch.ones(2, device=device, requires_grad=True)
+    torch.compile(lambda x: (x * x).sum())(x).backward()  # type: ignore[no-untyped-call]
+
+
+def _show(results: Results, console: Console) -> None:
+    console.print(present.table(results))
+    header, rows = present.summary(results.cells)
+    if rows:
+        total = Table(*header, title="speed relative to inductor, all cells")
+        for row in rows:
+            total.add_row(*row)
+        console.print(total)
+    for line in present.remarks(results.cells):
+        console.print(line, highlight=False, markup=False)
+    if not importlib.util.find_spec("matplotlib"):
+        console.print(present.NO_MATPLOTLIB, markup=False)

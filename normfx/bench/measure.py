@@ -1,0 +1,293 @@
+"""One cell of the benchmark: a model in one dtype, batch size and task, run by every variant."""
+
+from __future__ import annotations
+
+import copy
+import math
+import multiprocessing
+import types
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normfx.bench.models import make
+from normfx.bench.timing import Quartiles, interleaved, relative_error, seconds, speeds
+
+BASE = "inductor"
+TASKS = ("forward", "training")
+TURN = 0.010  # seconds of a variant's turn in a round: shorter ones measure the clock and the scheduler
+ROUNDS = 15
+MOST_ROUNDS, ROUNDS_TIME = 60, 3.0  # short calls get more rounds, while they fit into these seconds
+_CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A backend of torch.compile (None: eager) and its options; `trains` where a training step is among its uses."""
+
+    backend: str | None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    trains: bool = True
+
+    def compile(self, model: nn.Module, name: str) -> Callable[..., Tensor]:
+        if self.backend is None:
+            return model
+
+        def call(*inputs: Tensor) -> Tensor:
+            result: Tensor = model(*inputs)
+            return result
+
+        # Dynamo keeps what it compiled by code object: with its own, no variant counts towards another's limits
+        code = call.__code__.replace(co_name=name)
+        own = types.FunctionType(code, call.__globals__, name, None, call.__closure__)
+        return torch.compile(own, backend=self.backend, options=dict(self.options), fullgraph=True, dynamic=False)
+
+    @contextmanager
+    def compiling(self, cold: bool) -> Iterator[None]:
+        """Around the first call. Dynamo takes parameters as constants only where the global setting says freezing."""
+        freezing = bool(self.options.get("freezing"))
+        with (
+            torch._inductor.config.patch(freezing=freezing, force_disable_caches=cold),
+            warnings.catch_warnings(),
+        ):
+            warnings.filterwarnings("ignore", "dynamo_pgo force disabled")  # what --cold asks for
+            yield
+
+
+# strict: a failure of normfx shall be a failure here, not the unchanged model's time
+VARIANTS = {
+    "eager": Variant(None),
+    BASE: Variant("inductor"),
+    "inductor-freezing": Variant("inductor", {"freezing": True}, trains=False),
+    "normfx": Variant("normfx", {"strict": True}),
+    "normfx-frozen": Variant("normfx", {"strict": True, "fold": "frozen"}, trains=False),
+    "normfx-no-rules": Variant("normfx", {"strict": True, "rules": "none"}),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    model: str
+    dtype: str
+    batch: int
+    task: str
+    device: str
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.dtype} batch {self.batch} {self.task}"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """rounds: None for 15, or more where calls are short; cold: compile without caches; memory: peaks too."""
+
+    rounds: int | None = None
+    cold: bool = False
+    memory: bool = False
+    threads: int | None = None
+
+    def apply(self, device: str) -> None:
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        if torch.device(device).type == "cuda":
+            torch.cuda.set_device(device)
+
+
+@dataclass
+class Result:
+    """What one variant did in one cell.
+
+    ms:            milliseconds of a call
+    speed:         how many times as fast as `inductor`, from ratios within rounds; None where that failed
+    extra_us:      microseconds more than `inductor`, from differences within rounds
+    error:         relative to float64, of the output (forward) or of all gradients as one vector (training)
+    first_call_s:  seconds of the first call: compiling
+    peak_mb:       peak of memory in megabytes (10⁶ bytes) during calls after the first, see `peak_memory`
+    rounds, calls: how often it was timed, and with how many calls a time
+    """
+
+    ms: Quartiles
+    speed: Quartiles | None
+    extra_us: Quartiles | None
+    error: float
+    first_call_s: float
+    rounds: int
+    calls: int
+    peak_mb: float | None = None
+
+
+@dataclass
+class Measured:
+    """A cell's results by variant; failures by variant (or "cell", or "… memory") as text."""
+
+    cell: Cell
+    results: dict[str, Result] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+class _Loss(nn.Module):
+    """Mean square of the output times fixed random numbers: a plain sum of a normalised output has no gradient.
+
+    The numbers are float32 while the model may be bfloat16, so that the loss is float32 by promotion.
+    """
+
+    def __init__(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        super().__init__()
+        self.model = model
+        with torch.no_grad():
+            output = model(*inputs)
+        self.register_buffer("numbers", torch.randn(output.shape, device=output.device))
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        loss: Tensor = (self.model(*inputs) * self.numbers).square().mean()
+        return loss
+
+
+@dataclass(frozen=True)
+class _Step:
+    """The call that is timed: `function`, which is the model or made of it; in training with its backward."""
+
+    model: nn.Module
+    inputs: tuple[Tensor, ...]
+    training: bool
+    function: Callable[..., Tensor]
+
+    @classmethod
+    def of(cls, cell: Cell) -> _Step:
+        model, inputs = make(cell.model, cell.dtype, cell.batch, cell.device)
+        training = cell.task == "training"
+        model = _Loss(model, inputs) if training else model
+        return cls(model, inputs, training, model)
+
+    def double(self) -> _Step:
+        model = copy.deepcopy(self.model).double()
+        inputs = tuple(x.double() if x.is_floating_point() else x for x in self.inputs)
+        return _Step(model, inputs, self.training, model)
+
+    def compiled(self, name: str) -> _Step:
+        """The variant's step, on its own copy of the model."""
+        model = copy.deepcopy(self.model)
+        return _Step(model, self.inputs, self.training, VARIANTS[name].compile(model, name.replace("-", "_")))
+
+    def __call__(self) -> Tensor:
+        if self.training:
+            self.model.zero_grad(set_to_none=True)
+        output = self.function(*self.inputs)
+        if self.training:
+            output.backward()  # type: ignore[no-untyped-call]
+        return output
+
+    def outcome(self) -> list[Tensor]:
+        """What is compared with float64: the output, or the gradients of one step."""
+        output = self()
+        return [p.grad for p in self.model.parameters() if p.grad is not None] if self.training else [output]
+
+
+def measure(cell: Cell, variants: Sequence[str], settings: Settings, say: Callable[[str], None]) -> Measured:
+    """All results of a cell. A variant that fails is noted, and the others go on."""
+    torch._dynamo.reset()
+    measured = Measured(cell)
+    steps: dict[str, _Step] = {}
+    first, errors, peaks = dict[str, float](), dict[str, float](), dict[str, float]()
+    with torch.set_grad_enabled(cell.task == "training"):
+        eager = _Step.of(cell)
+        say("float64")
+        exact = eager.double().outcome()
+        for name in variants:
+            say(f"compiling {name}")
+            try:
+                step = eager.compiled(name)
+                with VARIANTS[name].compiling(settings.cold):
+                    first[name] = seconds(step, device=cell.device)
+                errors[name] = relative_error(step.outcome(), exact)
+                steps[name] = step
+            except Exception as error:
+                measured.failures[name] = failure_text(error)
+        del exact
+        say("timing")
+        times, repeats = _times(steps, settings.rounds, cell.device)
+    for name in steps if settings.memory else ():
+        say(f"memory of {name}")
+        try:
+            peaks[name] = peak_memory(cell, name, settings)
+        except Exception as error:
+            measured.failures[f"{name} memory"] = failure_text(error)
+    base = times.get(BASE)
+    for name, own in times.items():
+        measured.results[name] = Result(
+            ms=Quartiles.of([1e3 * t for t in own]),
+            speed=speeds(base, own) if base else None,
+            extra_us=Quartiles.of([1e6 * (t - b) for t, b in zip(own, base, strict=True)]) if base else None,
+            error=errors[name],
+            first_call_s=first[name],
+            rounds=len(own),
+            calls=repeats[name],
+            peak_mb=peaks.get(name),
+        )
+    return measured
+
+
+def _times(
+    steps: Mapping[str, Callable[[], object]], rounds: int | None, device: str
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds of a call by variant and round, and how many calls a turn had; after a round that is not counted."""
+    if not steps:
+        return {}, {}
+    once = {name: min(seconds(step, device=device) for _ in range(3)) for name, step in steps.items()}
+    repeats = {name: max(1, math.ceil(TURN / t)) for name, t in once.items()}
+    whole = sum(repeats[name] * t for name, t in once.items())
+    interleaved(steps, 1, repeats, device)
+    rounds = rounds or min(MOST_ROUNDS, max(ROUNDS, int(ROUNDS_TIME / whole)))
+    return interleaved(steps, rounds, repeats, device), repeats
+
+
+def peak_memory(cell: Cell, variant: str, settings: Settings) -> float:
+    """Peak in megabytes during three calls after the first, in a process of the variant's own.
+
+    On the CPU of the resident memory of the process, with torch in it and what compiling left; on CUDA of what torch
+    allocated, the model included.
+    """
+    # a spawned process: forked ones share this one's pages, and CUDA does not survive a fork
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_peak_memory, cell, variant, settings).result()
+
+
+def _peak_memory(cell: Cell, variant: str, settings: Settings) -> float:
+    settings.apply(cell.device)
+    with torch.set_grad_enabled(cell.task == "training"):
+        step = _Step.of(cell)
+        if variant != "eager":
+            step = step.compiled(variant)
+        with VARIANTS[variant].compiling(cold=False):
+            step()
+        return _peak(step, torch.device(cell.device))
+
+
+def _peak(step: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif _CLEAR.exists():
+        _CLEAR.write_text("5")  # the peak begins anew at what is resident now
+    for _ in range(3):
+        step()
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    # not getrusage's ru_maxrss: a process inherits it from the one that started it, which here is larger
+    (line,) = [x for x in _STATUS.read_text().splitlines() if x.startswith("VmHWM:")]
+    return int(line.split()[1]) * 1024 / 1e6
+
+
+def failure_text(error: Exception) -> str:
+    """Kind of error and its message on one line; of a long one (a C++ compiler's) the lines that say "error:"."""
+    inner = getattr(error, "inner_exception", error)  # what Dynamo wrapped
+    text = str(inner)
+    if len(text) > 500:
+        text = "\n".join(line for line in text.splitlines() if "error:" in line) or text
+    return f"{type(inner).__name__}: {' '.join(text.split())[:500]}"

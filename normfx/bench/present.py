@@ -1,0 +1,189 @@
+"""Results of the benchmark as JSON, table, Markdown and picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import itertools
+import json
+import math
+import os
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from normfx.bench.measure import BASE, VARIANTS, Cell, Measured, Result, Settings
+from normfx.bench.models import CHAIN, CHAIN_PARAMETERS
+from normfx.bench.timing import Quartiles
+
+NO_MATPLOTLIB = "normfx: no bench.png: matplotlib is missing (pip install 'normfx[bench]')"
+OVERHEAD_UNIT = 150  # parameters
+
+
+@dataclass
+class Results:
+    """Everything that a run knows: the machine, the settings, the cells so far."""
+
+    machine: dict[str, Any]
+    settings: Settings
+    cells: list[Measured] = field(default_factory=list)
+
+    def dump(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    @classmethod
+    def load(cls, text: str) -> Results:
+        raw = json.loads(text)
+        return cls(raw["machine"], Settings(**raw["settings"]), [_measured(cell) for cell in raw["cells"]])
+
+
+def _measured(raw: dict[str, Any]) -> Measured:
+    return Measured(Cell(**raw["cell"]), {name: _result(r) for name, r in raw["results"].items()}, raw["failures"])
+
+
+def _result(raw: dict[str, Any]) -> Result:
+    fields: dict[str, Any] = {key: Quartiles(*x) if isinstance(x, list) else x for key, x in raw.items()}
+    return Result(**fields)
+
+
+def write(results: Results, folder: Path) -> None:
+    """bench.json, bench.md and, where matplotlib is installed, bench.png; whole or not at all."""
+    _replace(folder / "bench.json", results.dump().encode())
+    _replace(folder / "bench.md", markdown(results).encode())
+    if _models(results.cells) and importlib.util.find_spec("matplotlib"):
+        _plot(results, folder / "bench.png")
+
+
+def _replace(path: Path, content: bytes) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(content)
+    os.replace(part, path)
+
+
+def table(results: Results) -> Table:
+    header, rows = _rows(results.cells)
+    shown = Table(*header[1:], caption="medians and quartiles of the rounds; speed: times as fast as inductor")
+    for cell, group in itertools.groupby(rows, key=lambda row: row[0]):
+        shown.add_section()
+        shown.add_row(Text(cell, style="bold"))
+        for _, *row in group:
+            shown.add_row(*row)
+    return shown
+
+
+def markdown(results: Results) -> str:
+    machine = ", ".join(f"{key} {value}" for key, value in results.machine.items() if value is not None)
+    header, rows = _rows(results.cells)
+    lines = ["# normfx bench", "", machine, "", *_markdown_table(header, rows)]
+    if _models(results.cells):
+        lines += ["", "## Speed relative to inductor, all cells", "", *_markdown_table(*summary(results.cells))]
+    if notes := remarks(results.cells):
+        lines += ["", *(f"- {note}" for note in notes)]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+
+
+def _rows(cells: Iterable[Measured]) -> tuple[list[str], list[list[str]]]:
+    header = ["cell", "variant", "ms", "speed", "error", "first call s", "peak MB"]
+    rows = []
+    for measured in cells:
+        cell = str(measured.cell)
+        for name, r in measured.results.items():
+            peak = "" if r.peak_mb is None else f"{r.peak_mb:.0f}"
+            rows.append([
+                cell, name, _milliseconds(r.ms), _spread(r.speed),
+                f"{r.error:.1e}", f"{r.first_call_s:.1f}", peak,
+            ])  # fmt: skip
+        rows += [[cell, name, "failed", "", "", "", ""] for name in measured.failures]
+    if not any(row[-1] for row in rows):  # memory is measured only when asked for
+        return header[:-1], [row[:-1] for row in rows]
+    return header, rows
+
+
+def _milliseconds(q: Quartiles) -> str:
+    digits = max(0, 2 - math.floor(math.log10(q.middle)))  # three of them count
+    return f"{q.middle:.{digits}f} ({q.low:.{digits}f}–{q.high:.{digits}f})"
+
+
+def _spread(q: Quartiles | None) -> str:
+    return "" if q is None else f"{q.middle:.2f} ({q.low:.2f}–{q.high:.2f})"
+
+
+def summary(cells: Iterable[Measured]) -> tuple[list[str], list[list[str]]]:
+    """Per task and variant: geometric mean of the speeds, and the cells whose quartiles lie on one side of 1."""
+    found: dict[tuple[str, str], list[Quartiles]] = {}
+    for measured in _models(cells):
+        for name, r in measured.results.items():
+            if r.speed is not None and name != BASE:
+                found.setdefault((measured.cell.task, name), []).append(r.speed)
+    header = ["task", "variant", "geometric mean", "cells", "slower beyond noise", "faster beyond noise"]
+    rows = [
+        [
+            task,
+            name,
+            f"{statistics.geometric_mean(q.middle for q in speeds):.3f}",
+            str(len(speeds)),
+            str(sum(q.high < 1 for q in speeds)),
+            str(sum(q.low > 1 for q in speeds)),
+        ]
+        for (task, name), speeds in found.items()
+    ]
+    return header, rows
+
+
+def remarks(cells: Iterable[Measured]) -> list[str]:
+    """The call overhead, where it was measured, and every failure."""
+    lines = []
+    for measured in cells:
+        if measured.cell.model == CHAIN:
+            scale = OVERHEAD_UNIT / CHAIN_PARAMETERS
+            for name, r in measured.results.items():
+                if r.extra_us is not None and name != BASE:
+                    extra = Quartiles(*(scale * us for us in r.extra_us))
+                    lines.append(
+                        f"{measured.cell.task} call, {name} minus {BASE}, per {OVERHEAD_UNIT} parameters: "
+                        f"{extra.middle:.1f} µs ({extra.low:.1f} to {extra.high:.1f})"
+                    )
+        lines += [f"failed: {measured.cell}, {name}: {text}" for name, text in measured.failures.items()]
+    return lines
+
+
+def _models(cells: Iterable[Measured]) -> list[Measured]:
+    """Cells to be judged by speed: the chain, which is all overhead, is none of them."""
+    return [m for m in cells if m.cell.model != CHAIN and any(r.speed for r in m.results.values())]
+
+
+def _plot(results: Results, path: Path) -> None:
+    from matplotlib.figure import Figure  # an extra; without pyplot no display is looked for
+
+    cells = _models(results.cells)
+    names = [n for n in VARIANTS if n != BASE and any(n in m.results for m in cells)]
+    figure = Figure(figsize=(max(6.0, 2.0 + 0.25 * len(cells) * (len(names) + 1)), 5.0), layout="constrained")
+    axes = figure.add_subplot()
+    width = 0.8 / max(1, len(names))
+    for i, name in enumerate(names):
+        bars = [(x, s) for x, m in enumerate(cells) if name in m.results and (s := m.results[name].speed)]
+        axes.bar(
+            [x + (i - (len(names) - 1) / 2) * width for x, _ in bars],
+            [s.middle for _, s in bars],
+            width,
+            yerr=[[s.middle - s.low for _, s in bars], [s.high - s.middle for _, s in bars]],
+            capsize=2,
+            label=name,
+        )
+    axes.axhline(1.0, color="black", linewidth=1)
+    axes.set_xticks(range(len(cells)), [str(m.cell) for m in cells], rotation=45, ha="right")
+    axes.set_ylabel("speed relative to inductor")
+    where = results.machine["cpu" if results.machine["device"] == "cpu" else "device"]
+    axes.set_title(f"{where}, torch {results.machine['torch']}; bars: medians, whiskers: quartiles")
+    if names:
+        figure.legend(loc="outside lower center", ncols=len(names))
+    figure.savefig(path, dpi=150)
