@@ -43,7 +43,7 @@ def rewrite(gm: GraphModule, plan: Plan) -> GraphModule:
 
 
 def feed(gm: GraphModule, nodes: Sequence[Node], prefix: str) -> tuple[Node, ...]:
-    """Replace values of a graph by new inputs, behind the old ones: the caller computes them (in place; dead code goes).
+    """Replace values of a graph, in place, by new inputs behind the old ones: the caller computes them.
 
     The inputs are marked static, as Dynamo marks parameters: their memory does not move from call to call.
     """

@@ -8,6 +8,7 @@ frozen: beside it a second variant in which all parameters are constants, so tha
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ REFREEZE_AFTER = 64
 
 
 def is_frozen(fold: str, patches: Mapping[str, Any]) -> bool:
-    """Whether a frozen variant is wanted: asked for, or Inductor's freezing is on; never where gradients are recorded."""
+    """Whether a frozen variant is wanted: asked for, or by Inductor's freezing; never where gradients are recorded."""
     wanted = fold == "frozen" or (fold == "auto" and patches.get("freezing", inductor_config.freezing))
     return bool(wanted) and not torch.is_grad_enabled()
 
@@ -127,7 +128,7 @@ def _is_watchable(node: Node) -> bool:
 
 
 class FrozenTemplate:
-    """Builds the frozen variant of a graph for a set of parameters. `weights`: its parameters, buffers and constants."""
+    """Builds the frozen variant of a graph. `weights`: its parameters, buffers and constants."""
 
     def __init__(
         self, gm: GraphModule, folding: Folding | None, weights: Iterable[Node], patches: Mapping[str, Any]
@@ -165,10 +166,12 @@ class FrozenTemplate:
 def _release_modules(loaded: int) -> None:
     """Let generated modules with constants, those behind the first `loaded`, live only as long as their code is in use.
 
-    Inductor lists every module it generated for the life of the process, and frozen parameters are attributes of theirs.
+    Inductor lists every module it generated for the life of the process, and frozen parameters are attributes of them.
     """
-    later = PyCodeCache.modules[loaded:]
-    PyCodeCache.modules[loaded:] = [m for m in later if not any(isinstance(v, torch.Tensor) for v in vars(m).values())]
+    for module in PyCodeCache.modules[loaded:]:
+        if any(isinstance(held, torch.Tensor) for held in vars(module).values()):
+            PyCodeCache.modules.remove(module)
+            sys.modules.pop(module.__name__, None)
 
 
 def with_constants(gm: GraphModule, values: Mapping[str, torch.Tensor]) -> GraphModule:

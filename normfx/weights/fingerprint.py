@@ -1,7 +1,8 @@
 """A sampled fingerprint of tensors: sees writes that change neither a version nor an address.
 
-Fused optimisers, `p.data.add_(…)`, NumPy views and DLPack write behind autograd's back (maths T18). Up to SAMPLES entries
-of each tensor are compared bit by bit with what they were; a write that misses all of them is not seen (normfx.refold()).
+Fused optimisers, `p.data.add_(…)`, NumPy views and DLPack write behind autograd's back (maths T18). Up to SAMPLES
+entries of each tensor are compared bit by bit with what they were; a write that misses all of them is not seen, and
+needs normfx.refold().
 
 On the CPU the entries are read at kept addresses: the caller first makes sure that the tensors still own them. A small
 C++ function does it (0.2 µs a tensor), or, where no compiler works, Python. On other devices torch reads them,
@@ -71,7 +72,7 @@ def fingerprint(tensors: Sequence[Tensor]) -> Fingerprint:
 
 
 def sample_indices(numel: int) -> list[int]:
-    """Which entries of a flattened tensor are compared: one in each of SAMPLES equal stretches, not all in one column."""
+    """Which entries of a flattened tensor are compared: one in each of SAMPLES equal stretches, columns differ."""
     if numel <= SAMPLES:
         return list(range(numel))
     stretch = numel // SAMPLES
@@ -136,17 +137,17 @@ class _Native:
         return bool(self._changed())
 
 
+_CELLS = {1: ctypes.c_uint8, 2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}
+
+
 class _Python:
     """Reads memory through ctypes objects placed on it."""
-
-    _TYPES = {1: ctypes.c_uint8, 2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         layout = _Layout(tensors)
         self.counts = layout.counts
         self._cells = [
-            self._TYPES[width].from_address(address)
-            for address, width in zip(layout.addresses, layout.widths, strict=True)
+            _CELLS[width].from_address(address) for address, width in zip(layout.addresses, layout.widths, strict=True)
         ]
         self._expected: list[int] = []
 

@@ -66,8 +66,8 @@ def kept_values(
     weights:    parameters, buffers and constants; `trained`: those that want a gradient
     everywhere: on every device; else on the CPU, where looking at the parameters does not wait for a device
 
-    Views are left in the graph, behind the kept value. Nothing is kept that shares memory with what the graph returns or
-    writes: it would change under the caller.
+    Views are left in the graph, behind the kept value. Nothing is kept that shares memory with what the graph returns
+    or writes: it would change under the caller.
     """
     free = gradient_free(graph, weights, trained)
     if not everywhere:

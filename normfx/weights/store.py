@@ -2,9 +2,9 @@
 
 Dynamo does not guard which parameters a compiled graph is called with: one callable may serve many modules. So
 validity is checked against the arguments of each call. A source is the same if it is the same storage (held by a
-weak reference, so that its identity cannot be used again), at the same address, with the same version and the same samples
-(fingerprint.py), and no optimiser has stepped over it. Whatever differs is recomputed before the graph runs, in place,
-so that the graph's static inputs stay where they are.
+weak reference, so that its identity cannot be used again), at the same address, with the same version and the same
+samples (fingerprint.py), and no optimiser has stepped over it. Whatever differs is recomputed before the graph runs, in
+place, so that the graph's static inputs stay where they are.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Entry:
     @property
     def expired(self) -> bool:
         """Whether a source is gone, so that nobody can ask for this value again."""
-        return any(source.expired() for source in self.sources)
+        return any(source.expired() for source in self.sources)  # type: ignore[no-untyped-call]
 
 
 class Store:
@@ -137,7 +137,7 @@ class Watch:
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.references = tuple(StorageWeakRef(_storage(t)) for t in tensors)
+        self.references = tuple(StorageWeakRef(_storage(t)) for t in tensors)  # type: ignore[no-untyped-call]
         self.storages = [reference.cdata for reference in self.references]
         self.pointers = [*map(_pointer, tensors)]
         self.untrackable = any(t.is_inference() for t in tensors)
@@ -151,7 +151,7 @@ class Watch:
 
     @property
     def expired(self) -> bool:
-        return any(reference.expired() for reference in self.references)
+        return any(reference.expired() for reference in self.references)  # type: ignore[no-untyped-call]
 
     def same(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these are the tensors that are watched."""
@@ -318,7 +318,7 @@ class Folds:
                 self._latest = None
 
     def forget(self, alive: weakref.ref[Tensor]) -> None:
-        """The parameter behind this reference died. The latest values stay until others come: when the parameter was only
+        """The parameter behind this reference died. The latest values stay until others come: if the parameter was only
         replaced, its successor's values go into the same memory."""
         for binding in [b for b in self._bindings if b.alive is alive and b is not self._latest]:
             self.drop(binding)
