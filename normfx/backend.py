@@ -128,16 +128,15 @@ def transform_canonical(
     stages.run("functionalize", functionalize_local, canonical)
     _check(settings, canonical, "capture")
     sites = stages.run("recognize", recognize, graph, weights, mutated(graph), module_path, source_line)
-    plan = stages.run("plan", make_plan, sites, settings.rules)
+    plan = stages.run("plan", make_plan, sites, settings.rules, settings.lowering == "auto")
     before = print_graph(graph, names, weights, module_path)
-    changed = any(True for _ in plan.applied())
-    if changed:
+    if plan.changes:
         stages.run("rewrite", rewrite, canonical, plan)
         _check(settings, canonical, "rewrite")
-    after = print_graph(graph, names, weights, module_path) if changed else before
+    after = print_graph(graph, names, weights, module_path) if plan.changes else before
     report = graph_report(plan, before, after, module_path, _count_folds(canonical, weights), stages.seconds)
     _log(report, plan, settings)
-    return changed, report
+    return plan.changes, report
 
 
 def _keep_folds(captured: Captured, settings: Options) -> Folding | None:

@@ -40,7 +40,7 @@ __all__ = ["Captured", "Source", "capture", "capture_exported", "module_path", "
 
 Kind = Literal["parameter", "buffer", "input", "constant"]
 
-PLACEHOLDER_META = ("tensor_dict", "grapharg", "example_value")
+PLACEHOLDER_META = ("tensor_dict", "example_value")
 """What Dynamo writes on a placeholder and AOTAutograd reads: without it no input is static, caches miss."""
 
 UNTRACEABLE = frozenset({"requires_grad_", "retain_grad", "register_hook", "backward", "set_"})

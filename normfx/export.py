@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch.export import ExportedProgram
@@ -31,7 +32,7 @@ def rewrite(exported_program: ExportedProgram, options: Mapping[str, Any] | None
             "export the model first: torch.export.export(model, args)"
         )
     captured = capture_exported(exported_program)
-    changed, _ = transform_canonical(captured, Options.parse(options))
+    changed, _ = transform_canonical(captured, replace(Options.parse(options), lowering="inductor"))
     if not changed:
         return exported_program
     rewritten = captured.graph_module

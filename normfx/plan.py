@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from normfx.ir.graph import value
 from normfx.ir.sites import Norm, Sites
 from normfx.rules import RULES
 from normfx.rules.rule import DISABLED, Cost, Refusal, Rule
@@ -29,10 +30,19 @@ class Decision:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """All decisions of one graph, in rule order, and for each norm its share of them."""
+    """All decisions of one graph, in rule order, and for each norm its share of them.
+
+    two_pass: norms that no rule touches and that are spelled out as a LayerNorm in two passes
+    """
 
     norms: tuple[Norm, ...]
     decisions: tuple[Decision, ...]
+    two_pass: tuple[Norm, ...] = ()
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything is to be rewritten."""
+        return bool(self.two_pass) or any(True for _ in self.applied())
 
     def applied(self) -> Iterator[Decision]:
         return (d for d in self.decisions if d.applied)
@@ -56,9 +66,23 @@ class Plan:
         return tuple(refusal for d in self.of(norm) for refusal in d.refusals)
 
 
-def make_plan(sites: Sites, enabled: tuple[str, ...]) -> Plan:
-    """Decide every candidate site of every rule; rules that are not enabled refuse."""
-    return Plan(sites.norms, tuple(_decisions(sites, enabled)))
+def make_plan(sites: Sites, enabled: tuple[str, ...], spells: bool = False) -> Plan:
+    """Decide every candidate site of every rule; rules that are not enabled refuse.
+
+    spells: LayerNorms that stay may be spelled out. On a CPU Inductor makes several row loops of `aten.layer_norm`, and
+    one of its spelled form (add and norm of 8192 x 384 float32 rows: 2.15 against 1.20 ms; docs/design-notes.md).
+    """
+    decisions = tuple(_decisions(sites, enabled))
+    touched = {norm for decision in decisions if decision.applied for norm in decision.norms}
+    stay = (norm for norm in sites.norms if norm not in touched and _spellable(norm)) if spells and enabled else ()
+    return Plan(sites.norms, decisions, tuple(stay))
+
+
+def _spellable(norm: Norm) -> bool:
+    """Whether two passes over rows on a CPU are the same function."""
+    fake = value(norm.output)
+    plain = norm.kind == "LayerNorm" and not norm.obstacle and norm.eps_place != "clamped"
+    return plain and norm.axis is not None and fake is not None and fake.device.type == "cpu"
 
 
 def _decisions(sites: Sites, enabled: tuple[str, ...]) -> Iterator[Decision]:

@@ -28,13 +28,17 @@ class RefusalReport:
 
 @dataclass(frozen=True)
 class SiteReport:
-    """One norm: its module path, kind, the rules applied in order, the refusals, and where it is written."""
+    """One norm: its module path, kind, the rules applied in order, the refusals, and where it is written.
+
+    lowering: "two-pass" where a norm that stays is spelled out, else "inductor"
+    """
 
     name: str
     kind: str
     rules: tuple[str, ...]
     refusals: tuple[RefusalReport, ...]
     source: str
+    lowering: str = "inductor"
 
     @property
     def to_rms_norm(self) -> bool:
@@ -156,6 +160,7 @@ def graph_report(
                 for r in plan.refusals(norm)
             ),
             norm.source,
+            "two-pass" if norm in plan.two_pass else "inductor",
         )
         for norm in plan.norms
     )

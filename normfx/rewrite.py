@@ -37,6 +37,8 @@ def rewrite(gm: GraphModule, plan: Plan) -> GraphModule:
     edit = Edit(gm)
     for decision in plan.applied():
         decision.rule.rewrite(decision.site, edit)
+    for norm in plan.two_pass:
+        edit.norm(norm)
     if edit.norms:
         edit.finish()
     return gm

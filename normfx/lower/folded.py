@@ -26,6 +26,7 @@ from normfx.ir.regions import attribute
 from normfx.lower.inductor import compile_graph
 from normfx.rewrite import feed
 from normfx.weights.kept import Kept, records_gradients
+from normfx.weights.probe import start_native_library
 from normfx.weights.store import Fold, Folds, Seen, Watch, picker
 
 REFREEZE_AFTER = 64
@@ -93,6 +94,7 @@ def hoist(gm: GraphModule, kept: Sequence[Kept]) -> Folding | None:
     """Make inputs of the kept values of a graph, in place; None when there are none."""
     if not kept:
         return None
+    start_native_library()
     placeholders = gm.graph.find_nodes(op="placeholder")
     sources = list(dict.fromkeys(node for item in kept for node in item.sources))
     held = [node for node in sources if node.op == "get_attr"]
@@ -238,7 +240,7 @@ class Frozen:
             self._shared = True
             return
         compiled = self._template.build(arguments)
-        watch.accept(seen)
+        watch.accept(watched, seen)
         self._state = watch, compiled
         self.freezes += 1
 

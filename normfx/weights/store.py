@@ -3,7 +3,7 @@
 Dynamo does not guard which parameters a compiled graph is called with: one callable may serve many modules. So
 validity is checked against the arguments of each call. A source is the same if it is the same storage (held by a
 weak reference, so that its identity cannot be used again), at the same address, with the same version and the same
-samples (fingerprint.py), and no optimiser has stepped over it. Whatever differs is recomputed before the graph runs, in
+samples (probe.py), and no optimiser has stepped over it. Whatever differs is recomputed before the graph runs, in
 place, so that the graph's static inputs stay where they are.
 """
 
@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from operator import attrgetter, itemgetter
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -22,12 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef  # private in name o
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from normfx.weights.expression import Expression
-from normfx.weights.fingerprint import Fingerprint, fingerprint
-
-_storage = torch.Tensor.untyped_storage
-_pointer = torch.Tensor.data_ptr
-_cdata = attrgetter("_cdata")
-_version = attrgetter("_version")
+from normfx.weights.probe import Probe, address_of, pointer_of, probe, storage_of, version_of
 
 Identity = tuple[int, int]
 """Storage and address of a source. Never used again while a StorageWeakRef on the storage is held."""
@@ -108,7 +103,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling() or not len(STORE):
         return  # a compiled step bumps the versions
     groups = (p for group in optimizer.param_groups for p in group["params"])
-    STORE.forget(_storage(p)._cdata for p in groups if isinstance(p, Tensor) and _has_storage(p))
+    STORE.forget(storage_of(p)._cdata for p in groups if isinstance(p, Tensor) and _has_storage(p))
 
 
 def _has_storage(tensor: Tensor) -> bool:
@@ -137,12 +132,11 @@ class Watch:
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.references = tuple(StorageWeakRef(_storage(t)) for t in tensors)  # type: ignore[no-untyped-call]
+        self.references = tuple(StorageWeakRef(storage_of(t)) for t in tensors)  # type: ignore[no-untyped-call]
         self.storages = [reference.cdata for reference in self.references]
-        self.pointers = [*map(_pointer, tensors)]
+        self.pointers = [*map(pointer_of, tensors)]
         self.untrackable = any(t.is_inference() for t in tensors)
-        self._samples: Fingerprint = fingerprint(tensors)
-        self._versions: list[int] = []
+        self._probe: Probe = probe(tensors)
         self._generation = -1
 
     @property
@@ -155,29 +149,23 @@ class Watch:
 
     def same(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these are the tensors that are watched."""
-        return [*map(_pointer, tensors)] == self.pointers and [*map(_cdata, map(_storage, tensors))] == self.storages
+        return [*map(pointer_of, tensors)] == self.pointers and [
+            *map(address_of, map(storage_of, tensors))
+        ] == self.storages
 
     def current(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these are the watched tensors, as they were accepted. Memory is read last: only after its owner was
-        seen to be alive."""
-        return (
-            self._generation == STORE.generation
-            and [*map(_pointer, tensors)] == self.pointers
-            and [*map(_cdata, map(_storage, tensors))] == self.storages
-            and [*map(_version, tensors)] == self._versions
-            and not self._samples.changed(tensors)
-        )
+        """Whether these are the watched tensors, as they were accepted."""
+        return self._generation == STORE.generation and not self._probe.changed(tensors)
 
     def read(self, tensors: Sequence[Tensor]) -> Seen:
         """What they are now. Read before anything is computed from them, so that a later write shows."""
-        versions = [0] * len(tensors) if self.untrackable else [*map(_version, tensors)]
-        return Seen(STORE.generation, versions, self._samples.read(tensors))
+        versions = [0] * len(tensors) if self.untrackable else [*map(version_of, tensors)]
+        return Seen(STORE.generation, versions, self._probe.read(tensors))
 
-    def accept(self, seen: Seen) -> None:
+    def accept(self, tensors: Sequence[Tensor], seen: Seen) -> None:
         """Compare with this from now on. Only after all that depends on it is up to date: other threads look."""
         if not self.untrackable:
-            self._samples.accept(seen.samples)
-            self._versions = seen.versions
+            self._probe.accept(tensors, seen.versions, seen.samples)
             self._generation = seen.generation
 
 
@@ -206,10 +194,9 @@ class Fold:
 class _Binding:
     """The kept values of one graph for one set of parameters."""
 
-    def __init__(self, watch: Watch, entries: list[Entry], alive: weakref.ref[Tensor]) -> None:
+    def __init__(self, watch: Watch, entries: list[Entry]) -> None:
         self.watch = watch
         self.entries = entries
-        self.alive = alive
         self.values: tuple[Tensor, ...] = ()
 
 
@@ -228,7 +215,6 @@ class Folds:
         self._rebinds = rebinds
         self._pick = picker(picks)
         self._latest: _Binding | None = None
-        self._bindings: list[_Binding] = []
         self._by_storage: dict[int, list[_Binding]] = {}
 
     @property
@@ -238,7 +224,7 @@ class Folds:
 
     @property
     def parameter_sets(self) -> int:
-        return len(self._bindings)
+        return sum(map(len, self._by_storage.values()))
 
     def values(self, arguments: Sequence[Any]) -> tuple[Tensor, ...]:
         """The folded values for these arguments of the graph."""
@@ -260,11 +246,10 @@ class Folds:
                     self._compute(fold, entry, sources)
                     entry.seen = wanted
             binding.values = tuple(entry.value for entry in binding.entries if entry.value is not None)
-            watch.accept(seen)
+            watch.accept(sources, seen)
         if binding is not self._latest:
             self._latest = binding
-            for other in [b for b in self._bindings if b.alive() is None and b is not binding]:
-                self.drop(other)
+            self._drop_expired()
         return binding.values
 
     def _compute(self, fold: Fold, entry: Entry, sources: Sequence[Tensor]) -> None:
@@ -277,18 +262,15 @@ class Folds:
 
     def _find(self, sources: tuple[Tensor, ...]) -> _Binding:
         """The binding of these tensors, made when they come for the first time."""
-        first = _storage(sources[0])._cdata
+        first = storage_of(sources[0])._cdata
         for binding in self._by_storage.get(first, ()):
             if binding.watch.same(sources):
                 return binding
         watch = Watch(sources)
-        dead = [binding for binding in self._bindings if binding.watch.expired]
+        dead = [binding for group in self._by_storage.values() for binding in group if binding.watch.expired]
         entries = [self._entry(k, watch, dead) for k in range(len(self.folds))]
-        binding = _Binding(watch, entries, weakref.ref(sources[0], _Forget(self)))
+        binding = _Binding(watch, entries)
         self._by_storage.setdefault(first, []).append(binding)
-        self._bindings.append(binding)
-        for old in dead:
-            self.drop(old)
         return binding
 
     def _entry(self, k: int, watch: Watch, dead: Sequence[_Binding]) -> Entry:
@@ -305,35 +287,10 @@ class Folds:
 
         return STORE.entry((fold.expression, identities, self._rebinds), make)
 
-    def drop(self, binding: _Binding) -> None:
-        """Let go of a parameter set."""
-        with STORE.lock:
-            self._bindings = [b for b in self._bindings if b is not binding]
-            first = binding.watch.storages[0]
-            left = [b for b in self._by_storage.get(first, ()) if b is not binding]
-            self._by_storage.pop(first, None)
-            if left:
-                self._by_storage[first] = left
-            if self._latest is binding:
-                self._latest = None
-
-    def forget(self, alive: weakref.ref[Tensor]) -> None:
-        """The parameter behind this reference died. The latest values stay until others come: if the parameter was only
-        replaced, its successor's values go into the same memory."""
-        for binding in [b for b in self._bindings if b.alive is alive and b is not self._latest]:
-            self.drop(binding)
-
-
-class _Forget:
-    """Weak reference callback that does not keep the graph's folds alive."""
-
-    def __init__(self, folds: Folds) -> None:
-        self._folds = weakref.ref(folds)
-
-    def __call__(self, alive: weakref.ref[Tensor]) -> None:
-        folds = self._folds()
-        if folds is not None:
-            folds.forget(alive)
+    def _drop_expired(self) -> None:
+        """Let go of parameter sets that nobody can come with again."""
+        left = {first: [b for b in group if not b.watch.expired] for first, group in self._by_storage.items()}
+        self._by_storage = {first: group for first, group in left.items() if group}
 
 
 def picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
