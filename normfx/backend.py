@@ -28,7 +28,7 @@ from normfx.recognize import recognize
 from normfx.report import FoldReport, GraphReport, Report, graph_report
 from normfx.rewrite import rewrite
 from normfx.specialize import specialize_epsilons
-from normfx.weights.kept import kept_values
+from normfx.weights.kept import keepable, kept_values
 from normfx.weights.live import live_folds
 
 log = logging.getLogger("normfx")
@@ -125,9 +125,10 @@ def transform_canonical(
     canonical, graph = captured.graph_module, captured.graph_module.graph
     weights = captured.weights
     names = {n: s.name for n, s in captured.sources.items()}
+    live = frozenset() if settings.fold == "live" else weights - _keepable(captured, settings)
     stages.run("functionalize", functionalize_local, canonical)
     _check(settings, canonical, "capture")
-    sites = stages.run("recognize", recognize, graph, weights, mutated(graph), module_path, source_line)
+    sites = stages.run("recognize", recognize, graph, weights, mutated(graph), module_path, source_line, live)
     plan = stages.run("plan", make_plan, sites, settings.rules, settings.lowering == "auto")
     before = print_graph(graph, names, weights, module_path)
     if plan.changes:
@@ -139,9 +140,14 @@ def transform_canonical(
     return plan.changes, report
 
 
+def _keepable(captured: Captured, settings: Options) -> frozenset[Node]:
+    graph = captured.graph_module.graph
+    return keepable(graph, captured.weights, captured.trained, everywhere=settings.fold != "auto")
+
+
 def _keep_folds(captured: Captured, settings: Options) -> Folding | None:
     gm = captured.graph_module
-    return hoist(gm, kept_values(gm.graph, captured.weights, captured.trained, everywhere=settings.fold != "auto"))
+    return hoist(gm, kept_values(gm.graph, _keepable(captured, settings)))
 
 
 def _count_folds(gm: GraphModule, weights: frozenset[Any]) -> tuple[int, int]:

@@ -32,7 +32,7 @@ def rewrite(exported_program: ExportedProgram, options: Mapping[str, Any] | None
             "export the model first: torch.export.export(model, args)"
         )
     captured = capture_exported(exported_program)
-    changed, _ = transform_canonical(captured, replace(Options.parse(options), lowering="inductor"))
+    changed, _ = transform_canonical(captured, replace(Options.parse(options), fold="live", lowering="inductor"))
     if not changed:
         return exported_program
     rewritten = captured.graph_module

@@ -47,7 +47,9 @@ class EagerBackend:
 
     def __init__(self, options: Mapping[str, Any] | None = None, promoted: bool = False) -> None:
         self.promoted = promoted
-        self.settings = Options.parse({"strict": True, **(options or {})}, environ={"NORMFX_VERIFY": "1"})
+        self.settings = Options.parse(
+            {"strict": True, "fold": "live", **(options or {})}, environ={"NORMFX_VERIFY": "1"}
+        )
         self.graphs: list[GraphReport] = []
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -104,7 +106,29 @@ def assert_same_float64(
         assert (got is None) == (want is None), f"gradient of {name}: {got} in place of {want}"
         if want is not None and got is not None:
             _close(got, want, max(want.abs().max().item(), floor * largest), tolerance, f"gradient of {name}")
+    if "fold" not in (options or {}):
+        _assert_kept_folds_agree(model, inputs, options, tolerance, promoted)
     return backend.report
+
+
+def _assert_kept_folds_agree(
+    model: nn.Module, inputs: tuple[Any, ...], options: Mapping[str, Any] | None, tolerance: float, promoted: bool
+) -> None:
+    """Without gradients the folds are inputs of the graph; same outputs."""
+    torch._dynamo.reset()
+    backend = EagerBackend({**(options or {}), "fold": "cached"}, promoted)
+    with torch.no_grad():
+        kept = torch.compile(model, backend=backend, fullgraph=True)
+        reference = exact(model) if promoted else model
+        for want, got in zip(_outputs(reference, inputs), _outputs(kept, inputs), strict=True):
+            _close(got, want, want.abs().max().item(), tolerance, "output with kept folds")
+
+
+def _outputs(call: Callable[..., Any], inputs: tuple[Any, ...]) -> list[Tensor]:
+    """Floating outputs, from a fixed random state and fresh inputs."""
+    torch.manual_seed(1)
+    fresh = tuple(x.clone() if isinstance(x, Tensor) else x for x in inputs)
+    return [o for o in pytree.tree_leaves(call(*fresh)) if _is_float(o)]
 
 
 def exact(model: nn.Module) -> Callable[..., Any]:

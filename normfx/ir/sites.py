@@ -126,6 +126,7 @@ class Stream:
     reads:   for each norm and each value inside, the values and leaves it is made of
     dropped: (node, argument name) pairs: additive terms constant along the features; their centred form is 0
     joins:   values are added or joined on the way; otherwise one writer feeds the norms (M4)
+    live:    values of parameters alone whose folds would be computed in every call
     obstacle: code of what forbids it as a whole ("" when nothing does), with a detail
     """
 
@@ -134,6 +135,7 @@ class Stream:
     reads: Mapping[Norm | Node, tuple[Node | Leaf, ...]] = field(default_factory=dict)
     dropped: tuple[tuple[Node, str], ...] = ()
     joins: bool = True
+    live: frozenset[Node] = frozenset()
     obstacle: str = ""
     detail: str = ""
 
@@ -176,6 +178,7 @@ class Readers:
     path:    the row-preserving nodes between
     others:  readers that are not linears over the feature axis
     shared:  readers whose weight is also read behind another norm with other γ or β (T7)
+    live:    values of parameters alone whose folds would be computed in every call
     """
 
     norm: Norm
@@ -183,6 +186,7 @@ class Readers:
     path: tuple[Node, ...]
     others: tuple[Node, ...]
     shared: tuple[Node, ...] = ()
+    live: frozenset[Node] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 from torch.fx import Graph, Node
 
@@ -19,20 +20,37 @@ def recognize(
     mutated: frozenset[Node],
     name: Callable[[Node], str],
     source: Callable[[Node], str],
+    live: frozenset[Node] = frozenset(),
 ) -> Sites:
     """All sites of a canonical graph.
 
     weights: placeholders and attributes that are parameters, buffers or constants
     mutated: values whose memory is written in place; nothing is assumed of them
     name, source: module path and source line of a node ("" when unknown)
+    live:    those of the weights whose folds are to be priced, because they would be computed in every call
     """
     parameters = parameter_only(graph, weights - mutated) - mutated
     norms = find_norms(graph, parameters, name, source, mutated)
     modes = grad_modes(graph)
     scaled = [found for norm in norms if (found := find_scaled(norm, modes)) is not None and found.node not in mutated]
+    priced = frozenset(_dependents(parameters, live))
+    streams = find_streams(graph, norms, parameters, mutated, modes)
+    readers = find_all_readers(norms, parameters, mutated, modes)
     return Sites(
         norms=norms,
-        streams=find_streams(graph, norms, parameters, mutated, modes),
-        readers=find_all_readers(norms, parameters, mutated, modes),
+        streams=tuple(replace(stream, live=priced) for stream in streams),
+        readers={norm: replace(found, live=priced) for norm, found in readers.items()},
         scaled={found.norm: found for found in scaled},
     )
+
+
+def _dependents(parameters: frozenset[Node], start: Iterable[Node]) -> Iterator[Node]:
+    """These parameters and everything that is computed from them and other parameters alone."""
+    seen: set[Node] = set()
+    work = [node for node in start if node in parameters]
+    while work:
+        node = work.pop()
+        if node not in seen:
+            seen.add(node)
+            yield node
+            work += [user for user in node.users if user in parameters]

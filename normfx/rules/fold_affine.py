@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from normfx.ir.graph import entries, packed_sources, shape, value
-from normfx.ir.sites import Norm, Readers, Sites
+from normfx.ir.graph import entries, packed_sources, shape, size_hint, value
+from normfx.ir.sites import Linear, Norm, Readers, Sites
 from normfx.rules import centring
 from normfx.rules.rule import Code, Cost, Example, Rule, Symbols
 
@@ -73,14 +73,31 @@ def guard(site: Readers) -> Iterator[tuple[str, str, tuple[Node, ...]]]:
     narrow = tuple(linear.node for linear, _, _ in site.linears if value(linear.weight).dtype in _NARROW)  # type: ignore[union-attr]
     if narrow:
         yield "rounded_weight", ", ".join(node.name for node in narrow), narrow
+    price, sizes = cost(site), (norm.output, *(linear.weight for linear, _, _ in site.linears))
+    before, after = size_hint(price.before, sizes), size_hint(price.after, sizes)
+    if after > before:
+        live = tuple(linear.node for linear, _, _ in site.linears if _live(linear, site))
+        detail = f"{after // LIVE_PASSES} entries of weights, {before // 2} normalised"
+        yield "live_weights", detail, live
 
 
 _NARROW = (torch.bfloat16, torch.float16)
 
 
+LIVE_PASSES = 7
+"""Passes over a reader's weight that is folded in every call: W·γ and Wβ forward, dW, dγ and dβ backward."""
+
+
 def cost(site: Readers) -> Cost:
-    """One pass over the rows for γ and β; afterwards none. The folded weights do not grow with the tokens."""
-    return Cost(entries(shape(site.norm.output)), sympy.Integer(0))
+    """One pass over the rows for γ and β, and one for their gradients; afterwards none. Kept folded weights are free,
+    live ones are read and written in every call."""
+    live = [linear.weight for linear, _, _ in site.linears if _live(linear, site)]
+    weights = sum((entries(shape(weight)) for weight in live), sympy.Integer(0))
+    return Cost((2 if live else 1) * entries(shape(site.norm.output)), LIVE_PASSES * weights)
+
+
+def _live(linear: Linear, site: Readers) -> bool:
+    return not site.live.isdisjoint(n for n in (linear.weight, site.norm.weight, site.norm.bias) if n is not None)
 
 
 def rewrite(site: Readers, edit: Any) -> None:
@@ -135,6 +152,7 @@ RULE = Rule(
     codes={
         "opaque_norm": centring.CODES["opaque_norm"],
         "several_axes": centring.CODES["several_axes"],
+        "live_weights": centring.CODES["live_weights"],
         "packed_weight": Code(
             "a reader's weight is computed from packed or quantised integers", "none needed: γ and β stay in the norm"
         ),

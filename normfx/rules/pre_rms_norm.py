@@ -121,5 +121,6 @@ RULE = Rule(
         Example("post-norm", _PostNorm, _ids, "uncentred_input"),
         Example("statistics returned", _Statistics, _ids, "opaque_norm"),
         Example("packed weight", _Packed, _ids, "packed_weight"),
+        Example("few rows in training", _Block, _ids, "live_weights", fold="auto"),
     ),
 )

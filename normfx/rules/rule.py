@@ -53,12 +53,16 @@ class Symbols(Protocol):
 
 @dataclass(frozen=True)
 class Example:
-    """A small module that shows a rule at work or, with `code`, refused. Shapes: `inputs` gives its arguments."""
+    """A small module that shows a rule at work or, with `code`, refused. Shapes: `inputs` gives its arguments.
+
+    fold: the option under which it does; "live" decides as if weights were free
+    """
 
     name: str
     build: Callable[[], torch.nn.Module]
     inputs: Callable[[], tuple[torch.Tensor, ...]]
     code: str = ""
+    fold: str = "live"
 
 
 @dataclass(frozen=True)

@@ -41,10 +41,21 @@ def records_gradients(graph: Graph) -> bool:
     return torch.is_grad_enabled() or any(grad_modes(graph).values())
 
 
-def gradient_free(graph: Graph, weights: frozenset[Node], trained: frozenset[Node]) -> frozenset[Node]:
-    """Parameters, buffers and constants whose gradient nobody asks for, in the present gradient mode."""
+def keepable(
+    graph: Graph, weights: frozenset[Node], trained: frozenset[Node], everywhere: bool = True
+) -> frozenset[Node]:
+    """Those of the weights whose folds may be kept: nobody asks for their gradient, in the present gradient mode.
+
+    weights:    parameters, buffers and constants; `trained`: those that want a gradient
+    everywhere: on every device; else on the CPU, where looking at the parameters does not wait for a device
+    """
     wanted = trained if records_gradients(graph) else frozenset()
-    return frozenset(node for node in weights - wanted if _is_plain(node))
+    return frozenset(n for n in weights - wanted if _is_plain(n) and (everywhere or _fake(n).device.type == "cpu"))
+
+
+def _is_plain(node: Node) -> bool:
+    fake = value(node)
+    return type(fake) in (FakeTensor, torch.nn.Parameter) and fake is not None and fake.layout == torch.strided
 
 
 def _fake(node: Node) -> torch.Tensor:
@@ -53,25 +64,12 @@ def _fake(node: Node) -> torch.Tensor:
     return fake
 
 
-def _is_plain(node: Node) -> bool:
-    fake = value(node)
-    return type(fake) in (FakeTensor, torch.nn.Parameter) and fake is not None and fake.layout == torch.strided
-
-
-def kept_values(
-    graph: Graph, weights: frozenset[Node], trained: frozenset[Node], everywhere: bool = True
-) -> tuple[Kept, ...]:
-    """The largest expressions on gradient-free parameters that contain a fold or a baked node.
-
-    weights:    parameters, buffers and constants; `trained`: those that want a gradient
-    everywhere: on every device; else on the CPU, where looking at the parameters does not wait for a device
+def kept_values(graph: Graph, free: frozenset[Node]) -> tuple[Kept, ...]:
+    """The largest expressions on the keepable weights `free` that contain a fold or a baked node.
 
     Views are left in the graph, behind the kept value. Nothing is kept that shares memory with what the graph returns
     or writes: it would change under the caller.
     """
-    free = gradient_free(graph, weights, trained)
-    if not everywhere:
-        free = frozenset(n for n in free if _fake(n).device.type == "cpu")
     known = parameter_only(graph, free)
     folding = _closed_forwards(known)
     if not folding:
