@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from normfx.backend import listening
 from normfx.report import GraphReport, Report
 
-OPTIONS = {"strict": True}
+OPTIONS = {"strict": True, "fold": "live"}
 
 
 @pytest.fixture
@@ -282,6 +282,7 @@ def test_verify_option_runs_the_original_once() -> None:
     torch.testing.assert_close(compiled(_ids()), model(_ids()), rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
 def test_mode_and_inductor_options_reach_inductor(graphs: list[GraphReport]) -> None:
     model = Blocks()
     compiled = torch.compile(

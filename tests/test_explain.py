@@ -13,6 +13,7 @@ from test_compile import Blocks, _ids
 import normfx
 
 
+@torch.no_grad()
 def test_explain_runs_eagerly_and_reports_every_norm() -> None:
     model = Blocks()
     report = normfx.explain(model)(_ids())
@@ -26,6 +27,7 @@ def test_explain_runs_eagerly_and_reports_every_norm() -> None:
     assert "layer_norm(" in graph.before and "layer_norm(" not in graph.after and "rms_norm(" in graph.after
 
 
+@torch.no_grad()
 def test_explain_again_and_again() -> None:
     """Earlier compilations of the same code never use up its recompile limit."""
     for width in range(8, 32, 2):
@@ -37,6 +39,7 @@ def test_explain_counts_graph_breaks() -> None:
     assert report.counts["graph_breaks"] >= 1 and report.counts["graphs"] == len(report.graphs) > 1
 
 
+@torch.no_grad()
 def test_explain_takes_options_and_compiled_models() -> None:
     report = normfx.explain(torch.compile(Blocks(), backend="eager"), {"rules": "-fold_affine"})(_ids())
     assert all(site.rules == ("pre_rms_norm",) for site in report.sites)

@@ -110,7 +110,7 @@ def test_a_stage_that_fails_half_way_leaves_no_trace(monkeypatch: pytest.MonkeyP
 def test_strict_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("normfx.backend.make_plan", _broken)
     with pytest.raises(Exception, match=r"stage 'plan' failed: IndexError: no such thing"):
-        torch.compile(Norm(), backend="normfx", options={"strict": True})(torch.randn(2, 4))
+        torch.compile(Norm(), backend="normfx", options={"strict": True, "fold": "live"})(torch.randn(2, 4))
 
 
 def test_inductor_exceptions_pass_through(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,4 +135,4 @@ def test_verify_finds_a_wrong_fold(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Norm()
     nn.init.normal_(model.norm.weight)
     with pytest.raises(normfx.VerifyError, match="output 0 of the rewritten graph differs"):
-        torch.compile(model, backend="normfx", options={"verify": True, "strict": True})(torch.randn(2, 4))
+        torch.compile(model, backend="normfx", options={"verify": True, "strict": True, "fold": "live"})(torch.randn(2, 4))

@@ -155,7 +155,7 @@ class _Source(ctypes.Structure):
 class NativeProbe:
     """Compares in C++. The C++ objects it looks into are alive: tensors that are there now have these addresses."""
 
-    def __init__(self, library: ctypes.CDLL, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, library: ctypes.PyDLL, tensors: Sequence[Tensor]) -> None:
         layout = _Layout(tensors)
         count = len(layout.addresses)
         self.counts = layout.counts
@@ -185,8 +185,8 @@ class NativeProbe:
         self._accepted = [*map(address_of, tensors)], call, sources, expected
 
     def changed(self, tensors: Sequence[Tensor]) -> bool:
-        addresses, call, _, _ = self._accepted
-        return [*map(address_of, tensors)] != addresses or bool(call())
+        accepted = self._accepted  # another thread may put a new one there: this one holds the arrays being read
+        return [*map(address_of, tensors)] != accepted[0] or bool(accepted[1]())
 
 
 _CELLS = {1: ctypes.c_uint8, 2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}
@@ -266,18 +266,19 @@ def start_native_library() -> None:
 _LOADING = threading.Lock()
 
 
-def native_library() -> ctypes.CDLL | None:
+def native_library() -> ctypes.PyDLL | None:
     """The C++ functions, compiled once a machine (2 s) and once a process loaded; None where that fails."""
     with _LOADING:
         return _load()
 
 
 @functools.cache
-def _load() -> ctypes.CDLL | None:
+def _load() -> ctypes.PyDLL | None:
     from torch._inductor.codecache import CppCodeCache  # private; torch 2.11 to 2.15
 
     try:
-        library = CppCodeCache.load(_SOURCE)
+        # calls keep the interpreter's lock: they are short, and no other thread may free what they read
+        library = ctypes.PyDLL(CppCodeCache.load(_SOURCE)._name)
     except Exception as error:  # any compiler trouble: the Python probe does the same, slower
         log.info("no compiled probe, Python compares: %s", error)
         return None
