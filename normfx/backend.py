@@ -66,7 +66,9 @@ def normfx(
         compiled = Compiled(compile_graph(gm, example_inputs, patches))
     else:
         constants = ready.weights if freezes else None
-        compiled = compile_folded(ready.graph_module, ready.folding, example_inputs, constants, patches)
+        compiled = compile_folded(
+            ready.graph_module, ready.folding, example_inputs, constants, patches, settings.strict
+        )
     _compiled[compiled] = ready.report
     for listener in _listeners:
         listener(ready.report)
@@ -125,7 +127,7 @@ def transform_canonical(
     canonical, graph = captured.graph_module, captured.graph_module.graph
     weights = captured.weights
     names = {n: s.name for n, s in captured.sources.items()}
-    live = frozenset() if settings.fold == "live" else weights - _keepable(captured, settings)
+    live = None if settings.fold == "live" else weights - _keepable(captured, settings)
     stages.run("functionalize", functionalize_local, canonical)
     _check(settings, canonical, "capture")
     sites = stages.run("recognize", recognize, graph, weights, mutated(graph), module_path, source_line, live)

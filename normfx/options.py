@@ -9,7 +9,7 @@ from typing import Any
 
 from normfx.errors import OptionError
 
-RULE_NAMES = ("pre_rms_norm", "linear_norm", "fold_scale", "fold_affine")
+RULE_NAMES = ("pre_rms_norm", "linear_norm", "fold_scale", "fold_affine", "bake_weights")
 """Every rule of this version, in the order in which they are decided."""
 DEFAULT_RULES = RULE_NAMES
 FOLDS = ("auto", "live", "cached", "frozen")

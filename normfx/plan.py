@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from normfx.ir.graph import value
-from normfx.ir.sites import Norm, Sites
+from normfx.ir.sites import Composed, Norm, Sites
 from normfx.rules import RULES
 from normfx.rules.rule import DISABLED, Cost, Refusal, Rule
 
@@ -19,7 +19,7 @@ class Decision:
 
     rule: Rule[Any]
     site: Any
-    norms: tuple[Norm, ...]
+    norms: tuple[Norm | Composed, ...]
     cost: Cost
     refusals: tuple[Refusal, ...]
 
@@ -30,7 +30,7 @@ class Decision:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """All decisions of one graph, in rule order, and for each norm its share of them.
+    """All decisions of one graph, in rule order, and for each norm or composed weight its share of them.
 
     two_pass: norms that no rule touches and that are spelled out as a LayerNorm in two passes
     """
@@ -38,6 +38,7 @@ class Plan:
     norms: tuple[Norm, ...]
     decisions: tuple[Decision, ...]
     two_pass: tuple[Norm, ...] = ()
+    composed: tuple[Composed, ...] = ()
 
     @property
     def changes(self) -> bool:
@@ -48,21 +49,23 @@ class Plan:
         return (d for d in self.decisions if d.applied)
 
     @cached_property
-    def _by_norm(self) -> Mapping[Norm, list[Decision]]:
-        found: dict[Norm, list[Decision]] = {norm: [] for norm in self.norms}
+    def _by_norm(self) -> Mapping[Norm | Composed, list[Decision]]:
+        found: dict[Norm | Composed, list[Decision]] = dict()
+        found.update({norm: [] for norm in self.norms})
+        found.update({weight: [] for weight in self.composed})
         for decision in self.decisions:
             for norm in decision.norms:
                 found[norm].append(decision)
         return found
 
-    def of(self, norm: Norm) -> tuple[Decision, ...]:
+    def of(self, norm: Norm | Composed) -> tuple[Decision, ...]:
         return tuple(self._by_norm[norm])
 
-    def rules(self, norm: Norm) -> tuple[str, ...]:
+    def rules(self, norm: Norm | Composed) -> tuple[str, ...]:
         """Names of the rules applied to a norm, in order."""
         return tuple(d.rule.name for d in self.of(norm) if d.applied)
 
-    def refusals(self, norm: Norm) -> tuple[Refusal, ...]:
+    def refusals(self, norm: Norm | Composed) -> tuple[Refusal, ...]:
         return tuple(refusal for d in self.of(norm) for refusal in d.refusals)
 
 
@@ -75,7 +78,7 @@ def make_plan(sites: Sites, enabled: tuple[str, ...], spells: bool = False) -> P
     decisions = tuple(_decisions(sites, enabled))
     touched = {norm for decision in decisions if decision.applied for norm in decision.norms}
     stay = (norm for norm in sites.norms if norm not in touched and _spellable(norm)) if spells and enabled else ()
-    return Plan(sites.norms, decisions, tuple(stay))
+    return Plan(sites.norms, decisions, tuple(stay), sites.composed)
 
 
 def _spellable(norm: Norm) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch.fx import Node
 
+from normfx.ir.sites import Composed, Norm
 from normfx.plan import Plan
 
 
@@ -72,7 +73,8 @@ class FoldReport:
 class GraphReport:
     """One captured graph. before, after: printer text; kernels: name → generated source; seconds: per stage.
 
-    weights: None where nothing was compiled
+    weights:  None where nothing was compiled
+    composed: weights computed from parameters alone, of kind "Weight"
     """
 
     sites: tuple[SiteReport, ...]
@@ -83,6 +85,7 @@ class GraphReport:
     centrings: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
     weights: FoldReport | None = None
+    composed: tuple[SiteReport, ...] = ()
 
 
 _KINDS = {
@@ -106,10 +109,15 @@ class Report:
         return tuple(site for graph in self.graphs for site in graph.sites)
 
     @property
+    def composed(self) -> tuple[SiteReport, ...]:
+        """Weights that the graphs compute from parameters alone, as sites of kind "Weight"."""
+        return tuple(site for graph in self.graphs for site in graph.composed)
+
+    @property
     def counts(self) -> dict[str, int]:
         """Norms by kind, "to_rms_norm", a count for each applied rule, graphs and graph breaks, run-time centrings."""
         kinds = Counter(_KINDS[site.kind] for site in self.sites)
-        rules = Counter(rule for site in self.sites for rule in site.rules)
+        rules = Counter(rule for site in (*self.sites, *self.composed) for rule in site.rules)
         counts = {name: kinds[name] for name in _KINDS.values() if kinds[name] or name in ("layer_norm", "rms_norm")}
         counts["to_rms_norm"] = sum(site.to_rms_norm for site in self.sites)
         counts.update(sorted(rules.items()))
@@ -123,7 +131,7 @@ class Report:
         lines = [", ".join(f"{name}: {n}" for name, n in self.counts.items())]
         width = max((len(site.name) for site in self.sites), default=0)
         said: dict[tuple[str, str, str], str] = {}
-        for site in self.sites:
+        for site in (*self.sites, *(w for w in self.composed if w.rules)):
             lines.append(f"{site.name:{width}}  {site.kind:9}  {', '.join(site.rules) or '-'}")
             for r in site.refusals:
                 first = said.setdefault((r.rule, r.code, r.detail), site.name)
@@ -150,21 +158,29 @@ def graph_report(
     seconds: Mapping[str, float],
 ) -> GraphReport:
     """The report of one graph. counts: live folds, run-time centrings."""
+
+    def refusals(site: Norm | Composed) -> tuple[RefusalReport, ...]:
+        found = plan.refusals(site)
+        return tuple(RefusalReport(r.rule, r.code, r.detail, r.hint, tuple(map(place, r.nodes))) for r in found)
+
+    def place(node: Node) -> str:
+        return _place(node, source_of)
+
     sites = tuple(
         SiteReport(
             norm.name,
             norm.kind,
             plan.rules(norm),
-            tuple(
-                RefusalReport(r.rule, r.code, r.detail, r.hint, tuple(_place(n, source_of) for n in r.nodes))
-                for r in plan.refusals(norm)
-            ),
+            refusals(norm),
             norm.source,
             "two-pass" if norm in plan.two_pass else "inductor",
         )
         for norm in plan.norms
     )
-    return GraphReport(sites, before, after, {}, *counts, dict(seconds))
+    composed = tuple(
+        SiteReport(place(site.node), "Weight", plan.rules(site), refusals(site), "") for site in plan.composed
+    )
+    return GraphReport(sites, before, after, {}, *counts, dict(seconds), composed=composed)
 
 
 def _place(node: Node, source_of: Callable[[Node], str]) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from normfx.ir import ops
-from normfx.ir.graph import arguments, op_name, value
+from normfx.ir.graph import BAKED, arguments, op_name, value
 from normfx.ir.sites import Axis, Linear, Norm
 from normfx.plan import Plan
 from normfx.recognize.flow import LINEARS
@@ -39,7 +39,7 @@ def rewrite(gm: GraphModule, plan: Plan) -> GraphModule:
         decision.rule.rewrite(decision.site, edit)
     for norm in plan.two_pass:
         edit.norm(norm)
-    if edit.norms:
+    if edit.norms or plan.changes:
         edit.finish()
     return gm
 
@@ -96,6 +96,10 @@ class Edit:
         fake = value(node)
         assert fake is not None
         state.output, state.out_dtype = node, fake.dtype
+
+    def bake(self, node: Node) -> None:
+        """The value of parameters alone is to be computed outside the graph."""
+        node.meta[BAKED] = True
 
     def center_value(self, node: Node, axis: Axis, users: Iterable[Node | Norm]) -> None:
         """Readers of a value read its centred copy, made right behind it.

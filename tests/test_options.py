@@ -21,7 +21,7 @@ NO_ENV: dict[str, str] = {}
         ("none", ()),
         ([], ()),
         ("default,-fold_affine", tuple(r for r in DEFAULT_RULES if r != "fold_affine")),
-        ("-fold_affine, -fold_scale", ("pre_rms_norm", "linear_norm")),
+        ("-fold_affine, -fold_scale", ("pre_rms_norm", "linear_norm", "bake_weights")),
         ("fold_affine", ("fold_affine",)),
         ("fold_affine,pre_rms_norm", ("pre_rms_norm", "fold_affine")),
         (["none", "+linear_norm"], ("linear_norm",)),
@@ -114,9 +114,21 @@ def test_strict_raises(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_inductor_exceptions_pass_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("normfx.backend.compile_graph", _broken)
+    monkeypatch.setattr("normfx.lower.folded.compile_graph", _broken)
     with pytest.raises(Exception, match="no such thing"):
         torch.compile(Norm(), backend="normfx")(torch.randn(2, 4))
+
+
+def test_a_frozen_variant_that_fails_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("normfx.lower.folded.FrozenTemplate.build", _broken)
+    model, x = Norm(), torch.randn(2, 4)
+    with torch.no_grad():
+        with pytest.warns(normfx.NormfxWarning, match="stage 'freeze'"):
+            out = torch.compile(model, backend="normfx", fullgraph=True, options={"fold": "frozen"})(x)
+        torch.testing.assert_close(out, model(x))
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match=r"stage 'freeze' failed: IndexError: no such thing"):
+            torch.compile(model, backend="normfx", options={"fold": "frozen", "strict": True})(x)
 
 
 @pytest.mark.parametrize(("level", "words"), [("0", []), ("1", ["fold_affine", "capture"]), ("2", ["before", "after"])])
@@ -135,4 +147,6 @@ def test_verify_finds_a_wrong_fold(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Norm()
     nn.init.normal_(model.norm.weight)
     with pytest.raises(normfx.VerifyError, match="output 0 of the rewritten graph differs"):
-        torch.compile(model, backend="normfx", options={"verify": True, "strict": True, "fold": "live"})(torch.randn(2, 4))
+        torch.compile(model, backend="normfx", options={"verify": True, "strict": True, "fold": "live"})(
+            torch.randn(2, 4)
+        )

@@ -88,12 +88,13 @@ def test_fold_formula_is_what_the_op_computes() -> None:
 @pytest.mark.parametrize(("rule", "example"), CASES)
 def test_decision(rule: Rule, example: Example) -> None:
     _, report = transformed(example.build().eval(), example.inputs(), {"fold": example.fold})
-    codes = [r.code for site in report.sites for r in site.refusals if r.rule == rule.name]
+    sites = (*report.sites, *report.composed)
+    codes = [r.code for site in sites for r in site.refusals if r.rule == rule.name]
     if example.code:
         assert example.code in codes
-        assert all(r.nodes and r.hint for site in report.sites for r in site.refusals)
+        assert all(r.nodes and r.hint for site in sites for r in site.refusals)
     else:
-        assert any(rule.name in site.rules for site in report.sites)
+        assert any(rule.name in site.rules for site in sites)
         assert not codes
 
 
@@ -104,7 +105,7 @@ def test_float64(rule: Rule, example: Example) -> None:
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.3 * torch.randn_like(p))
-    assert_same_float64(model, example.inputs(), {"fold": example.fold} if example.code == "live_weights" else None)
+    assert_same_float64(model, example.inputs(), None if example.fold == "live" else {"fold": example.fold})
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: r.name)
@@ -120,9 +121,10 @@ def test_flag_off_leaves_the_graph(rule: Rule) -> None:
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: r.name)
 def test_one_rule_alone(rule: Rule) -> None:
     model, inputs = rule.example.build().eval(), rule.example.inputs()
-    _, report = transformed(model, inputs, {"rules": [rule.name]})
-    assert {name for site in report.sites for name in site.rules} == {rule.name}
-    assert_same_float64(model, inputs, options={"rules": [rule.name]})
+    options = {"rules": [rule.name], "fold": rule.example.fold}
+    _, report = transformed(model, inputs, options)
+    assert {name for site in (*report.sites, *report.composed) for name in site.rules} == {rule.name}
+    assert_same_float64(model, inputs, options)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: r.name)

@@ -142,6 +142,17 @@ def storages_of(graph: Graph) -> dict[Node, frozenset[Storage]]:
     return found
 
 
+def escaping(graph: Graph, storages: dict[Node, frozenset[Storage]]) -> frozenset[Storage]:
+    """Storages that may leave the graph, be written, or be kept by something we know nothing of."""
+    return frozenset(s for node in graph.nodes if _lets_out(node) for n in node.all_input_nodes for s in storages[n])
+
+
+def _lets_out(node: Node) -> bool:
+    if node.op == "call_function" and isinstance(node.target, OpOverload):
+        return node.target._schema.is_mutable
+    return target_name(node) != "getitem" and node.op not in ("placeholder", "get_attr")
+
+
 def _is_identity_dropout(node: Node) -> bool:
     """Dropout that returns its input itself in eager; the fakes of torch 2.13 do not show it."""
     if not isinstance(node.target, OpOverload) or len(node.args) < 3 or not isinstance(node.args[0], Node):

@@ -15,6 +15,9 @@ SHAPE_READS = frozenset(
 )
 """Ops that read a value's shape or dtype, never its entries."""
 
+BAKED = "normfx_baked"
+"""Node meta key: the rule bake_weights wants the value kept."""
+
 RANDOM = torch.Tag.nondeterministic_seeded
 
 

@@ -41,6 +41,12 @@ def is_mode_switch(node: Node) -> bool:
     return node.op == "call_function" and target_name(node) in MODE_SWITCHES
 
 
+def is_autocast(graph: Graph) -> bool:
+    """Whether any of the graph may run under autocast."""
+    inside = any(target_name(node) == "_enter_autocast" for node in graph.nodes)
+    return inside or any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+
+
 def carried(graph: Graph) -> set[Node]:
     """Nodes that are copied, not traced: higher-order ops, module calls, and everything inside a functorch
     level.

@@ -189,6 +189,21 @@ class Readers:
     live: frozenset[Node] = frozenset()
 
 
+@dataclass(frozen=True, eq=False)
+class Composed:
+    """A weight that the graph computes from parameters alone.
+
+    nodes:    what computes it, views left aside; itself included
+    live:     parameters behind it that want its gradient, or all of them where folds are live
+    obstacle: code of what forbids keeping its value ("" when nothing does)
+    """
+
+    node: Node
+    nodes: tuple[Node, ...]
+    live: tuple[Node, ...] = ()
+    obstacle: str = ""
+
+
 @dataclass(frozen=True)
 class Sites:
     """All facts about one graph."""
@@ -197,3 +212,4 @@ class Sites:
     streams: tuple[Stream, ...] = ()
     readers: Mapping[Norm, Readers] = field(default_factory=dict)
     scaled: Mapping[Norm, Scaled] = field(default_factory=dict)
+    composed: tuple[Composed, ...] = ()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._inductor.codecache import PyCodeCache
 from torch.fx import Graph, GraphModule, Node
 
+from normfx.errors import NormfxWarning, StageError, stage_warning
 from normfx.ir.aliasing import mutated
 from normfx.ir.graph import value
 from normfx.ir.regions import attribute
@@ -67,16 +69,18 @@ def compile_folded(
     example_inputs: Sequence[Any],
     constants: frozenset[Node] | None,
     patches: Mapping[str, Any],
+    strict: bool = False,
 ) -> Compiled:
     """Compile a graph with its folds kept (`folding`, of this graph), or live.
 
     constants: parameters, buffers and constants of the graph, for a frozen variant beside it; None: no such variant
+    strict:    a frozen variant that cannot be built raises, in place of a warning
     """
     template = None if constants is None else FrozenTemplate(gm, folding, constants, patches)
     if template is not None:
         patches = {**patches, "freezing": False}
     call = compile_kept(folding, example_inputs, patches) if folding else compile_graph(gm, example_inputs, patches)
-    frozen = Frozen(template, call, example_inputs) if template else None
+    frozen = Frozen(template, call, example_inputs, strict) if template else None
     return Compiled(frozen or call, folding.folds if folding else None, frozen)
 
 
@@ -197,8 +201,11 @@ def with_constants(gm: GraphModule, values: Mapping[str, torch.Tensor]) -> Graph
 class Frozen:
     """Calls the frozen variant while the parameters are those it was made of, else the kept one."""
 
-    def __init__(self, template: FrozenTemplate, kept: Callable[..., Any], example_inputs: Sequence[Any]) -> None:
+    def __init__(
+        self, template: FrozenTemplate, kept: Callable[..., Any], example_inputs: Sequence[Any], strict: bool
+    ) -> None:
         self.freezes = 0
+        self._strict = strict
         self._template = template
         self._kept = kept
         self._lock = threading.Lock()
@@ -239,7 +246,14 @@ class Frozen:
         if watch.untrackable:
             self._shared = True
             return
-        compiled = self._template.build(arguments)
+        try:
+            compiled = self._template.build(arguments)
+        except Exception as error:
+            if self._strict:
+                raise StageError("freeze", error) from error
+            warnings.warn(stage_warning("freeze", error), NormfxWarning, stacklevel=2)
+            self._shared = True
+            return
         watch.accept(watched, seen)
         self._state = watch, compiled
         self.freezes += 1

@@ -9,6 +9,7 @@ from torch.fx import Graph, Node
 
 from normfx.ir.graph import grad_modes, parameter_only
 from normfx.ir.sites import Sites
+from normfx.recognize.composed import find_composed
 from normfx.recognize.norms import find_norms
 from normfx.recognize.readers import find_all_readers, find_scaled
 from normfx.recognize.stream import find_streams
@@ -20,20 +21,20 @@ def recognize(
     mutated: frozenset[Node],
     name: Callable[[Node], str],
     source: Callable[[Node], str],
-    live: frozenset[Node] = frozenset(),
+    live: frozenset[Node] | None = frozenset(),
 ) -> Sites:
     """All sites of a canonical graph.
 
     weights: placeholders and attributes that are parameters, buffers or constants
     mutated: values whose memory is written in place; nothing is assumed of them
     name, source: module path and source line of a node ("" when unknown)
-    live:    those of the weights whose folds are to be priced, because they would be computed in every call
+    live:    those of the weights whose folds are computed in every call, at a price; None: all, whatever the price
     """
     parameters = parameter_only(graph, weights - mutated) - mutated
     norms = find_norms(graph, parameters, name, source, mutated)
     modes = grad_modes(graph)
     scaled = [found for norm in norms if (found := find_scaled(norm, modes)) is not None and found.node not in mutated]
-    priced = frozenset(_dependents(parameters, live))
+    priced = frozenset(_dependents(parameters, live or ()))
     streams = find_streams(graph, norms, parameters, mutated, modes)
     readers = find_all_readers(norms, parameters, mutated, modes)
     return Sites(
@@ -41,6 +42,7 @@ def recognize(
         streams=tuple(replace(stream, live=priced) for stream in streams),
         readers={norm: replace(found, live=priced) for norm, found in readers.items()},
         scaled={found.norm: found for found in scaled},
+        composed=tuple(find_composed(graph, parameters, weights if live is None else priced)),
     )
 
 

@@ -10,7 +10,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from normfx.ir.sites import Norm, Sites
+from normfx.ir.sites import Composed, Norm, Sites
 
 S = TypeVar("S")
 
@@ -70,7 +70,7 @@ class Rule(Generic[S]):
     """One identity, where it may be applied, and how.
 
     identity(symbols, d): pairs (lhs, rhs) of sympy expressions that must be equal
-    candidates:           the sites of a graph to decide; `norms` says which norms a site concerns
+    candidates:           the sites of a graph to decide; `norms` says which norms, or weights, a site concerns
     guard:                every objection; none means apply
     cost:                 passes before and after; a guard may object to it
     rewrite(site, edit):  the edits, in terms of normfx.rewrite.Edit
@@ -82,7 +82,7 @@ class Rule(Generic[S]):
     codes: Mapping[str, Code]
     identity: Callable[[Symbols, int], Iterable[tuple[Any, Any]]]
     candidates: Callable[[Sites], Iterable[S]]
-    norms: Callable[[S], tuple[Norm, ...]]
+    norms: Callable[[S], tuple[Norm | Composed, ...]]
     guard: Callable[[S], Iterator[tuple[str, str, tuple[Node, ...]]]]
     cost: Callable[[S], Cost]
     rewrite: Callable[[S, Any], None]

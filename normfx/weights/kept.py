@@ -9,22 +9,13 @@ from torch._subclasses import FakeTensor
 from torch.fx import Graph, Node
 
 from normfx.ir import ops
-from normfx.ir.aliasing import storages_of
-from normfx.ir.graph import grad_modes, is_getitem, op_name, parameter_only, value
-from normfx.ir.regions import target_name
+from normfx.ir.aliasing import escaping, storages_of
+from normfx.ir.graph import BAKED, grad_modes, parameter_only, value
+from normfx.ir.regions import is_autocast
+from normfx.recognize.composed import is_autocast_neutral
 from normfx.weights.expression import Expression, expression
 
 FOLD_OPS = frozenset({ops.CENTER, ops.SCALE_FEATURES, ops.FOLD_SHIFT})
-
-AUTOCAST_NEUTRAL = frozenset(
-    {"add", "clone", "contiguous", "detach", "div", "expand", "mul", "neg", "permute", "reshape", "select", "slice",
-     "squeeze", "sub", "t", "to", "transpose", "unsqueeze", "view"}
-)  # fmt: skip
-"""ATen ops that do the same under autocast and without."""
-
-
-BAKED = "normfx_baked"
-"""Node meta key: the rule bake_weights wants the value kept."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +66,7 @@ def kept_values(graph: Graph, free: frozenset[Node]) -> tuple[Kept, ...]:
     if not folding:
         return ()
     storages = storages_of(graph)
-    outside = frozenset(s for node in graph.nodes if _lets_out(node) for n in node.all_input_nodes for s in storages[n])
+    outside = escaping(graph, storages)
     autocast = is_autocast(graph)
     chosen: dict[Node, None] = {}
     for node in graph.nodes:
@@ -90,20 +81,6 @@ def kept_values(graph: Graph, free: frozenset[Node]) -> tuple[Kept, ...]:
     return tuple(Kept(node, *expression(node, leaves)) for node in chosen)
 
 
-def _lets_out(node: Node) -> bool:
-    """Whether the operands of a node may leave the graph, be written, or be kept by something we know nothing of."""
-    if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
-    return not is_getitem(node) and node.op not in ("placeholder", "get_attr")
-
-
-def is_autocast(graph: Graph) -> bool:
-    """Whether any of the graph may run under autocast."""
-    return any(target_name(n) == "_enter_autocast" for n in graph.nodes) or any(
-        torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")
-    )
-
-
 def _is_neutral(node: Node, leaves: frozenset[Node]) -> bool:
     work, seen = [node], set()
     while work:
@@ -111,7 +88,7 @@ def _is_neutral(node: Node, leaves: frozenset[Node]) -> bool:
         if item in seen or item in leaves:
             continue
         seen.add(item)
-        if item.target not in FOLD_OPS and op_name(item).removeprefix("aten::").split(".")[0] not in AUTOCAST_NEUTRAL:
+        if item.target not in FOLD_OPS and not is_autocast_neutral(item):
             return False
         work += item.all_input_nodes
     return True

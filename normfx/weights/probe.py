@@ -278,7 +278,8 @@ def _load() -> ctypes.PyDLL | None:
 
     try:
         # calls keep the interpreter's lock: they are short, and no other thread may free what they read
-        library = ctypes.PyDLL(CppCodeCache.load(_SOURCE)._name)
+        compiled = CppCodeCache.load(_SOURCE)
+        library = ctypes.PyDLL(compiled._name)
     except Exception as error:  # any compiler trouble: the Python probe does the same, slower
         log.info("no compiled probe, Python compares: %s", error)
         return None
