@@ -31,7 +31,7 @@ FLOORS = (
     ("rewrite", "weights"),
     ("weights.expression", "weights.probe", "weights.live"),
     ("weights.kept", "weights.store"),
-    ("lower", "lower.inductor", "lower.verified"),
+    ("lower", "lower.gemm", "lower.inductor", "lower.verified"),
     ("lower.folded",),
     ("report",),
     ("backend",),
@@ -46,7 +46,17 @@ FLOORS = (
 """Top to bottom: a module may import from floors before its own. "" is normfx/__init__.py."""
 
 PRIVATE_ROOMS = frozenset(
-    {"capture", "specialize", "lower", "lower.inductor", "lower.folded", "lower.verified", "ir.aliasing", "ir.expand"}
+    {
+        "capture",
+        "specialize",
+        "lower",
+        "lower.inductor",
+        "lower.folded",
+        "lower.gemm",
+        "lower.verified",
+        "ir.aliasing",
+        "ir.expand",
+    }
 )
 """Modules that may use any private part of torch."""
 

@@ -25,6 +25,7 @@ from normfx.errors import NormfxWarning, StageError, stage_warning
 from normfx.ir.aliasing import mutated
 from normfx.ir.graph import value
 from normfx.ir.regions import attribute
+from normfx.lower.gemm import packing
 from normfx.lower.inductor import compile_graph
 from normfx.rewrite import feed
 from normfx.weights.kept import Kept, records_gradients
@@ -163,7 +164,7 @@ class FrozenTemplate:
         rest = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
         mode = detect_fake_mode(rest)
         loaded = len(PyCodeCache.modules)
-        with tracing(TracingContext(mode)), torch.inference_mode(False), torch.no_grad():
+        with tracing(TracingContext(mode)), torch.inference_mode(False), torch.no_grad(), packing():
             compiled = compile_graph(gm, rest, self.patches)
         _release_modules(loaded)
         return compiled
@@ -215,7 +216,7 @@ class Frozen:
         self._calls = 0
         self._last: tuple[Watch, Seen] | None = None
         self._state: tuple[Watch, Callable[..., Any]] | None = None
-        self._shared = False
+        self._never = False
         self._freeze(example_inputs)
 
     @property
@@ -231,7 +232,7 @@ class Frozen:
                 return compiled(*self._rest(args))
             with self._lock:
                 self._thaw(watch, self._watched(args))
-        elif not self._shared:
+        elif not self._never:
             self._consider(args)
         return self._kept(*args)
 
@@ -244,7 +245,7 @@ class Frozen:
         watch = Watch(watched)
         seen = watch.read(watched)
         if watch.untrackable:
-            self._shared = True
+            self._never = True
             return
         try:
             compiled = self._template.build(arguments)
@@ -252,7 +253,7 @@ class Frozen:
             if self._strict:
                 raise StageError("freeze", error) from error
             warnings.warn(stage_warning("freeze", error), NormfxWarning, stacklevel=2)
-            self._shared = True
+            self._never = True
             return
         watch.accept(watched, seen)
         self._state = watch, compiled
@@ -264,7 +265,7 @@ class Frozen:
             return
         self._state = None
         self._last, self._calls = None, 0
-        self._shared = (not watch.same(watched) and not watch.expired) or not self._template.static
+        self._never = (not watch.same(watched) and not watch.expired) or not self._template.static
 
     def _consider(self, arguments: Sequence[Any]) -> None:
         """Freeze anew when nothing changed between two looks, `patience` calls apart."""
@@ -272,7 +273,7 @@ class Frozen:
         if self._calls < self._patience:
             return
         with self._lock:
-            if self._state is not None or self._shared or self._calls < self._patience:
+            if self._state is not None or self._never or self._calls < self._patience:
                 return
             self._calls = 0
             watched = self._watched(arguments)
@@ -283,6 +284,6 @@ class Frozen:
                     self._patience *= 2
                     self._freeze(arguments)
                 return
-            self._shared = self._last is not None and not self._last[0].expired
+            self._never = self._last is not None and not self._last[0].expired
             watch = Watch(watched)
             self._last = watch, watch.read(watched)
