@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from normfx.ir.graph import value
+import torch
+
+from normfx.ir.graph import entries, shape, size_hint, value
 from normfx.ir.sites import Composed, Norm, Sites
 from normfx.rules import RULES
 from normfx.rules.rule import DISABLED, Cost, Refusal, Rule
@@ -72,8 +74,7 @@ class Plan:
 def make_plan(sites: Sites, enabled: tuple[str, ...], spells: bool = False) -> Plan:
     """Decide every candidate site of every rule; rules that are not enabled refuse.
 
-    spells: LayerNorms that stay may be spelled out. On a CPU Inductor makes several row loops of `aten.layer_norm`, and
-    one of its spelled form (add and norm of 8192 x 384 float32 rows: 2.15 against 1.20 ms; docs/design-notes.md).
+    spells: LayerNorms that stay may be spelled out in two passes where that is faster
     """
     decisions = tuple(_decisions(sites, enabled))
     touched = {norm for decision in decisions if decision.applied for norm in decision.norms}
@@ -81,18 +82,27 @@ def make_plan(sites: Sites, enabled: tuple[str, ...], spells: bool = False) -> P
     return Plan(sites.norms, decisions, tuple(stay), sites.composed)
 
 
-def _spellable(norm: Norm) -> bool:
-    """Whether two passes over rows on a CPU are the same function."""
-    fake = value(norm.output)
-    plain = norm.kind == "LayerNorm" and not norm.obstacle and norm.eps_place != "clamped"
-    return plain and norm.axis is not None and fake is not None and fake.device.type == "cpu"
-
-
 def _decisions(sites: Sites, enabled: tuple[str, ...]) -> Iterator[Decision]:
     for rule in RULES:
         for site in rule.candidates(sites):
             refusals = rule.refusals(site) if rule.name in enabled else (_disabled(rule),)
             yield Decision(rule, site, rule.norms(site), rule.cost(site), refusals)
+
+
+LARGE = 2**20
+"""Entries from which the spelled form wins without gradients. On a CPU Inductor makes several row loops of
+`aten.layer_norm` and one of its spelled form; while the rows fit in the cache both take the same time."""
+
+
+def _spellable(norm: Norm) -> bool:
+    """Whether the spelled form is the same function, and faster: on a CPU, with gradients (its backward reads the rows
+    less often) or on large float32 activations. The measurements are in docs/design-notes.md."""
+    fake = value(norm.output)
+    plain = norm.kind == "LayerNorm" and not norm.obstacle and norm.eps_place == "inside" and norm.axis is not None
+    if not plain or fake is None or fake.device.type != "cpu":
+        return False
+    large = fake.dtype == torch.float32 and size_hint(entries(shape(norm.output)), (norm.output,)) >= LARGE
+    return large or torch.is_grad_enabled()
 
 
 def _disabled(rule: Rule[Any]) -> Refusal:

@@ -73,6 +73,7 @@ PRIVATE_NAMES = {
     },
     "explain": {"torch._dynamo.reset"},
     "ir.cleanup": {"torch._subclasses.FakeTensor"},
+    "ir.ops": {"torch._C._are_functorch_transforms_active"},
     "ir.regions": {
         # the nodes that a canonical graph keeps for grad mode and autocast
         "torch._C._set_grad_enabled",

@@ -11,6 +11,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,13 +30,14 @@ def packing() -> Iterator[None]:
     from torch._inductor.fx_passes import mkldnn_fusion  # private; torch 2.11 to 2.15
 
     mkldnn_fusion._mkldnn_fusion_init()  # it asks the same question, once, about something else
-    asked = torch.ops.mkldnn._is_mkldnn_acl_supported
+    ops: Any = torch.ops.mkldnn
+    asked = ops._is_mkldnn_acl_supported
     # what Inductor asks to choose oneDNN for float32 (Arm's Compute Library is a backend of oneDNN)
-    torch.ops.mkldnn._is_mkldnn_acl_supported = lambda: True
+    ops._is_mkldnn_acl_supported = lambda: True
     try:
         yield
     finally:
-        torch.ops.mkldnn._is_mkldnn_acl_supported = asked
+        ops._is_mkldnn_acl_supported = asked
 
 
 @functools.cache
