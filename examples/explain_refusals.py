@@ -21,7 +21,8 @@ class Tapped(nn.Module):
 
 
 def main() -> None:
-    report = normfx.explain(Tapped())(torch.arange(6).reshape(2, 3))
+    with torch.no_grad():
+        report = normfx.explain(Tapped())(torch.arange(6).reshape(2, 3))
     for site in report.sites:
         print(f"{site.name}: applied {', '.join(site.rules)}")
         for refusal in site.refusals:

@@ -44,8 +44,7 @@ def run(layers: int = 6, width: int = 384, batch: int = 4, tokens: int = 256, re
         times = interleaved({name: partial(call, ids) for name, call in calls.items()}, repeats)
     console.print(_table(errors, times))
     console.print(
-        "normfx here computes folded weights in every call (live folds): right whatever writes the weights, at a cost\n"
-        "that does not shrink with the batch. See docs/design-notes.md."
+        "normfx keeps folded weights between calls and checks in each call that no parameter changed (docs/folds.md)."
     )
 
 

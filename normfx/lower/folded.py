@@ -19,16 +19,16 @@ import torch
 import torch._inductor.config as inductor_config
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._inductor.codecache import PyCodeCache
+from torch._subclasses import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
 from normfx.errors import NormfxWarning, StageError, stage_warning
 from normfx.ir.aliasing import mutated
-from normfx.ir.graph import value
 from normfx.ir.regions import attribute
 from normfx.lower.gemm import packing
 from normfx.lower.inductor import compile_graph
 from normfx.rewrite import feed
-from normfx.weights.kept import Kept, records_gradients
+from normfx.weights.kept import Kept, is_plain, records_gradients
 from normfx.weights.probe import start_native_library
 from normfx.weights.store import Fold, Folds, Seen, Watch, picker
 
@@ -109,10 +109,14 @@ def hoist(gm: GraphModule, kept: Sequence[Kept]) -> Folding | None:
     rebinds = records_gradients(gm.graph)
     inputs = feed(gm, [item.node for item in kept], "normfx_fold")
     folds = [
-        Fold(item.expression, tuple(order[n] for n in item.sources), node.meta["val"])
+        _fold(item, tuple(order[n] for n in item.sources), node.meta["val"])
         for item, node in zip(kept, inputs, strict=True)
     ]
     return Folding(gm, Folds(folds, [place[n] for n in sources], rebinds), inputs, attributes)
+
+
+def _fold(kept: Kept, sources: tuple[int, ...], fake: torch.Tensor) -> Fold:
+    return Fold(kept.expression, sources, tuple(fake.shape), fake.stride(), fake.dtype, fake.device)
 
 
 def compile_kept(folding: Folding, example_inputs: Sequence[Any], patches: Mapping[str, Any]) -> Callable[..., Any]:
@@ -129,11 +133,6 @@ def fed(call: Callable[..., Any], folding: Folding) -> Callable[..., Any]:
     return lambda *args: call(*args, *values(args))
 
 
-def _is_watchable(node: Node) -> bool:
-    fake = value(node)
-    return fake is not None and fake.layout == torch.strided and not fake.is_quantized
-
-
 class FrozenTemplate:
     """Builds the frozen variant of a graph. `weights`: its parameters, buffers and constants."""
 
@@ -144,7 +143,7 @@ class FrozenTemplate:
         inputs = gm.graph.find_nodes(op="placeholder")
         fed = set(folding.inputs) if folding else set()
         written = mutated(gm.graph)
-        constants = [n for n in weights if n not in written and _is_watchable(n)]
+        constants = [n for n in weights if n not in written and is_plain(n)]
         place = {node: i for i, node in enumerate(inputs)}
         self.names = [node.name for node in constants if node.op == "placeholder"]
         self.picks = [place[node] for node in constants if node.op == "placeholder"]
@@ -242,12 +241,12 @@ class Frozen:
     def _freeze(self, arguments: Sequence[Any]) -> None:
         """Build the frozen variant. What it reads is seen before it is read."""
         watched = self._watched(arguments)
-        watch = Watch(watched)
-        seen = watch.read(watched)
-        if watch.untrackable:
+        if any(isinstance(t, FakeTensor) or t.is_inference() for t in watched):
             self._never = True
             return
         try:
+            watch = Watch(watched)
+            seen = watch.read(watched)
             compiled = self._template.build(arguments)
         except Exception as error:
             if self._strict:

@@ -41,12 +41,15 @@ def keepable(
     everywhere: on every device; else on the CPU, where looking at the parameters does not wait for a device
     """
     wanted = trained if records_gradients(graph) else frozenset()
-    return frozenset(n for n in weights - wanted if _is_plain(n) and (everywhere or _fake(n).device.type == "cpu"))
+    return frozenset(n for n in weights - wanted if is_plain(n) and (everywhere or _fake(n).device.type == "cpu"))
 
 
-def _is_plain(node: Node) -> bool:
+def is_plain(node: Node) -> bool:
+    """Whether a weight is an ordinary strided tensor: not a subclass, not quantised, not sparse."""
     fake = value(node)
-    return type(fake) in (FakeTensor, torch.nn.Parameter) and fake is not None and fake.layout == torch.strided
+    if fake is None or type(fake) not in (FakeTensor, torch.Tensor, torch.nn.Parameter):
+        return False
+    return fake.layout == torch.strided and not fake.is_quantized
 
 
 def _fake(node: Node) -> torch.Tensor:

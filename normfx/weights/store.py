@@ -9,6 +9,7 @@ place, so that the graph's static inputs stay where they are.
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -174,21 +175,22 @@ class Fold:
     """One value that a graph takes as an input: an expression on some of the watched sources.
 
     sources: positions among the sources of all folds of the graph
-    like:    a tensor (fake or real) of its shape, strides, dtype and device
     """
 
     expression: Expression
     sources: tuple[int, ...]
-    like: Tensor
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
 
     @property
     def bytes(self) -> int:
-        return self.like.numel() * self.like.element_size()
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def memory(self) -> Tensor:
         with torch.inference_mode(False):
-            like = self.like
-            return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
+            return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
 
 
 class _Binding:
