@@ -114,6 +114,7 @@ def transform(gm: GraphModule, example_inputs: Sequence[Any], settings: Options,
             raise StageError(stages.current, error) from error
         warnings.warn(stage_warning(stages.current, error), NormfxWarning, stacklevel=2)
         return Transformed(gm, GraphReport(()))
+    report = replace(report, seconds=dict(stages.seconds))
     if changed or freezes:
         return Transformed(captured.graph_module, report, folding, captured.weights)
     return Transformed(gm, report)

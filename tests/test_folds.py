@@ -6,8 +6,13 @@ import copy
 import gc
 import inspect
 import io
+import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -669,3 +674,31 @@ def test_returned_weights_are_not_the_kept_ones() -> None:
         assert torch.equal(weight, kept)
         assert torch.allclose(out, model(X)[0], rtol=0, atol=1e-12)
         assert torch.allclose(fresh, 3 * kept, rtol=0, atol=1e-12)
+
+
+STARTS = """
+import json, sys, torch
+sys.path.insert(0, {tests!r})
+from torch._dynamo.utils import counters
+from test_folds import X, net
+
+call = torch.compile(net(), backend={backend!r}, fullgraph=True)
+with torch.no_grad():
+    call(X)
+print(json.dumps([counters["inductor"]["fxgraph_cache_hit"], counters["aot_autograd"]["autograd_cache_hit"]]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["inductor", "normfx"])
+def test_a_second_process_starts_warm(backend: str, tmp_path: Path) -> None:
+    """Inductor's and AOTAutograd's caches hit with normfx as they do without."""
+    code = STARTS.format(tests=str(Path(__file__).parent), backend=backend)
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    starts = [
+        json.loads(
+            subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True).stdout
+        )
+        for _ in range(2)
+    ]
+    assert starts == [[0, 0], [1, 1]]
