@@ -147,6 +147,20 @@ def escaping(graph: Graph, storages: dict[Node, frozenset[Storage]]) -> frozense
     return frozenset(s for node in graph.nodes if _lets_out(node) for n in node.all_input_nodes for s in storages[n])
 
 
+def read_outside(graph: Graph, inside: frozenset[Node], storages: dict[Node, frozenset[Storage]]) -> Iterator[Node]:
+    """The values inside that nodes outside read, each once; behind a view, what it is a view of."""
+    found: set[Node] = set()
+    for node in graph.nodes:
+        work = [] if node in inside else [n for n in node.all_input_nodes if n in inside]
+        while work:
+            item = work.pop()
+            if any(storages[item] & storages[n] for n in item.all_input_nodes):
+                work += [n for n in item.all_input_nodes if n in inside]
+            elif item not in found:
+                found.add(item)
+                yield item
+
+
 def _lets_out(node: Node) -> bool:
     if node.op == "call_function" and isinstance(node.target, OpOverload):
         return node.target._schema.is_mutable

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch.fx import Graph, Node
 
-from normfx.ir.aliasing import escaping, storages_of
+from normfx.ir.aliasing import escaping, read_outside, storages_of
 from normfx.ir.graph import op_name
 from normfx.ir.regions import is_autocast
 from normfx.ir.sites import Composed
@@ -27,16 +27,9 @@ def find_composed(graph: Graph, parameters: frozenset[Node], live: frozenset[Nod
     storages = storages_of(graph)
     outside = escaping(graph, storages)
     autocast = is_autocast(graph)
-    chosen: dict[Node, None] = {}
-    for node in graph.nodes:
-        work = [] if node in parameters else [n for n in node.all_input_nodes if n in parameters]
-        while work:
-            item = work.pop()
-            if any(storages[item] & storages[n] for n in item.all_input_nodes):  # a view
-                work += [n for n in item.all_input_nodes if n in parameters]
-            elif item.op == "call_function":
-                chosen[item] = None
-    for node in chosen:
+    for node in read_outside(graph, parameters, storages):
+        if node.op != "call_function":
+            continue
         nodes = tuple(_behind(node, storages))
         sources = tuple(
             n for n in dict.fromkeys(s for m in nodes for s in m.all_input_nodes) if n.op != "call_function"

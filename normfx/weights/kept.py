@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensor
 from torch.fx import Graph, Node
 
 from normfx.ir import ops
-from normfx.ir.aliasing import escaping, storages_of
+from normfx.ir.aliasing import escaping, read_outside, storages_of
 from normfx.ir.graph import BAKED, grad_modes, parameter_only, value
 from normfx.ir.regions import is_autocast
 from normfx.recognize.composed import is_autocast_neutral
@@ -71,17 +71,12 @@ def kept_values(graph: Graph, free: frozenset[Node]) -> tuple[Kept, ...]:
     storages = storages_of(graph)
     outside = escaping(graph, storages)
     autocast = is_autocast(graph)
-    chosen: dict[Node, None] = {}
-    for node in graph.nodes:
-        work = [] if node in known else [n for n in node.all_input_nodes if n in folding]
-        while work:
-            item = work.pop()
-            if any(storages[item] & storages[n] for n in item.all_input_nodes):  # a view
-                work += [n for n in item.all_input_nodes if n in folding]
-            elif not storages[item] & outside and (not autocast or _is_neutral(item, free)):
-                chosen[item] = None
     leaves = dict.fromkeys(free)
-    return tuple(Kept(node, *expression(node, leaves)) for node in chosen)
+    return tuple(
+        Kept(node, *expression(node, leaves))
+        for node in read_outside(graph, known, storages)
+        if node in folding and not storages[node] & outside and (not autocast or _is_neutral(node, free))
+    )
 
 
 def _is_neutral(node: Node, leaves: frozenset[Node]) -> bool:

@@ -103,12 +103,8 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Fused optimisers write parameters without bumping their versions."""
     if torch.compiler.is_compiling() or not len(STORE):
         return  # a compiled step bumps the versions
-    groups = (p for group in optimizer.param_groups for p in group["params"])
-    STORE.forget(storage_of(p)._cdata for p in groups if isinstance(p, Tensor) and _has_storage(p))
-
-
-def _has_storage(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided and type(tensor) in (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    STORE.forget(storage_of(p)._cdata for p in parameters if isinstance(p, Tensor) and p.layout == torch.strided)
 
 
 register_optimizer_step_post_hook(_after_step)  # type: ignore[no-untyped-call]
