@@ -91,10 +91,18 @@ class Edit:
         return self.norms[norm]
 
     def absorb(self, norm: Norm, node: Node) -> None:
-        """The norm now also computes `node`, a multiple of its output."""
+        """The norm now also computes `node`, a multiple of its output.
+
+        Where a centring was put between the two, it stays, behind the norm that computes the multiple: P(kx) = k P x.
+        """
         state = self.norm(norm)
         fake = value(node)
         assert fake is not None
+        operands = node.all_input_nodes
+        if self._now(norm.output) not in operands:
+            (between,) = operands
+            self._replace(node, between)
+            return
         state.output, state.out_dtype = node, fake.dtype
 
     def bake(self, node: Node) -> None:

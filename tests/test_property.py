@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from equivalence import assert_same_float64, transformed
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from programs import OBSERVERS, STREAM_OPS, Program, Step, programs, tokens
 
 UNFOLDED = ("detach", "frozen_write", "detached_scale")
@@ -22,6 +22,7 @@ def _check(steps: tuple[Step, ...]) -> None:
 
 @settings(max_examples=60, **QUIET)
 @given(programs())
+@example((("post_norm", 0), ("number", 0), ("branch", 0)))  # a centring between a norm and its multiple
 def test_random_residual_networks(steps: tuple[Step, ...]) -> None:
     _check(steps)
 
