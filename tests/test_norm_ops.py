@@ -47,14 +47,12 @@ def test_derivative(kind: str, dim: int, affine: tuple[bool, bool], correction: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_derivative_is_that_of_finite_differences(kind: str) -> None:
+def test_first_and_second_derivative_are_those_of_finite_differences(kind: str) -> None:
     op, _ = KINDS[kind]
     x, weight, bias = _operands(-1, (True, True))
     tail = (-1, 1e-5, "inside", 0, 1.0, torch.float64, torch.float64)
     assert torch.autograd.gradcheck(lambda *t: op(*t, *tail), (x, weight, bias))
-    (grad,) = torch.autograd.grad(op(x, weight, bias, *tail).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    assert torch.autograd.gradgradcheck(lambda *t: op(*t, *tail), (x, weight, bias))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,13 +8,13 @@ lower-precision list) and rounded once, at the end.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch import Tensor, library
 
-_LIBRARY = torch.library.Library("normfx", "DEF")  # type: ignore[no-untyped-call]
+_library: Callable[[str, str], Any] = library.Library  # torch leaves it and its methods untyped
+_OPS = _library("normfx", "DEF")
 
 _NORM_ARGS = (
     "(Tensor x, Tensor? weight, Tensor? bias, int dim, float eps, str eps_place, int correction, float scale, "
@@ -32,146 +32,117 @@ def _wider(a: torch.dtype, b: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in (a, b) else torch.float32
 
 
-def rms_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    dim: int,
-    eps: float,
-    eps_place: str,
-    correction: int,
-    scale: float,
-    compute_dtype: torch.dtype,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """k·(weight ⊙ x·rstd + bias), rstd = 1/sqrt(Σx²/(d − correction) + ε) along `dim` ("Root Mean Square Layer
-    Normalization", eq. 4, with a bias).
+class Form(NamedTuple):
+    """The arguments of a norm op behind its tensors, in the order of its schema (see Norm in ir/sites.py).
+
+    eps_place: "inside" or "outside" of the root; correction: c of the divisor d − c; scale: k
+    """
+
+    dim: int
+    eps: float
+    eps_place: str
+    correction: int
+    scale: float
+    compute_dtype: torch.dtype
+    out_dtype: torch.dtype
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *form: Any) -> Tensor:
+    """k·(weight ⊙ x·rstd + bias), rstd = 1/sqrt(Σx²/(d − c) + ε) along `dim` ("Root Mean Square Layer Normalization",
+    eq. 4, with a bias). `form`: the fields of Form.
 
     weight, bias: d entries (any size-1 dimensions around them) or one entry. eps_place "outside" means
-    rstd = 1/(sqrt(Σx²/(d − correction)) + ε).
+    rstd = 1/(sqrt(Σx²/(d − c)) + ε).
     """
-    return _normalise(x.to(compute_dtype), x, weight, bias, dim, eps, eps_place, correction, scale, out_dtype)
+    return _normalise(x, weight, bias, Form(*form), centre=False)[0]
 
 
-def layer_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    dim: int,
-    eps: float,
-    eps_place: str,
-    correction: int,
-    scale: float,
-    compute_dtype: torch.dtype,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *form: Any) -> Tensor:
     """rms_norm of x − mean(x): LayerNorm in two passes over a row (one fused loop under Inductor on CPU)."""
-    wide = x.to(compute_dtype)
-    wide = wide - wide.mean(dim, keepdim=True)
-    return _normalise(wide, x, weight, bias, dim, eps, eps_place, correction, scale, out_dtype)
+    return _normalise(x, weight, bias, Form(*form), centre=True)[0]
 
 
 def _normalise(
-    wide: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    dim: int,
-    eps: float,
-    eps_place: str,
-    correction: int,
-    scale: float,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    d = x.shape[dim]
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form, centre: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The norm, the mean of each row (if it is subtracted) and rstd."""
+    dim, k = form.dim, form.scale
+    wide, mean = x.to(form.compute_dtype), None
+    if centre:
+        mean = wide.mean(dim, keepdim=True)
+        wide = wide - mean
     mean_square = (wide * wide).mean(dim, keepdim=True)
-    if correction:
-        mean_square = mean_square * (d / (d - correction))
-    if eps_place == "outside":
-        rstd = (mean_square.sqrt() + eps).reciprocal()
+    if form.correction:
+        mean_square = mean_square * _unbiased(x, form)
+    if form.eps_place == "outside":
+        rstd = (mean_square.sqrt() + form.eps).reciprocal()
     else:
-        rstd = torch.rsqrt(mean_square + eps)
-    if scale != 1.0:
-        rstd = rstd * scale
-    out = wide * rstd
+        rstd = torch.rsqrt(mean_square + form.eps)
+    out = wide * (rstd * k if k != 1.0 else rstd)
     if weight is not None:
         out = out * _along(weight, x.ndim, dim).to(wide.dtype)
     if bias is not None:
         shift = _along(bias, x.ndim, dim).to(wide.dtype)
-        out = out + (shift * scale if scale != 1.0 else shift)
-    return out.to(out_dtype)
+        out = out + (shift * k if k != 1.0 else shift)
+    return out.to(form.out_dtype), mean, rstd
+
+
+def _unbiased(x: Tensor, form: Form) -> float:
+    """d / (d − c)."""
+    d = x.shape[form.dim]
+    return d / (d - form.correction)
 
 
 class _Normalise(torch.autograd.Function):
-    """rms_norm or layer_norm with the derivative written out: from x and two numbers a row, in one pass over rows and
-    one over columns. Autograd's own derivative of the body reads the rows more often.
+    """A norm with ε inside the root and the derivative written out: from x and two numbers a row, in one pass over rows
+    and one over columns. Autograd's own derivative of the body reads the rows more often.
 
         x̂ = (x − μ)·rstd,  t = γ ⊙ k·dy,  dx = rstd·(t − mean t − x̂·d/(d − c)·mean(t x̂)),  dγ = Σ k·dy ⊙ x̂,  dβ = Σ k·dy
 
-    without the means of x and t for an RMSNorm. Source: "Layer Normalization" (Ba et al. 2016), differentiated. The
-    result is not differentiable again, as nothing is that AOTAutograd compiled.
+    without the means of x and t for an RMSNorm. Source: "Layer Normalization" (Ba et al. 2016), differentiated.
     """
 
     @staticmethod
     def forward(
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        centre: bool,
-        dim: int,
-        eps: float,
-        correction: int,
-        scale: float,
-        compute_dtype: torch.dtype,
-        out_dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        wide = x.to(compute_dtype)
-        mean = wide.mean(dim, keepdim=True) if centre else wide.new_zeros(())
-        if centre:
-            wide = wide - mean
-        mean_square = (wide * wide).mean(dim, keepdim=True)
-        if correction:
-            mean_square = mean_square * (x.shape[dim] / (x.shape[dim] - correction))
-        rstd = torch.rsqrt(mean_square + eps)
-        out = wide * (rstd * scale if scale != 1.0 else rstd)
-        if weight is not None:
-            out = out * _along(weight, x.ndim, dim).to(compute_dtype)
-        if bias is not None:
-            shift = _along(bias, x.ndim, dim).to(compute_dtype)
-            out = out + (shift * scale if scale != 1.0 else shift)
-        return out.to(out_dtype), mean, rstd
+        x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form, centre: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        return _normalise(x, weight, bias, form, centre)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight, bias, *ctx.settings = inputs
-        ctx.save_for_backward(x, weight, bias, *output[1:])
-        ctx.mark_non_differentiable(*output[1:])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        *tensors, ctx.form, ctx.centre = inputs
+        statistics = output[1:]
+        ctx.save_for_backward(*tensors, *statistics)
+        ctx.mark_non_differentiable(*(t for t in statistics if t is not None))
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        grad, form, centre = grads[0], ctx.form, ctx.centre
         if grad is None:
-            return (None,) * 10
+            return (None,) * 5
         x, weight, bias, mean, rstd = ctx.saved_tensors
-        centre, dim, _, correction, scale, compute_dtype, _ = ctx.settings
-        normal = (x.to(compute_dtype) - mean if centre else x.to(compute_dtype)) * rstd
-        wide = grad.to(compute_dtype)
-        if scale != 1.0:
-            wide = wide * scale
-        inner = wide if weight is None else wide * _along(weight, x.ndim, dim).to(compute_dtype)
+        if torch.is_grad_enabled():  # this derivative is to be differentiated: the statistics depend on x
+            _, mean, rstd = _normalise(x, None, None, form, centre)
+        wide, dim = x.to(form.compute_dtype), form.dim
+        normal = (wide - mean if centre else wide) * rstd
+        outer = grad.to(form.compute_dtype)
+        if form.scale != 1.0:
+            outer = outer * form.scale
+        inner = outer if weight is None else outer * _along(weight, x.ndim, dim).to(form.compute_dtype)
         projection = (inner * normal).mean(dim, keepdim=True)
-        if correction:
-            projection = projection * (x.shape[dim] / (x.shape[dim] - correction))
+        if form.correction:
+            projection = projection * _unbiased(x, form)
         dx = inner - normal * projection
         if centre:
             dx = dx - inner.mean(dim, keepdim=True)
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         return (
             (dx * rstd).to(x.dtype) if needs_x else None,
-            _summed(wide * normal, weight, dim) if needs_weight else None,
-            _summed(wide, bias, dim) if needs_bias else None,
-            *(None,) * 7,
+            _summed(outer * normal, weight, dim) if needs_weight else None,
+            _summed(outer, bias, dim) if needs_bias else None,
+            None,
+            None,
         )
 
 
@@ -183,27 +154,17 @@ def _summed(rows: Tensor, like: Tensor, dim: int) -> Tensor:
     return (rows.sum(others) if others else rows).reshape(like.shape).to(like.dtype)
 
 
-def _differentiable(body: Callable[..., Tensor], centre: bool) -> Callable[..., Tensor]:
-    """The body where no gradient is recorded or functorch acts, else the same with its derivative written out."""
+_differentiated: Callable[..., tuple[Tensor, ...]] = _Normalise.apply
 
-    def run(
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        dim: int,
-        eps: float,
-        eps_place: str,
-        correction: int,
-        scale: float,
-        compute_dtype: torch.dtype,
-        out_dtype: torch.dtype,
-    ) -> Tensor:
+
+def _kernel(centre: bool) -> Callable[..., Tensor]:
+    """The body; where gradients are recorded, and functorch does not act, with its derivative written out."""
+
+    def run(x: Tensor, weight: Tensor | None, bias: Tensor | None, *form: Any) -> Tensor:
+        fixed = Form(*form)
         wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-        if not wanted or eps_place != "inside" or torch._C._are_functorch_transforms_active():
-            return body(x, weight, bias, dim, eps, eps_place, correction, scale, compute_dtype, out_dtype)
-        settings = (centre, dim, eps, correction, scale, compute_dtype, out_dtype)
-        out: Tensor = _Normalise.apply(x, weight, bias, *settings)[0]  # type: ignore[no-untyped-call]
-        return out
+        plain = not wanted or fixed.eps_place != "inside" or torch._C._are_functorch_transforms_active()
+        return (_normalise if plain else _differentiated)(x, weight, bias, fixed, centre)[0]
 
     return run
 
@@ -270,12 +231,12 @@ def _tile(vector: Tensor, n: int, size: int, inner: int) -> Tensor:
 
 def _define(schema: str, body: object) -> None:
     name = schema[: schema.index("(")]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
-    _LIBRARY.impl(name, body, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
+    _OPS.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _OPS.impl(name, body, "CompositeImplicitAutograd")
 
 
-_define("rms_norm" + _NORM_ARGS, _differentiable(rms_norm, centre=False))
-_define("layer_norm" + _NORM_ARGS, _differentiable(layer_norm, centre=True))
+_define("rms_norm" + _NORM_ARGS, _kernel(centre=False))
+_define("layer_norm" + _NORM_ARGS, _kernel(centre=True))
 _define("center(Tensor x, int dim, int size, int inner, ScalarType dtype) -> Tensor", center)
 _define(
     "scale_features(Tensor weight, Tensor gamma, int dim, int size, int inner, ScalarType dtype) -> Tensor",
