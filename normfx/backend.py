@@ -13,10 +13,11 @@ from weakref import WeakKeyDictionary
 
 from torch.fx import GraphModule, Node
 
-from normfx.capture import Captured, capture, module_path, source_line
+from normfx.capture import Captured, capture
 from normfx.errors import NormfxWarning, StageError, stage_warning
 from normfx.ir import ops
 from normfx.ir.aliasing import functionalize_local, mutated
+from normfx.ir.names import module_path, source_line
 from normfx.ir.printer import print_graph
 from normfx.ir.verify import verify
 from normfx.lower.folded import Compiled, Folding, compile_folded, hoist, is_frozen

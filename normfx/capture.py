@@ -17,12 +17,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch._dispatch.python import enable_python_dispatcher
-from torch._dynamo.source import ConstantSource, is_from_unspecialized_param_buffer_source
+from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext, detect_fake_mode
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import FakeTensorConverter
@@ -33,12 +33,9 @@ from torch.fx.experimental.symbolic_shapes import rebind_unbacked
 from normfx.errors import NormfxError
 from normfx.ir.cleanup import must_stay, simplify_constants
 from normfx.ir.expand import expand_encoder_layers
-from normfx.ir.names import dotted, module_path, source_line, source_name
+from normfx.ir.names import source_line
 from normfx.ir.regions import attribute, carried, target_name
-
-__all__ = ["Captured", "Source", "capture", "capture_exported", "module_path", "source_line"]
-
-Kind = Literal["parameter", "buffer", "input", "constant"]
+from normfx.ir.sources import Source, attribute_source, dynamo_sources, export_sources
 
 PLACEHOLDER_META = ("tensor_dict", "example_value")
 """What Dynamo writes on a placeholder and AOTAutograd reads: without it no input is static, caches miss."""
@@ -51,15 +48,6 @@ AUTOGRAD_CALLS = (torch.autograd.grad, torch.autograd.backward)
 
 MODES = frozenset({"_enter_inference_mode", "_exit_inference_mode", "_enter_autocast", "_exit_autocast"})
 """Mode switches that make_fx either loses (inference mode) or records without running them (autocast)."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where the value of a placeholder or a tensor attribute comes from, and whether it wants a gradient."""
-
-    kind: Kind
-    name: str
-    requires_grad: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,7 +82,7 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> Captured:
         with mode, enable_python_dispatcher(), torch.fx.traceback.preserve_node_meta():
             canonical = proxy_tensor.make_fx(lambda *a: interpreter.run(*a), pre_dispatch=True)(*fakes)
         _inherit(gm, canonical)
-        return _finish(canonical, mode, _dynamo_sources(gm, canonical))
+        return _finish(canonical, mode, dynamo_sources(gm, canonical))
 
 
 def capture_exported(ep: torch.export.ExportedProgram) -> Captured:
@@ -104,7 +92,7 @@ def capture_exported(ep: torch.export.ExportedProgram) -> Captured:
     canonical = GraphModule(original, graph)
     canonical.meta.update(original.meta)
     mode = _mode_of(graph)
-    return _finish(canonical, mode, _export_sources(ep, graph))
+    return _finish(canonical, mode, export_sources(ep, graph))
 
 
 def _finish(gm: GraphModule, mode: FakeTensorMode | None, sources: dict[Node, Source]) -> Captured:
@@ -360,47 +348,8 @@ def _inherit(gm: GraphModule, canonical: GraphModule) -> None:
 
 def _describe_attribute(gm: GraphModule, node: Node, mode: FakeTensorMode | None, sources: dict[Node, Source]) -> None:
     value = attribute(gm, str(node.target))
-    if not isinstance(value, torch.Tensor):
-        return
-    if "val" not in node.meta and mode is not None:
+    if isinstance(value, torch.Tensor) and "val" not in node.meta and mode is not None:
         node.meta["val"] = value if isinstance(value, FakeTensor) else _static_fake(value, mode)
-    if node in sources:
-        return
-    source = getattr(gm, "_param_name_to_source", {}).get(str(node.target))
-    known = source is not None and not isinstance(source, ConstantSource)
-    kind: Kind = "parameter" if isinstance(value, torch.nn.Parameter) else "buffer" if known else "constant"
-    sources[node] = Source(kind, dotted(source_name(source)) if known else str(node.target), value.requires_grad)
-
-
-# ---------------------------------------------------------------- names
-
-
-def _dynamo_sources(gm: GraphModule, canonical: GraphModule) -> dict[Node, Source]:
-    old, new = gm.graph.find_nodes(op="placeholder"), canonical.graph.find_nodes(op="placeholder")
-    return {after: _placeholder_source(before) for before, after in zip(old, new, strict=True)}
-
-
-def _placeholder_source(node: Node) -> Source:
-    source = getattr(node, "_dynamo_source", None)
-    kind: Kind = "input"
-    example = node.meta.get("example_value")
-    if isinstance(example, torch.nn.Parameter):
-        kind = "parameter"
-    elif source is not None and is_from_unspecialized_param_buffer_source(source):
-        kind = "buffer"
-    wants = isinstance(example, torch.Tensor) and example.requires_grad
-    return Source(kind, dotted(source_name(source)) or node.name, wants)
-
-
-def _export_sources(ep: torch.export.ExportedProgram, graph: Graph) -> dict[Node, Source]:
-    signature = ep.graph_signature
-    tables: list[tuple[Kind, Mapping[str, str]]] = [
-        ("parameter", signature.inputs_to_parameters),
-        ("buffer", signature.inputs_to_buffers),
-        ("constant", signature.inputs_to_lifted_tensor_constants),
-    ]
-    sources = {}
-    for node in graph.find_nodes(op="placeholder"):
-        found = [Source(kind, table[node.name]) for kind, table in tables if node.name in table]
-        sources[node] = found[0] if found else Source("input", node.name)
-    return sources
+    source = attribute_source(gm, node)
+    if source is not None:
+        sources.setdefault(node, source)

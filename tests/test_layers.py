@@ -14,7 +14,7 @@ FLOORS = (
     ("options",),
     ("kernels",),
     ("ir.ops", "ir.graph", "ir.regions", "ir.names"),
-    ("ir.sites", "ir.cleanup", "ir.aliasing", "ir.expand"),
+    ("ir.sites", "ir.cleanup", "ir.aliasing", "ir.expand", "ir.sources"),
     ("ir.verify", "ir.printer"),
     ("capture", "specialize"),
     ("recognize.axes", "recognize.algebra", "recognize.barriers"),
@@ -56,6 +56,7 @@ PRIVATE_ROOMS = frozenset(
         "lower.verified",
         "ir.aliasing",
         "ir.expand",
+        "ir.sources",
     }
 )
 """Modules that may use any private part of torch."""
