@@ -55,8 +55,8 @@ class EagerBackend:
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         ready = transform(promote(gm) if self.promoted else gm, example_inputs, self.settings)
         self.graphs.append(ready.report)
-        run = ready.graph_module.forward
-        return fed(run, ready.folding) if ready.folding else run  # type: ignore[no-any-return]
+        run: Callable[..., Any] = ready.graph_module.forward
+        return fed(run, ready.folding) if ready.folding else run
 
     @property
     def report(self) -> Report:

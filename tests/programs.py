@@ -35,6 +35,9 @@ OBSERVERS = (
     "moved_frozen",
 )
 
+NORMS = frozenset(OBSERVERS) - {"raw_out", "raw_linear", "feature_mean", "two_readers"} | {"post_norm"}
+"""Ops with a norm of their own."""
+
 Step = tuple[str, int]
 
 
@@ -72,18 +75,7 @@ class Program(nn.Module):
             self.parts[key] = nn.ModuleList([nn.Linear(d, 2 * d), nn.LayerNorm(d), nn.Linear(2 * d, d, bias=False)])
         elif op in ("mix_tokens", "mix_tokens_bias"):
             self.parts[key] = nn.Linear(TOKENS, TOKENS, bias=op.endswith("bias"))
-        elif op in (
-            "norm_out",
-            "scaled_norm",
-            "norm_tanh",
-            "post_norm",
-            "double_norm",
-            "frozen_norm",
-            "detached_norm",
-            "frozen_scaled",
-            "scaled_frozen",
-            "moved_frozen",
-        ):
+        elif op in NORMS:
             self.parts[key] = nn.ModuleList([nn.LayerNorm(d), nn.Linear(d, 3), nn.LayerNorm(d)])
         elif op == "two_readers":
             self.parts[key] = nn.ModuleList([nn.LayerNorm(d), nn.Linear(d, 3), nn.Linear(d, 5, bias=False)])

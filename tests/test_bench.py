@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ def test_errors(arguments: tuple[str, str], message: str, tmp_path: Path, capsys
 
 def test_turns_rotate() -> None:
     log: list[str] = []
-    times = interleaved({n: lambda n=n: log.append(n) for n in "abc"}, 3, {"a": 1, "b": 2, "c": 1})  # type: ignore[misc]
+    times = interleaved({n: partial(log.append, n) for n in "abc"}, 3, {"a": 1, "b": 2, "c": 1})
     assert "".join(log) == "abbc" + "bbca" + "cabb"
     assert {n: len(t) for n, t in times.items()} == {"a": 3, "b": 3, "c": 3}
 
