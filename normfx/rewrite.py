@@ -66,9 +66,9 @@ def feed(gm: GraphModule, nodes: Sequence[Node], prefix: str) -> tuple[Node, ...
     return tuple(inputs)
 
 
-def _detached(fake: torch.Tensor) -> torch.Tensor:
+def _detached(fake: Any) -> torch.Tensor:
     """A fake like this one, without history, that is nobody's view."""
-    with fake.fake_mode, torch.inference_mode(False), torch.no_grad():  # type: ignore[attr-defined]
+    with fake.fake_mode, torch.inference_mode(False), torch.no_grad():
         return torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device)
 
 

@@ -134,7 +134,7 @@ def _measured(cell: Cell, variants: list[str], settings: Settings, say: Callable
 def _warm_up(device: str) -> None:
     """Else the first variant of the first cell pays for the imports of the compiler."""
     x = torch.ones(2, device=device, requires_grad=True)
-    torch.compile(lambda x: (x * x).sum())(x).backward()  # type: ignore[no-untyped-call]
+    torch.autograd.backward(torch.compile(lambda x: (x * x).sum())(x))
 
 
 def _show(results: Results, console: Console) -> None:

@@ -181,7 +181,7 @@ class _Step:
             self.model.zero_grad(set_to_none=True)
         output = self.function(*self.inputs)
         if self.training:
-            output.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(output)
         return output
 
     def outcome(self) -> list[Tensor]:

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch._dynamo.source import ConstantSource
@@ -47,8 +47,9 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], patches: Mappi
         if not hasattr(node, "_dynamo_source"):  # an input that normfx added; AOTAutograd asks each where it comes from
             node._dynamo_source = ConstantSource(node.name)
     tag = f"{torch.compiler.config.cache_key_tag}normfx-{_digest()}"
-    with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
-        return compile_fx(gm, list(example_inputs), config_patches=dict(patches) or None)  # type: ignore[return-value]
+    config: Any = torch.compiler.config  # `patch` is put on the module when it is imported
+    with config.patch(cache_key_tag=tag):
+        return cast(Callable[..., Any], compile_fx(gm, list(example_inputs), config_patches=dict(patches) or None))
 
 
 @functools.cache

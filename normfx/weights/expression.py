@@ -83,6 +83,6 @@ def _graph(order: list[Node], leaves: Mapping[Node, Any], names: Mapping[Node, s
     for item in order:
         if item not in leaves:
             args, kwargs = torch.fx.node.map_arg((item.args, item.kwargs), copies.__getitem__)
-            copies[item] = graph.call_function(item.target, args, kwargs)  # type: ignore[arg-type]
+            copies[item] = graph.create_node("call_function", item.target, args, kwargs)
     graph.output(copies[order[-1]])
     return graph

@@ -14,6 +14,7 @@ import ctypes
 import functools
 import logging
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any, Protocol
@@ -192,14 +193,15 @@ class NativeProbe:
 _CELLS = {1: ctypes.c_uint8, 2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}
 
 
-class _Slow:
+class _Slow(ABC):
     """Identities and versions compared in Python; how samples are read is left open."""
 
     def __init__(self) -> None:
         self._accepted: tuple[list[int], list[int], list[int], list[tuple[int, ...]]] = ([], [], [], [])
 
+    @abstractmethod
     def read(self, tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
-        raise NotImplementedError
+        """The samples of each tensor."""
 
     def accept(self, tensors: Sequence[Tensor], versions: list[int], samples: list[tuple[int, ...]]) -> None:
         pointers, storages = [*map(pointer_of, tensors)], [*map(address_of, map(storage_of, tensors))]
@@ -288,4 +290,4 @@ def _load() -> ctypes.PyDLL | None:
         ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64,
     ]  # fmt: skip
     library.normfx_read.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
-    return library  # type: ignore[no-any-return]
+    return library

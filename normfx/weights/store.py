@@ -25,6 +25,10 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from normfx.weights.expression import Expression
 from normfx.weights.probe import Probe, address_of, pointer_of, probe, storage_of, version_of
 
+# torch leaves these two untyped
+_weak_reference: Callable[[torch.UntypedStorage], Any] = StorageWeakRef
+_register_hook: Callable[[Callable[..., None]], Any] = register_optimizer_step_post_hook
+
 Identity = tuple[int, int]
 """Storage and address of a source. Never used again while a StorageWeakRef on the storage is held."""
 
@@ -40,14 +44,14 @@ class Entry:
 
     expression: Expression
     identities: tuple[Identity, ...]
-    sources: tuple[StorageWeakRef, ...]
+    sources: tuple[Any, ...]
     value: Tensor | None
     seen: tuple[Any, ...] | None = None
 
     @property
     def expired(self) -> bool:
         """Whether a source is gone, so that nobody can ask for this value again."""
-        return any(source.expired() for source in self.sources)  # type: ignore[no-untyped-call]
+        return any(source.expired() for source in self.sources)
 
 
 class Store:
@@ -107,7 +111,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     STORE.forget(storage_of(p)._cdata for p in parameters if isinstance(p, Tensor) and p.layout == torch.strided)
 
 
-register_optimizer_step_post_hook(_after_step)  # type: ignore[no-untyped-call]
+_register_hook(_after_step)
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ class Watch:
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.references = tuple(StorageWeakRef(storage_of(t)) for t in tensors)  # type: ignore[no-untyped-call]
+        self.references = tuple(_weak_reference(storage_of(t)) for t in tensors)
         self.storages = [reference.cdata for reference in self.references]
         self.pointers = [*map(pointer_of, tensors)]
         self.untrackable = any(t.is_inference() for t in tensors)
@@ -142,7 +146,7 @@ class Watch:
 
     @property
     def expired(self) -> bool:
-        return any(reference.expired() for reference in self.references)  # type: ignore[no-untyped-call]
+        return any(reference.expired() for reference in self.references)
 
     def same(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these are the tensors that are watched."""
