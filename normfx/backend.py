@@ -22,6 +22,7 @@ from normfx.ir.printer import print_graph
 from normfx.ir.verify import verify
 from normfx.lower.folded import Compiled, Folding, compile_folded, hoist, is_frozen
 from normfx.lower.inductor import compile_graph, inductor_options
+from normfx.lower.packed import pack_linears
 from normfx.lower.verified import verified
 from normfx.options import Options
 from normfx.plan import Plan, make_plan
@@ -109,7 +110,7 @@ def transform(gm: GraphModule, example_inputs: Sequence[Any], settings: Options,
     try:
         captured = stages.run("capture", capture, gm, example_inputs)
         changed, report = transform_canonical(captured, settings, stages)
-        folding = stages.run("fold", _keep_folds, captured, settings) if settings.fold != "live" else None
+        folding = stages.run("fold", _keep_folds, captured, settings, not freezes) if settings.fold != "live" else None
     except Exception as error:
         if settings.strict:
             raise StageError(stages.current, error) from error
@@ -149,9 +150,12 @@ def _keepable(captured: Captured, settings: Options) -> frozenset[Node]:
     return keepable(graph, captured.weights, captured.trained, everywhere=settings.fold != "auto")
 
 
-def _keep_folds(captured: Captured, settings: Options) -> Folding | None:
-    gm = captured.graph_module
-    return hoist(gm, kept_values(gm.graph, _keepable(captured, settings)))
+def _keep_folds(captured: Captured, settings: Options, packs: bool) -> Folding | None:
+    """Take the folds out of the graph. packs: and the weights of its linear layers, where packed ones are faster."""
+    gm, free = captured.graph_module, _keepable(captured, settings)
+    if packs:
+        pack_linears(gm, free)
+    return hoist(gm, kept_values(gm.graph, free))
 
 
 def _count_folds(gm: GraphModule, weights: frozenset[Any]) -> tuple[int, int]:

@@ -65,7 +65,7 @@ def kept_values(graph: Graph, free: frozenset[Node]) -> tuple[Kept, ...]:
     or writes: it would change under the caller.
     """
     known = parameter_only(graph, free)
-    folding = _closed_forwards(known)
+    folding = folded(known)
     if not folding:
         return ()
     storages = storages_of(graph)
@@ -92,7 +92,7 @@ def _is_neutral(node: Node, leaves: frozenset[Node]) -> bool:
     return True
 
 
-def _closed_forwards(known: frozenset[Node]) -> frozenset[Node]:
+def folded(known: frozenset[Node]) -> frozenset[Node]:
     """The known nodes that are, or depend on, a fold or a baked node."""
     found: set[Node] = set()
     work = [n for n in known if n.target in FOLD_OPS or BAKED in n.meta]

@@ -9,7 +9,6 @@ place, so that the graph's static inputs stay where they are.
 
 from __future__ import annotations
 
-import math
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -23,6 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef  # private in name o
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from normfx.weights.expression import Expression
+from normfx.weights.handles import put_behind, size_in_bytes
 from normfx.weights.probe import Probe, address_of, pointer_of, probe, storage_of, version_of
 
 # torch leaves these two untyped
@@ -35,7 +35,7 @@ Identity = tuple[int, int]
 
 @dataclass(eq=False)
 class Entry:
-    """One kept value.
+    """One kept value, or the handle of one (handles.py).
 
     identities, sources: what it was computed from, with references that keep the identities from being used again
     value:               None once its memory was handed on to a successor
@@ -88,7 +88,7 @@ class Store:
     @property
     def bytes(self) -> int:
         """Bytes of all kept values."""
-        return sum(entry.value.nbytes for entry in self.entries() if entry.value is not None)
+        return sum(size_in_bytes(entry.value) for entry in self.entries() if entry.value is not None)
 
 
 STORE = Store()
@@ -184,10 +184,6 @@ class Fold:
     dtype: torch.dtype
     device: torch.device
 
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
     def memory(self) -> Tensor:
         with torch.inference_mode(False):
             return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
@@ -221,8 +217,8 @@ class Folds:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the values of one parameter set."""
-        return sum(fold.bytes for fold in self.folds)
+        """Bytes of the values of the latest parameter set."""
+        return sum(map(size_in_bytes, self._latest.values)) if self._latest else 0
 
     @property
     def parameter_sets(self) -> int:
@@ -259,7 +255,10 @@ class Folds:
         if self._rebinds or entry.value is None:
             entry.value = fold.memory()
         with torch.inference_mode(False), torch.no_grad():
-            entry.value.copy_(fresh)
+            if fresh.is_mkldnn:
+                put_behind(entry.value, fresh)
+            else:
+                entry.value.copy_(fresh)
         self.refreshes += 1
 
     def _find(self, sources: tuple[Tensor, ...]) -> _Binding:

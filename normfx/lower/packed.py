@@ -1,0 +1,135 @@
+"""Kept weights in the layout oneDNN multiplies by, without freezing anything.
+
+Inductor packs weights only as constants. Here a linear layer's weight is one more kept value: the graph computes
+`pack(W)`, which the store takes out, and multiplies by it in `packed_linear`. What the graph is given is a handle of
+one entry at a fixed address; the packed tensor behind it is found in weights/handles.py, and exchanged when W changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from normfx.ir.aliasing import escaping, storages_of
+from normfx.ir.graph import BAKED, arguments, op_name, parameter_only, value
+from normfx.ir.regions import is_autocast
+from normfx.lower.gemm import packed_is_faster
+from normfx.weights.handles import behind
+from normfx.weights.kept import folded, records_gradients
+
+ROWS = 128
+"""Rows of the input that oneDNN is told to expect when it chooses a layout; any number of rows may come."""
+
+LEAST = {torch.float32: 2**16, torch.bfloat16: 2**15}
+"""Entries of the smallest weights worth packing: the call itself costs 10 µs more than a plain product."""
+
+COPIES = 2**29
+"""Bytes of a graph's weights that may be packed without being folded. A folded weight is kept in any case, packed or
+not; of another one the packed form is a second copy."""
+
+_library: Callable[[str, str], Any] = torch.library.Library  # torch leaves it and its methods untyped
+_OPS = _library("normfx", "FRAGMENT")
+_OPS.define("pack(Tensor weight, int out) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_OPS.define(
+    "packed_linear(Tensor x, Tensor handle, Tensor? bias, int features) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
+)
+_fake: Callable[..., Any] = torch.library.register_fake  # untyped as well
+_multiply: Any = torch.ops.mkldnn._linear_pointwise.default
+
+
+def _pack(weight: Tensor, out: int) -> Tensor:
+    """A matrix whose output features lie along dimension `out` → the same, packed."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight((weight.t() if out else weight).contiguous(), ROWS)
+    return packed
+
+
+def _packed_linear(x: Tensor, handle: Tensor, bias: Tensor | None, features: int) -> Tensor:
+    result: Tensor = _multiply(x, behind(handle), bias, "none", [], "")
+    return result
+
+
+_OPS.impl("pack", _pack, "CPU")
+_OPS.impl("packed_linear", _packed_linear, "CPU")
+PACK = torch.ops.normfx.pack.default
+PACKED_LINEAR = torch.ops.normfx.packed_linear.default
+
+
+# what a graph is given in place of a packed weight is its handle
+_fake(PACK, lambda weight, out: weight.new_empty(1, dtype=torch.int64))
+_fake(PACKED_LINEAR, lambda x, handle, bias, features: x.new_empty((*x.shape[:-1], features)))
+
+
+class Product(NamedTuple):
+    """A linear layer: x times a matrix whose output features lie along dimension `out`, plus a vector."""
+
+    x: Node
+    weight: Node
+    bias: Node | None
+    out: int
+
+
+def pack_linears(gm: GraphModule, free: frozenset[Node]) -> None:
+    """Let the linear layers of a graph multiply by packed weights, in place, where that is faster.
+
+    free: parameters that may be kept. Every packed weight is one of `kept_values` afterwards.
+    """
+    graph = gm.graph
+    if is_autocast(graph) or records_gradients(graph):
+        return
+    known = parameter_only(graph, free)
+    products = {node: p for node in graph.nodes if (p := _product(node)) and p.weight in known}
+    storages = storages_of(graph)
+    outside, kept = escaping(graph, storages), folded(known)
+    packs: dict[tuple[Node, int], Node] = {}
+    copied = 0
+    for node, (x, weight, bias, out) in products.items():
+        fake = value(weight)
+        assert fake is not None
+        if storages[weight] & outside or not (weight in free or weight in kept) or not packed_is_faster(fake.dtype):
+            continue
+        if (weight, out) not in packs:
+            copy = 0 if weight in kept else fake.nbytes
+            if copied + copy > COPIES:
+                continue
+            copied += copy
+            packs[weight, out] = _insert(gm, node, PACK, weight, out)
+            packs[weight, out].meta[BAKED] = True
+        new = _insert(gm, node, PACKED_LINEAR, x, packs[weight, out], bias, int(fake.shape[out]))
+        new.meta = {**node.meta, **new.meta}
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+
+
+def _insert(gm: GraphModule, before: Node, target: Any, *args: Any) -> Node:
+    with gm.graph.inserting_before(before):
+        new = gm.graph.call_function(target, args)
+    with before.meta["val"].fake_mode:
+        new.meta["val"] = target(*torch.fx.node.map_arg(args, lambda n: n.meta["val"]))
+    return new
+
+
+def _product(node: Node) -> Product | None:
+    """A linear layer on the CPU, large enough, all of one dtype; under autocast its output has another."""
+    name = op_name(node)
+    if name not in ("aten::linear", "aten::addmm"):
+        return None
+    given = arguments(node)
+    if name == "aten::linear":
+        product = Product(given["input"], given["weight"], given["bias"], 0)
+    elif given["alpha"] == given["beta"] == 1:
+        product = Product(given["mat1"], given["mat2"], given["self"], 1)
+    else:
+        return None
+    x, weight, bias, result = map(value, (*product[:3], node))
+    if x is None or weight is None or result is None or x.ndim < 2 or weight.ndim != 2:
+        return None
+    if bias is not None and bias.shape != (weight.shape[product.out],):
+        return None
+    tensors = [x, weight, result, *([bias] if bias is not None else [])]
+    same = all(t.dtype == weight.dtype and t.device.type == "cpu" for t in tensors)
+    return product if same and weight.numel() >= LEAST.get(weight.dtype, float("inf")) else None

@@ -1,0 +1,30 @@
+"""Handles: tensors of one entry that stand for a value a compiled graph cannot take as an input (an opaque layout).
+
+The value is found by the handle's address, so that it may be exchanged while the handle stays where it is.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+from torch import Tensor
+
+_BEHIND: dict[int, Tensor] = {}
+
+
+def put_behind(handle: Tensor, value: Tensor) -> None:
+    """Let a handle stand for a value, for as long as the handle lives."""
+    address = handle.data_ptr()
+    if address not in _BEHIND:
+        weakref.finalize(handle, _BEHIND.pop, address)
+    _BEHIND[address] = value
+
+
+def behind(handle: Tensor) -> Tensor:
+    """The value that a handle stands for."""
+    return _BEHIND[handle.data_ptr()]
+
+
+def size_in_bytes(value: Tensor) -> int:
+    """Of a kept value, or of what its handle stands for."""
+    return _BEHIND.get(value.data_ptr(), value).nbytes
