@@ -51,10 +51,12 @@ class EagerBackend:
             {"strict": True, "fold": "live", **(options or {})}, environ={"NORMFX_VERIFY": "1"}
         )
         self.graphs: list[GraphReport] = []
+        self.modules: list[GraphModule] = []
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         ready = transform(promote(gm) if self.promoted else gm, example_inputs, self.settings)
         self.graphs.append(ready.report)
+        self.modules.append(ready.graph_module)
         run: Callable[..., Any] = ready.graph_module.forward
         return fed(run, ready.folding) if ready.folding else run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,9 @@ import normfx
 from normfx.weights.probe import sample_indices
 
 KEPT = ("cached", "frozen")
+
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-4}
+"""Absolute; outputs are of the size of 1 to 100."""
 
 
 class Net(nn.Module):
@@ -32,9 +36,9 @@ class Net(nn.Module):
         return self.head(self.norm2(h))
 
 
-def net(seed: int = 0) -> Net:
+def net(seed: int = 0, dtype: torch.dtype = torch.float64) -> Net:
     torch.manual_seed(seed)
-    return Net().double().eval()
+    return Net().to(dtype).eval()
 
 
 X = torch.linspace(-1, 1, 18, dtype=torch.float64).reshape(3, 6).sin()
@@ -50,6 +54,10 @@ def compiled(model: Callable[[Tensor], Tensor], fold: str, **options: Any) -> Ca
     return run
 
 
+def dtype_of(model: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in model.parameters())
+
+
 def folding() -> normfx.report.FoldReport:
     """Of the graph compiled last."""
     weights = normfx.compiled_report().graphs[-1].weights
@@ -59,9 +67,10 @@ def folding() -> normfx.report.FoldReport:
 
 def check(call: Callable[[Tensor], Tensor], model: nn.Module, before: Tensor | None = None) -> Tensor:
     """The very next call is right, and, given `before`, differs from what a stale fold would give."""
+    dtype = dtype_of(model)
     with torch.no_grad():
-        expected = model(X)
-    assert torch.allclose(call(X), expected, rtol=0, atol=1e-12)
+        expected = model(X) if dtype == X.dtype else copy.deepcopy(model).double()(X)
+    assert torch.allclose(call(X.to(dtype)).double(), expected, rtol=0, atol=TOLERANCES[dtype])
     if before is not None:
         assert (expected - before).abs().max() > 1e-3, "the write does not show: the check could not fail"
     return expected

@@ -57,6 +57,17 @@ class Case:
                     p.add_(0.3 * torch.randn_like(p))
         return model
 
+    def batches(self) -> list[tuple[Tensor, ...]]:
+        """Three, so that errors are compared over many outputs."""
+        generator = torch.Generator().manual_seed(7)
+        return [
+            tuple(
+                torch.randn(x.shape, generator=generator) if x.is_floating_point() else x.roll(i, -1)
+                for x in self.inputs()
+            )
+            for i in range(3)
+        ]
+
 
 def _ids(*shape: int) -> Tensor:
     return torch.randint(1, 100, shape or (2, 12), generator=torch.Generator().manual_seed(0))

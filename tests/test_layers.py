@@ -53,6 +53,7 @@ PRIVATE_ROOMS = frozenset(
         "lower.inductor",
         "lower.folded",
         "lower.gemm",
+        "lower.packed",
         "lower.verified",
         "ir.aliasing",
         "ir.expand",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from equivalence import EagerBackend, assert_low_precision, assert_same_float64, transformed
@@ -41,19 +39,9 @@ def test_decisions_and_float64(case: Case) -> None:
     _assert_expected(case, report)
 
 
-def _batches(case: Case) -> list[tuple[Any, ...]]:
-    generator = torch.Generator().manual_seed(7)
-    return [
-        tuple(
-            torch.randn(x.shape, generator=generator) if x.is_floating_point() else x.roll(i, -1) for x in case.inputs()
-        )
-        for i in range(3)
-    ]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_low_precision(case: Case, dtype: torch.dtype) -> None:
-    assert_low_precision(case.make(), _batches(case), EagerBackend(), dtype)
+    assert_low_precision(case.make(), case.batches(), EagerBackend(), dtype)
 
 
 def test_training_with_dropout_is_decided_and_right() -> None:
@@ -109,7 +97,7 @@ def test_low_precision_under_inductor(case: Case, dtype: torch.dtype, monkeypatc
     monkeypatch.setenv("NORMFX_STRICT", "1")
     graphs: list[GraphReport] = []
     with listening(graphs.append):
-        assert_low_precision(case.make(), _batches(case), "normfx", dtype)
+        assert_low_precision(case.make(), case.batches(), "normfx", dtype)
     report = Report((graphs[-1],))
     if dtype == torch.float32:
         _assert_expected(case, report)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from folding import net
+from folding import dtype_of, net
 from torch import nn
 
 
@@ -40,7 +40,7 @@ OPTIMISERS = {
 
 
 def load(model: nn.Module, seed: int, **settings: Any) -> None:
-    model.load_state_dict(net(seed).state_dict(), **settings)
+    model.load_state_dict(net(seed, dtype_of(model)).state_dict(), **settings)
 
 
 def load_twice(model: nn.Module) -> None:
@@ -75,7 +75,7 @@ def add_data(p: nn.Parameter) -> None:
 
 def through_vector(model: nn.Module) -> None:
     size = sum(p.numel() for p in model.parameters())
-    nn.utils.vector_to_parameters(torch.randn(size, dtype=torch.float64), model.parameters())
+    nn.utils.vector_to_parameters(torch.randn(size, dtype=dtype_of(model)), model.parameters())
 
 
 def through_numpy(p: nn.Parameter) -> None:
@@ -101,8 +101,9 @@ def fused_function(model: nn.Module) -> None:
 
 
 def there_and_back(model: nn.Module) -> None:
+    dtype = dtype_of(model)
     model.to(torch.bfloat16)
-    model.to(torch.float64)
+    model.to(dtype)
 
 
 WRITES: dict[str, Callable[[nn.Module], object]] = {
