@@ -1,0 +1,82 @@
+"""How a norm is cut into programs, and why. Frozen tables: nothing here is tuned at run time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .spec import DTYPES, Spec
+
+Form = Literal["rows", "chunks"]
+
+FORWARD_IN_REGISTERS = 16384
+"""Entries of the widest row that forward holds in registers: 32 float32 for each of 512 threads."""
+
+BACKWARD_IN_REGISTERS = 8192
+"""Of the widest row that backward holds: x, dy, and a running sum each for dγ and dβ."""
+
+CHUNK = 4096
+"""Entries read at a time of a wider row; what is read twice comes from the L2 cache the second time."""
+
+PROGRAM = 2048
+"""Entries a program should have at least: with fewer, starting it costs as much as its work."""
+
+PROGRAMS_PER_SM = 2
+"""Of a persistent grid: more rows of partial sums cost bandwidth, fewer leave nothing to hide latency with."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """form:   "rows": whole rows in registers; "chunks": a row in pieces of `block`
+    block:     columns of a program, a power of two
+    rows:      rows that a program holds at a time
+    warps:     of 32 threads
+    persistent: programs loop over rows and keep sums over them
+    reason:    why
+    """
+
+    form: Form
+    block: int
+    rows: int
+    warps: int
+    persistent: bool
+    reason: str
+
+
+def forward_launch(spec: Spec) -> Launch:
+    if spec.entries > FORWARD_IN_REGISTERS:
+        return Launch("chunks", CHUNK, 1, 8, False, f"a row of {spec.entries} does not fit into registers")
+    return _rows(spec, 16, False)
+
+
+def backward_launch(spec: Spec) -> Launch:
+    """Of dx, and of dγ and dβ in the same kernel where a row and its sums fit into registers."""
+    sums = (spec.weight is not None) + (spec.bias is not None)
+    most = BACKWARD_IN_REGISTERS if sums else FORWARD_IN_REGISTERS
+    if spec.entries > most:
+        return Launch(
+            "chunks", CHUNK, 1, 8, False, f"a row of {spec.entries} with its sums does not fit into registers"
+        )
+    return _rows(spec, 8, sums > 0)
+
+
+def _rows(spec: Spec, per_thread: int, persistent: bool) -> Launch:
+    """Whole rows: `per_thread` entries a thread, at least one 16-byte access wide."""
+    block = power_of_two(spec.entries)
+    rows = max(1, PROGRAM // block)
+    vector = 16 // DTYPES[spec.x]
+    threads = rows * block // max(per_thread, vector)
+    warps = min(max(threads // 32, 1), 16)
+    reason = f"{rows} rows of {block}" if rows > 1 else f"one row of {block}"
+    return Launch("rows", block, rows, warps, persistent, f"{reason}, {rows * block // (32 * warps)} entries a thread")
+
+
+def programs(launch: Launch, rows: int, processors: int) -> int:
+    """Size of the grid for this many rows on a device with this many multiprocessors."""
+    groups = -(-rows // launch.rows)
+    return min(groups, processors * PROGRAMS_PER_SM) if launch.persistent else groups
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is not below n."""
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,168 @@
+"""Tensors → launches of generated kernels."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .build import build
+from .launch import Launch, backward_launch, forward_launch, programs
+from .source import SUM_COLUMNS, Source, backward_source, column_source, finalise_source, forward_source
+from .spec import Spec
+
+_source_of_forward = functools.cache(forward_source)
+_source_of_backward = functools.cache(backward_source)
+_source_of_columns = functools.cache(column_source)
+_source_of_sum = functools.cache(finalise_source)
+
+INTERPRETED = 4
+"""Multiprocessors of a CPU under Triton's interpreter."""
+
+
+class Forward(NamedTuple):
+    """out; sum: None unless the spec stores it; mean, rstd: float32, one a row, None where they are not kept."""
+
+    out: Tensor
+    sum: Tensor | None
+    mean: Tensor | None
+    rstd: Tensor | None
+
+
+class Backward(NamedTuple):
+    """x is the gradient of x and, times alpha, of the residual."""
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def forward(
+    spec: Spec,
+    x: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    statistics: bool = True,
+) -> Forward:
+    """The norm over the last dimension of x, of spec.entries entries; any number of other dimensions."""
+    shape, matrix = x.shape, _rows(x, spec)
+    rows = matrix.shape[0]
+    out = x.new_empty(shape, dtype=getattr(torch, spec.out))
+    total = x.new_empty(shape, dtype=getattr(torch, spec.sum)) if spec.sum else None
+    rstd = x.new_empty(shape[:-1], dtype=torch.float32) if statistics else None
+    mean = torch.empty_like(rstd) if rstd is not None and spec.centre else None
+    launch = forward_launch(spec)
+    tensors = {
+        "x": matrix,
+        "residual": _maybe_rows(residual, spec),
+        "weight": weight,
+        "bias": bias,
+        "out": _rows(out, spec),
+        "sum": _maybe_rows(total, spec),
+        "mean": mean,
+        "rstd": rstd,
+    }
+    if rows:
+        grid = (programs(launch, rows, _processors(x.device)),)
+        _start(_source_of_forward(spec, launch, statistics), grid, tensors, rows=rows, eps=eps)
+    return Forward(out, total, mean, rstd)
+
+
+def backward(
+    spec: Spec,
+    out_grad: Tensor,
+    saved: Tensor,
+    rstd: Tensor,
+    mean: Tensor | None = None,
+    weight: Tensor | None = None,
+    sum_grad: Tensor | None = None,
+) -> Backward:
+    """Gradients from what forward kept. saved: the sum where it is stored, else x. Deterministic."""
+    matrix = _rows(saved, spec)
+    rows = matrix.shape[0]
+    x_grad = saved.new_empty(saved.shape, dtype=getattr(torch, spec.x))
+    tensors: dict[str, Tensor | None] = {
+        "out_grad": _rows(out_grad, spec),
+        "saved": matrix,
+        "sum_grad": _maybe_rows(sum_grad, spec),
+        "x_grad": _rows(x_grad, spec),
+        "weight": weight,
+        "mean": mean,
+        "rstd": rstd,
+    }
+    launch, processors = backward_launch(spec), _processors(saved.device)
+    sums = [name for name in ("weight", "bias") if getattr(spec, name)]
+    partial = {}
+    if rows:
+        count = programs(launch, rows, processors)
+        fused = launch.form == "rows"
+        if not fused and sums:
+            parts, rows_each = _parts(rows, spec, launch, processors)
+            count = parts
+        partial = {f"{name}_sums": saved.new_empty((count, spec.entries), dtype=torch.float32) for name in sums}
+        if fused:
+            tensors.update(partial)
+        _start(
+            _source_of_backward(spec, launch, sum_grad is not None),
+            (programs(launch, rows, processors),),
+            tensors,
+            rows=rows,
+        )
+        if not fused and sums:
+            grid = (parts, -(-spec.entries // launch.block))
+            _start(_source_of_columns(spec, launch), grid, {**tensors, **partial}, rows=rows, rows_each=rows_each)
+    grads = {name: _summed(partial.get(f"{name}_sums"), spec, name, saved) for name in sums}
+    return Backward(x_grad, grads.get("weight"), grads.get("bias"))
+
+
+def _parts(rows: int, spec: Spec, launch: Launch, processors: int) -> tuple[int, int]:
+    """Into how many parts the rows are cut for the sums over rows, and how many rows a part has."""
+    columns = -(-spec.entries // launch.block)
+    most = max(1, 2 * processors // columns)
+    rows_each = -(-rows // min(rows, most))
+    return -(-rows // rows_each), rows_each
+
+
+def _summed(partial: Tensor | None, spec: Spec, name: str, like: Tensor) -> Tensor:
+    dtype = getattr(torch, getattr(spec, name))
+    if partial is None:
+        return like.new_zeros(spec.entries, dtype=dtype)
+    out = partial.new_empty(spec.entries, dtype=dtype)
+    grid = (-(-spec.entries // SUM_COLUMNS),)
+    _start(_source_of_sum(spec.entries), grid, {"sums": partial, "out": out}, rows=partial.shape[0])
+    return out
+
+
+def _maybe_rows(tensor: Tensor | None, spec: Spec) -> Tensor | None:
+    return None if tensor is None else _rows(tensor, spec)
+
+
+def _rows(tensor: Tensor, spec: Spec) -> Tensor:
+    """As a matrix whose rows lie anywhere, their entries side by side."""
+    matrix = tensor.reshape(-1, spec.entries)
+    return matrix if matrix.stride(1) == 1 or spec.entries == 1 else matrix.contiguous()
+
+
+def _start(source: Source, grid: tuple[int, ...], tensors: dict[str, Tensor | None], **numbers: float) -> None:
+    given: list[object] = []
+    for parameter in source.parameters:
+        name, _, kind = parameter.rpartition("_")
+        tensor = tensors.get(name)
+        if kind == "ptr":
+            given.append(tensor)
+        elif kind == "stride" and tensor is not None:
+            given.append(tensor.stride(0))
+        else:
+            given.append(numbers[parameter])
+    build(source)[grid](*given, num_warps=source.warps)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return INTERPRETED
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -1,0 +1,77 @@
+"""What a norm kernel computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of an entry."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A norm over rows of `width` features, with what is fused around it. Dtypes are names ("bfloat16") or None.
+
+        s = x + alpha · residual                     (s = x without a residual; rounded to `sum` when that is stored)
+        z = (s − mean s) · rstd,  rstd = 1 / sqrt(Σ(s − mean s)² / (width − correction) + ε)       (RMSNorm: no mean)
+        y = scale · (γ ⊙ z + β),  γ = weight, or 1 + weight under `unit_offset`
+        y − mean y                                                                          under `centre_output`
+
+    All of it in float32, rounded once into `out`.
+
+    compressed: rows hold width − 1 entries u, the one that is missing being −Σu: rstd = 1 / sqrt((Σu² + (Σu)²) / width
+                + ε), "CRMSNorm" of Pre-RMSNorm and Pre-CRMSNorm Transformers (Jiang et al. 2023), section 3.2
+    """
+
+    width: int
+    centre: bool
+    x: str
+    out: str
+    weight: str | None = None
+    bias: str | None = None
+    unit_offset: bool = False
+    residual: str | None = None
+    sum: str | None = None
+    alpha: float = 1.0
+    scale: float = 1.0
+    correction: int = 0
+    compressed: bool = False
+    centre_output: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("x", "out", "weight", "bias", "residual", "sum"):
+            dtype = getattr(self, name)
+            if dtype is not None and dtype not in DTYPES:
+                raise ValueError(f"normfx kernels: {name} is {dtype!r}; there are kernels for {', '.join(DTYPES)}")
+        wrong = [
+            (self.width < 1 + self.compressed, f"width is {self.width}"),
+            (not 0 <= self.correction < self.width, f"correction is {self.correction} for a width of {self.width}"),
+            (self.compressed and self.centre, "a compressed row is centred already"),
+            (self.compressed and self.centre_output, "the output of a compressed row cannot be centred"),
+            (self.sum is not None and self.residual is None, "there is no sum without a residual"),
+            (self.unit_offset and self.weight is None, "unit_offset without a weight"),
+        ]
+        for is_wrong, why in wrong:
+            if is_wrong:
+                raise ValueError(f"normfx kernels: {why}")
+
+    @property
+    def entries(self) -> int:
+        """Stored entries of a row."""
+        return self.width - self.compressed
+
+    @property
+    def saved(self) -> str:
+        """Dtype of what backward reads again: the sum, or x."""
+        return self.sum or self.x
+
+    @property
+    def name(self) -> str:
+        """A Python identifier that is short and tells kernels of one kind apart."""
+        kind = "crms_norm" if self.compressed else "layer_norm" if self.centre else "rms_norm"
+        return f"{'add_' if self.residual else ''}{kind}_{self.width}"
+
+    def __str__(self) -> str:
+        given = [(f.name, getattr(self, f.name)) for f in fields(self)]
+        shown = [f"{name}={value}" for (name, value), f in zip(given, fields(self), strict=True) if value != f.default]
+        return f"{self.name}({', '.join(shown)})"

@@ -1,0 +1,103 @@
+"""Generated kernels compiled for GPUs that are not there, and what can be read off the machine code."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from normfx.kernels.build import build
+from normfx.kernels.source import Source
+from normfx.kernels.spec import DTYPES, Spec
+
+_POINTER = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
+_DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+_BYTES = {".128": 16, ".64": 8, ".U16": 2, ".U8": 1}
+
+
+@dataclass(frozen=True)
+class Code:
+    """stack: bytes of local memory a thread; spills: instructions that use it; registers: of a thread; loads, stores:
+    bytes of global memory that one program's instructions access, each counted once, by width of the access"""
+
+    stack: int
+    spills: int
+    registers: int
+    loads: dict[int, int]
+    stores: dict[int, int]
+
+
+def compile_offline(source: Source, spec: Spec, backend: str, arch: int | str) -> dict[str, str | bytes]:
+    """Triton's artefacts by name. Pointers are aligned to 16 bytes, and so are rows whose width allows it: what the
+    launcher tells Triton of such arguments."""
+    signature, attributes = {}, {}
+    for i, parameter in enumerate(source.parameters):
+        name, _, kind = parameter.rpartition("_")
+        signature[parameter] = _type(name, kind, spec)
+        if kind == "ptr" or (kind == "stride" and spec.entries % 16 == 0):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    target = GPUTarget(backend, arch, 32 if backend == "cuda" else 64)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION", UserWarning)  # Triton 3.9, of its own default
+        ast = ASTSource(fn=build(source), signature=signature, constexprs={}, attrs=attributes)
+        compiled = triton.compile(ast, target=target, options={"num_warps": source.warps})
+    return dict(compiled.asm)
+
+
+def _type(name: str, kind: str, spec: Spec) -> str:
+    if kind != "ptr":
+        return "fp32" if name == "" and kind == "eps" else "i32"
+    fields = {"out_grad": "out", "sum_grad": "sum", "x_grad": "x", "saved": "saved"}
+    return _POINTER[getattr(spec, fields.get(name, name), None) or "float32"]
+
+
+def nvidia_code(source: Source, spec: Spec, arch: int) -> Code:
+    """From the disassembled cubin. Triton's own count of spills is None without a device."""
+    cubin = compile_offline(source, spec, "cuda", arch)["cubin"]
+    assert isinstance(cubin, bytes)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = _disassembled("-sass", file.name)
+        usage = _disassembled("-res-usage", file.name)
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # type: ignore[union-attr]
+    threads = 32 * source.warps
+    return Code(
+        stack,
+        len(re.findall(r"\b(?:LDL|STL)\b", text)),
+        registers,
+        _accesses(text, "LDG", threads),
+        _accesses(text, "STG", threads),
+    )
+
+
+def _disassembled(what: str, path: str) -> str:
+    return subprocess.run([_DISASSEMBLER, what, path], capture_output=True, text=True, check=True).stdout
+
+
+def _accesses(text: str, instruction: str, threads: int) -> dict[int, int]:
+    found: dict[int, int] = {}
+    for suffixes in re.findall(rf"\b{instruction}\.E([\w.]*)", text):
+        width = next((n for s, n in _BYTES.items() if s in f".{suffixes}"), 4)
+        found[width] = found.get(width, 0) + width * threads
+    return found
+
+
+def amd_spills(source: Source, spec: Spec, arch: str) -> int:
+    """Registers spilled, and bytes of private memory, of an AMD kernel."""
+    text = compile_offline(source, spec, "hip", arch)["amdgcn"]
+    assert isinstance(text, str)
+    counts = re.findall(r"\.(?:vgpr_spill_count|sgpr_spill_count|private_segment_fixed_size):\s*(\d+)", text)
+    assert len(counts) == 3
+    return sum(map(int, counts))
+
+
+def size(dtype: str | None) -> int:
+    return DTYPES[dtype] if dtype else 0

@@ -1,0 +1,184 @@
+"""Generated kernels under Triton's interpreter, in a process of their own: triton reads TRITON_INTERPRET when imported.
+
+`python interpreted_kernels.py` reads cases from stdin, one JSON object a line, and answers each with a line: the
+largest error of every result, as a part of what its dtype allows, or what went wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from torch import Tensor
+
+from normfx.kernels import run
+from normfx.kernels.spec import Spec
+
+UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}
+"""Rounding unit. The interpreter cuts bfloat16 off in place of rounding it: twice the unit."""
+
+OPERATIONS = 32
+"""Roundings in float32 that one entry may have met, of a sum over a row in a tree and of the formula."""
+
+
+def exact(
+    spec: Spec,
+    eps: float,
+    tensors: dict[str, Tensor],
+    out_grad: Tensor,
+    sum_grad: Tensor | None,
+    stored: Tensor | None,
+) -> dict[str, Tensor]:
+    """Outputs and gradients in float64, by autograd from the definition."""
+    wide = {name: t.detach().double().requires_grad_() for name, t in tensors.items()}
+    s = wide["x"]
+    if "residual" in wide:
+        s = s + spec.alpha * wide["residual"]
+    unrounded = s.detach()
+    if stored is not None:  # the norm is of the sum as it was stored
+        s = s + (stored.double() - unrounded)
+    z = s - s.mean(-1, keepdim=True) if spec.centre else s
+    squares = z.square().sum(-1, keepdim=True)
+    if spec.compressed:
+        squares = squares + z.sum(-1, keepdim=True).square()
+    y = z * torch.rsqrt(squares / (spec.width - spec.correction) + eps)
+    if "weight" in wide:
+        y = y * (1 + wide["weight"] if spec.unit_offset else wide["weight"])
+    if "bias" in wide:
+        y = y + wide["bias"]
+    y = y * spec.scale
+    if spec.centre_output:
+        y = y - y.mean(-1, keepdim=True)
+    loss = (y * out_grad.double()).sum() + ((s * sum_grad.double()).sum() if sum_grad is not None else 0)
+    wanted = [name for name in ("x", "weight", "bias") if name in wide]
+    grads = torch.autograd.grad(loss, [wide[name] for name in wanted])
+    results = {"out": y.detach(), **{f"{name}_grad": g for name, g in zip(wanted, grads, strict=True)}}
+    return {**results, "sum": unrounded} if stored is not None else results
+
+
+def inputs(spec: Spec, shape: list[int], shift: float, kind: str) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator)
+
+    full = (*shape, spec.entries)
+    x = random(*full) + shift
+    if kind == "zeros":
+        x = torch.zeros(full)
+    elif kind == "strided":
+        x = torch.stack([x, x + 1], -1).flatten(-2)[..., ::2]
+    elif kind == "rows apart":
+        x = torch.cat([x, x], -1)[..., : spec.entries]
+    elif kind == "transposed":
+        x = x.transpose(0, -2).contiguous().transpose(0, -2)
+    elif kind == "not finite":
+        x[0, 0], x[1, -1], x[2, 0] = float("inf"), float("nan"), float("-inf")
+    dtype = {
+        name: getattr(torch, d)
+        for name in ("x", "residual", "weight", "bias", "sum", "out")
+        if (d := getattr(spec, name))
+    }
+    tensors = {"x": x.to(dtype["x"])}
+    if spec.residual:
+        tensors["residual"] = random(*full).to(dtype["residual"])
+    if spec.weight:
+        tensors["weight"] = (random(spec.entries) + (0.0 if spec.unit_offset else 1.0)).to(dtype["weight"])
+    if spec.bias:
+        tensors["bias"] = random(spec.entries).to(dtype["bias"])
+    sum_grad = random(*full).to(dtype["sum"]) if spec.sum else None
+    return tensors, random(*full).to(dtype["out"]), sum_grad
+
+
+def trains(spec: Spec) -> bool:
+    """Backward reads the sum again, so that without it there is none."""
+    return spec.residual is None or spec.sum is not None
+
+
+def terms(spec: Spec, tensors: dict[str, Tensor], out_grad: Tensor, rstd: Tensor) -> float:
+    """The largest entry of rstd · k·γ ⊙ dy."""
+    if not out_grad.numel():
+        return 0.0
+    inner = out_grad.double() * rstd.double().unsqueeze(-1) * spec.scale
+    if "weight" in tensors:
+        inner = inner * (tensors["weight"].double() + spec.unit_offset)
+    return inner.abs().max().item()
+
+
+def results(
+    spec: Spec, eps: float, tensors: dict[str, Tensor], out_grad: Tensor, sum_grad: Tensor | None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """What the kernels give, and rstd."""
+    given = {name: tensors.get(name) for name in ("residual", "weight", "bias")}
+    forward = run.forward(spec, tensors["x"], eps, **given)
+    assert forward.rstd is not None
+    saved = tensors["x"] if forward.sum is None else forward.sum
+    if not trains(spec):
+        return {"out": forward.out}, forward.rstd
+    grads = run.backward(spec, out_grad, saved, forward.rstd, forward.mean, given["weight"], sum_grad)
+    found = {
+        "out": forward.out,
+        "sum": forward.sum,
+        "x_grad": grads.x,
+        "weight_grad": grads.weight,
+        "bias_grad": grads.bias,
+    }
+    return {name: t for name, t in found.items() if t is not None}, forward.rstd
+
+
+def answer(case: dict[str, Any]) -> dict[str, float]:
+    spec, eps = Spec(**case["spec"]), case.get("eps", 1e-5)
+    shift, kind = case.get("shift", 0.0), case.get("kind", "")
+    tensors, out_grad, sum_grad = inputs(spec, case["shape"], shift, kind)
+    found, rstd = results(spec, eps, tensors, out_grad, sum_grad)
+    again, _ = results(spec, eps, tensors, out_grad, sum_grad) if case.get("twice") else (found, rstd)
+    for name, tensor in found.items():
+        assert torch.equal(tensor.view(torch.uint8), again[name].view(torch.uint8)), f"{name} differs from run to run"
+    if kind == "not finite":
+        return compare_with_eager(spec, eps, tensors["x"], found["out"])
+    wanted = exact(spec, case.get("exact_eps", eps), tensors, out_grad, sum_grad, found.get("sum"))
+    assert found.keys() == (wanted.keys() if trains(spec) else {"out"})
+    errors = {}
+    for name, got in found.items():
+        want = wanted[name]
+        assert got.shape == want.shape, f"{name} has shape {tuple(got.shape)}"
+        dtype = {"out": spec.out, "sum": spec.sum, "x_grad": spec.x}.get(name) or getattr(
+            spec, name.removesuffix("_grad")
+        )
+        assert got.dtype == getattr(torch, dtype), f"{name} is {got.dtype}"
+        if want.numel():
+            # relative to the largest entry; x − mean is exact to the rounding of x itself
+            unit = UNIT[got.dtype] + OPERATIONS * UNIT[torch.float32] * (1 + abs(shift) / 8)
+            scale = want.abs().max().item()
+            if name == "x_grad":  # a difference of terms of this size, which may cancel
+                scale = max(scale, terms(spec, tensors, out_grad, rstd))
+            elif name == "weight_grad" and out_grad.numel():  # a sum of these over rows
+                scale = max(scale, spec.scale * out_grad.abs().max().item())
+            errors[name] = (got.double() - want).abs().max().item() / (unit * scale + 1e-300)
+    return errors
+
+
+def compare_with_eager(spec: Spec, eps: float, x: Tensor, out: Tensor) -> dict[str, float]:
+    """NaN and infinities where eager has them."""
+    shape = (spec.width,)
+    eager = (
+        torch.nn.functional.layer_norm(x, shape, eps=eps)
+        if spec.centre
+        else torch.nn.functional.rms_norm(x, shape, eps=eps)
+    )
+    assert torch.equal(out.isnan(), eager.isnan()) and torch.equal(out.isinf(), eager.isinf())
+    return {}
+
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        try:
+            reply = {"errors": answer(json.loads(line))}
+        except Exception as error:
+            reply = {"failure": f"{type(error).__name__}: {error}"}
+        print(json.dumps(reply), flush=True)

@@ -1,0 +1,160 @@
+"""Generated kernels: what they compute, under Triton's interpreter, against float64."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from normfx.kernels.launch import FORWARD_IN_REGISTERS, backward_launch, forward_launch
+from normfx.kernels.source import backward_source, forward_source
+from normfx.kernels.spec import Spec
+
+pytest.importorskip("triton")
+
+WIDTHS = (1, 2, 127, 128, 192, 768, 1023, 1024, 4096, 5120, 12288, 32768, 65536)
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def answers(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of one process for all of these."""
+    program = Path(__file__).with_name("interpreted_kernels.py")
+    lines = "".join(json.dumps(case) + "\n" for case in cases)
+    run = subprocess.run([sys.executable, program], input=lines, capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def check(cases: list[dict[str, Any]]) -> None:
+    for case, answer in zip(cases, answers(cases), strict=True):
+        assert "failure" not in answer, f"{case}: {answer['failure']}"
+        wrong = {name: error for name, error in answer["errors"].items() if not error <= 1}
+        assert not wrong, f"{case}: errors as parts of what is allowed: {wrong}"
+
+
+def spec(width: int, dtype: str = "float32", **other: Any) -> dict[str, Any]:
+    return {"width": width, "centre": False, "x": dtype, "out": dtype, **other}
+
+
+def forms(width: int, dtype: str) -> list[dict[str, Any]]:
+    """Every feature of a spec at least once."""
+    affine = {"weight": dtype, "bias": dtype}
+    added = {"residual": dtype, "sum": dtype}
+    found = [
+        spec(width, dtype, centre=True, **affine),
+        spec(width, dtype, weight="float32"),
+        spec(width, dtype),
+        spec(width, dtype, centre=True, **added, **affine),
+        spec(width, dtype, **added, alpha=0.5),
+        spec(width, dtype, residual="float32", weight="float32", unit_offset=True),
+    ]
+    if width > 1:
+        found += [spec(width, dtype, compressed=True), spec(width, dtype, compressed=True, **added)]
+        found += [spec(width, dtype, centre=True, correction=1, scale=2.0, **affine)]
+    if width <= 8192:
+        found += [spec(width, dtype, centre=True, centre_output=True, **affine)]
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_float64(dtype: str) -> None:
+    check([{"spec": form, "shape": [3]} for width in WIDTHS if width <= 1024 for form in forms(width, dtype)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_wide_rows(dtype: str) -> None:
+    """Of each width some forms; the marker `slow` has the others."""
+    wide = [w for w in WIDTHS if w > 1024]
+    check(
+        [
+            {"spec": forms(w, dtype)[form], "shape": [1]}
+            for i, w in enumerate(wide)
+            for form in ((0, 3), (1, 4), (6, 2))[i % 3]
+        ]
+    )
+
+
+def test_many_rows() -> None:
+    """More than one program, and a last one that is not full. The same bits each time."""
+    check(
+        [{"spec": form, "shape": [257], "twice": True} for width in (2, 127) for form in forms(width, "bfloat16")[:5]]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_all_forms_and_sizes(width: int, dtype: str) -> None:
+    rows = [0, 1, 3, 257] if width <= 1024 else [0, 1, 3]
+    check([{"spec": form, "shape": [n]} for n in rows for form in forms(width, dtype)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [w for w in WIDTHS if w > 1024])
+def test_many_wide_rows(width: int) -> None:
+    check([{"spec": forms(width, "bfloat16")[3], "shape": [257]}])
+
+
+@pytest.mark.parametrize("width", [1, 127, 1024])
+def test_shapes(width: int) -> None:
+    """No rows, one row, one to four dimensions, and rows that do not lie side by side."""
+    shapes: list[list[int]] = [[0], [1], [], [2, 3], [2, 1, 3], [0, 3]]
+    cases = [{"spec": form, "shape": shape} for shape in shapes for form in forms(width, "float32")[:2]]
+    for kind in ("strided", "rows apart", "transposed"):
+        cases += [{"spec": form, "shape": [2, 3], "kind": kind} for form in forms(width, "float32")[3:5]]
+    check(cases)
+
+
+@pytest.mark.parametrize("width", [128, 1023, 20000])
+def test_hard_values(width: int) -> None:
+    """A mean of a thousand deviations, rows of zeros with and without ε; infinities and NaN as eager has them."""
+    affine = {"weight": "float32", "bias": "float32"}
+    norm, root = spec(width, centre=True, **affine), spec(width, weight="float32")
+    cases: list[dict[str, Any]] = [{"spec": norm, "shape": [3], "shift": 1000.0}]
+    cases += [{"spec": form, "shape": [3], "kind": "zeros"} for form in (norm, root)]
+    cases += [{"spec": spec(width, centre=centre), "shape": [4], "kind": "not finite"} for centre in (True, False)]
+    check(cases)
+
+
+def test_the_check_can_fail() -> None:
+    """ε and correction count: with others, the errors are far above what is allowed."""
+    wanted = spec(128, centre=True)
+    (answer,) = answers([{"spec": {**wanted, "correction": 200}, "shape": [3]}])
+    assert "correction is 200" in answer["failure"]
+    with pytest.raises(AssertionError, match="errors as parts"):
+        check([{"spec": wanted, "shape": [3], "exact_eps": 2e-5}])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"x": "float64"}, "x is 'float64'; there are kernels for float32, bfloat16, float16"),
+        ({"width": 0}, "width is 0"),
+        ({"width": 1, "compressed": True}, "width is 1"),
+        ({"correction": 4}, "correction is 4 for a width of 4"),
+        ({"centre": True, "compressed": True}, "centred already"),
+        ({"compressed": True, "centre_output": True}, "cannot be centred"),
+        ({"sum": "float32"}, "no sum without a residual"),
+        ({"unit_offset": True}, "unit_offset without a weight"),
+    ],
+)
+def test_specs_that_make_no_sense(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Spec(**{**spec(4), **wrong})
+
+
+def test_no_backward_without_the_sum() -> None:
+    forward_only = Spec(**spec(8, residual="float32"))
+    with pytest.raises(ValueError, match="backward reads the sum"):
+        backward_source(forward_only, backward_launch(forward_only), False)
+
+
+def test_output_of_wide_rows_is_not_centred() -> None:
+    wide = Spec(**spec(FORWARD_IN_REGISTERS + 1, centre=True, centre_output=True))
+    with pytest.raises(ValueError, match="none centres the output of rows of 16385: a row of 16385 does not fit"):
+        forward_source(wide, forward_launch(wide), True)
+    with pytest.raises(ValueError, match="none centres"):
+        backward_source(wide, backward_launch(wide), False)

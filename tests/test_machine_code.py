@@ -1,0 +1,115 @@
+"""The quality of generated kernels that shows without a GPU: no local memory, 16-byte accesses, no byte read twice."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+
+pytest.importorskip("triton")
+
+from compiled_kernels import Code, amd_spills, nvidia_code, size
+
+from normfx.kernels.launch import backward_launch, forward_launch
+from normfx.kernels.source import Source, backward_source, column_source, finalise_source, forward_source
+from normfx.kernels.spec import Spec
+
+NVIDIA = (80, 90, 100)
+WIDTHS = (127, 128, 768, 1023, 4096, 5120, 8192, 12288, 16384, 32768, 65536)
+
+
+def sources(spec: Spec) -> Iterator[Source]:
+    """All kernels of a spec."""
+    forward, backward = forward_launch(spec), backward_launch(spec)
+    yield forward_source(spec, forward, True)
+    yield backward_source(spec, backward, spec.sum is not None)
+    if backward.form == "chunks" and spec.weight:
+        yield column_source(spec, backward)
+    if spec.weight:
+        yield finalise_source(spec.entries)
+
+
+def specs(width: int, dtype: str) -> list[Spec]:
+    norm = dict(width=width, x=dtype, out=dtype)
+    found = [
+        Spec(**norm, centre=True, weight="float32", bias="float32"),
+        Spec(**norm, centre=False, weight=dtype),
+        Spec(**norm, centre=False),
+        Spec(**norm, centre=True, weight=dtype, bias=dtype, residual=dtype, sum=dtype),
+        Spec(**norm, centre=False, residual=dtype, sum=dtype, alpha=0.5),
+        Spec(**norm, centre=False, compressed=True, residual=dtype, sum=dtype),
+    ]
+    if width <= 8192:
+        found.append(Spec(**norm, centre=True, weight=dtype, bias=dtype, centre_output=True))
+    return found
+
+
+def assert_no_local_memory(code: Code, what: str) -> None:
+    assert (code.stack, code.spills) == (0, 0), f"{what}: {code}"
+
+
+@pytest.mark.parametrize("width", [1023, 8192, 12288, 32768])
+def test_no_local_memory(width: int) -> None:
+    """The widest rows of each launch, on one GPU; the marker `slow` has the others."""
+    for spec in (specs(width, "bfloat16")[0], specs(width, "float32")[3]):
+        for source in sources(spec):
+            assert_no_local_memory(nvidia_code(source, spec, 90), f"{spec} {source.name}")
+
+
+@pytest.mark.parametrize("arch", NVIDIA)
+def test_every_gpu(arch: int) -> None:
+    spec = specs(8192, "bfloat16")[3]
+    for source in sources(spec):
+        assert_no_local_memory(nvidia_code(source, spec, arch), f"{spec} {source.name}")
+
+
+def test_amd() -> None:
+    spec = specs(8192, "bfloat16")[3]
+    for source in sources(spec):
+        assert amd_spills(source, spec, "gfx942") == 0, source.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_no_local_memory_anywhere(width: int, dtype: str) -> None:
+    for spec, arch in itertools.product(specs(width, dtype), NVIDIA):
+        for source in sources(spec):
+            assert_no_local_memory(nvidia_code(source, spec, arch), f"{spec} {source.name} sm_{arch}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", WIDTHS)
+def test_no_spills_on_amd(width: int) -> None:
+    for spec in specs(width, "bfloat16"):
+        for source in sources(spec):
+            assert amd_spills(source, spec, "gfx942") == 0, f"{spec} {source.name}"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_bytes_of_forward(dtype: str) -> None:
+    """2Nds, or 4Nds with a residual, and the vectors; all in accesses of 16 bytes but the statistics."""
+    for spec in specs(4096, dtype)[:5]:
+        code = nvidia_code(forward_source(spec, forward_launch(spec), True), spec, 90)
+        read = size(spec.x) + size(spec.residual) + size(spec.weight) + size(spec.bias)
+        assert code.loads == {16: 4096 * read}, str(spec)
+        assert code.stores[16] == 4096 * (size(spec.out) + size(spec.sum)), str(spec)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_bytes_of_backward(dtype: str) -> None:
+    """3Nds, or 4Nds with a residual, for each row, and the vectors; dγ and dβ leave once for each program."""
+    for spec in specs(4096, dtype)[:5]:
+        code = nvidia_code(backward_source(spec, backward_launch(spec), spec.sum is not None), spec, 90)
+        read = size(spec.out) + size(spec.saved) + size(spec.sum) + size(spec.weight)
+        written = size(spec.x) + 4 * (spec.weight is not None) + 4 * (spec.bias is not None)
+        assert code.loads[16] == 4096 * read, str(spec)
+        assert code.stores[16] == 4096 * written, str(spec)
+
+
+def test_odd_widths_are_read_entry_by_entry() -> None:
+    """No row but the first is aligned."""
+    spec = Spec(1023, False, "bfloat16", "bfloat16")
+    code = nvidia_code(forward_source(spec, forward_launch(spec), False), spec, 90)
+    assert set(code.loads) == {2}
