@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import torch
 
 from .spec import DTYPES, Spec
 
@@ -71,10 +73,10 @@ def _rows(spec: Spec, per_thread: int, persistent: bool) -> Launch:
     return Launch("rows", block, rows, warps, persistent, f"{reason}, {rows * block // (32 * warps)} entries a thread")
 
 
-def programs(launch: Launch, rows: int, processors: int) -> int:
-    """Size of the grid for this many rows on a device with this many multiprocessors."""
+def programs(launch: Launch, rows: Any, processors: int) -> Any:
+    """Size of the grid for this many rows on a device with this many multiprocessors; `rows` may be a torch.SymInt."""
     groups = -(-rows // launch.rows)
-    return min(groups, processors * PROGRAMS_PER_SM) if launch.persistent else groups
+    return torch.sym_min(groups, processors * PROGRAMS_PER_SM) if launch.persistent else groups
 
 
 def power_of_two(n: int) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,14 @@ _source_of_sum = functools.cache(finalise_source)
 
 INTERPRETED = 4
 """Multiprocessors of a CPU under Triton's interpreter."""
+
+
+Wrap = Callable[[Any], Any]
+"""What a kernel goes through before it is launched; `torch.library.wrap_triton` lets a compiler see the launch."""
+
+
+def _as_it_is(kernel: Any) -> Any:
+    return kernel
 
 
 class Forward(NamedTuple):
@@ -47,6 +56,7 @@ def forward(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     statistics: bool = True,
+    wrap: Wrap = _as_it_is,
 ) -> Forward:
     """The norm over the last dimension of x, of spec.entries entries; any number of other dimensions."""
     shape, matrix = x.shape, _rows(x, spec)
@@ -68,7 +78,7 @@ def forward(
     }
     if rows:
         grid = (programs(launch, rows, _processors(x.device)),)
-        _start(_source_of_forward(spec, launch, statistics), grid, tensors, rows=rows, eps=eps)
+        _start(wrap, _source_of_forward(spec, launch, statistics), grid, tensors, rows=rows, eps=eps)
     return Forward(out, total, mean, rstd)
 
 
@@ -80,6 +90,7 @@ def backward(
     mean: Tensor | None = None,
     weight: Tensor | None = None,
     sum_grad: Tensor | None = None,
+    wrap: Wrap = _as_it_is,
 ) -> Backward:
     """Gradients from what forward kept. saved: the sum where it is stored, else x. Deterministic."""
     matrix = _rows(saved, spec)
@@ -107,6 +118,7 @@ def backward(
         if fused:
             tensors.update(partial)
         _start(
+            wrap,
             _source_of_backward(spec, launch, sum_grad is not None),
             (programs(launch, rows, processors),),
             tensors,
@@ -114,26 +126,26 @@ def backward(
         )
         if not fused and sums:
             grid = (parts, -(-spec.entries // launch.block))
-            _start(_source_of_columns(spec, launch), grid, {**tensors, **partial}, rows=rows, rows_each=rows_each)
-    grads = {name: _summed(partial.get(f"{name}_sums"), spec, name, saved) for name in sums}
+            _start(wrap, _source_of_columns(spec, launch), grid, {**tensors, **partial}, rows=rows, rows_each=rows_each)
+    grads = {name: _summed(wrap, partial.get(f"{name}_sums"), spec, name, saved) for name in sums}
     return Backward(x_grad, grads.get("weight"), grads.get("bias"))
 
 
-def _parts(rows: int, spec: Spec, launch: Launch, processors: int) -> tuple[int, int]:
+def _parts(rows: Any, spec: Spec, launch: Launch, processors: int) -> tuple[Any, Any]:
     """Into how many parts the rows are cut for the sums over rows, and how many rows a part has."""
     columns = -(-spec.entries // launch.block)
     most = max(1, 2 * processors // columns)
-    rows_each = -(-rows // min(rows, most))
+    rows_each = -(-rows // torch.sym_min(rows, most))
     return -(-rows // rows_each), rows_each
 
 
-def _summed(partial: Tensor | None, spec: Spec, name: str, like: Tensor) -> Tensor:
+def _summed(wrap: Wrap, partial: Tensor | None, spec: Spec, name: str, like: Tensor) -> Tensor:
     dtype = getattr(torch, getattr(spec, name))
     if partial is None:
         return like.new_zeros(spec.entries, dtype=dtype)
     out = partial.new_empty(spec.entries, dtype=dtype)
     grid = (-(-spec.entries // SUM_COLUMNS),)
-    _start(_source_of_sum(spec.entries), grid, {"sums": partial, "out": out}, rows=partial.shape[0])
+    _start(wrap, _source_of_sum(spec.entries), grid, {"sums": partial, "out": out}, rows=partial.shape[0])
     return out
 
 
@@ -147,7 +159,9 @@ def _rows(tensor: Tensor, spec: Spec) -> Tensor:
     return matrix if matrix.stride(1) == 1 or spec.entries == 1 else matrix.contiguous()
 
 
-def _start(source: Source, grid: tuple[int, ...], tensors: dict[str, Tensor | None], **numbers: float) -> None:
+def _start(
+    wrap: Wrap, source: Source, grid: tuple[int, ...], tensors: dict[str, Tensor | None], **numbers: float
+) -> None:
     given: list[object] = []
     for parameter in source.parameters:
         name, _, kind = parameter.rpartition("_")
@@ -158,7 +172,7 @@ def _start(source: Source, grid: tuple[int, ...], tensors: dict[str, Tensor | No
             given.append(tensor.stride(0))
         else:
             given.append(numbers[parameter])
-    build(source)[grid](*given, num_warps=source.warps)
+    wrap(build(source))[grid](*given, num_warps=source.warps)
 
 
 @functools.cache

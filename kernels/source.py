@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from textwrap import fill
 
 from .launch import Launch
 from .spec import Spec
@@ -103,9 +104,10 @@ def _source(name: str, spec: Spec, launch: Launch, parameters: list[str], lines:
 
 def _module(name: str, parameters: list[str], warps: int, doc: str, lines: Iterable[str]) -> Source:
     body = "\n".join(f"    {line}" for line in lines)
+    signature = fill(", ".join(parameters) + ",", 110, initial_indent="    ", subsequent_indent="    ")
     text = (
         f'"""{doc}"""\n\nimport triton\nimport triton.language as tl\n\n\n'
-        f"@triton.jit\ndef {name}({', '.join(parameters)}):\n{body}\n"
+        f"@triton.jit\ndef {name}(\n{signature}\n):\n{body}\n"
     )
     return Source(name, tuple(parameters), warps, text)
 

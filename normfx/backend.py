@@ -19,10 +19,12 @@ from normfx.ir import ops
 from normfx.ir.aliasing import functionalize_local, mutated
 from normfx.ir.names import module_path, source_line
 from normfx.ir.printer import print_graph
+from normfx.ir.sites import Norm
 from normfx.ir.verify import verify
 from normfx.lower.folded import Compiled, Folding, compile_folded, hoist, is_frozen
 from normfx.lower.inductor import compile_graph, inductor_options
 from normfx.lower.packed import pack_linears
+from normfx.lower.triton import Lowered, lower_norms
 from normfx.lower.verified import verified
 from normfx.options import Options
 from normfx.plan import Plan, make_plan
@@ -134,13 +136,19 @@ def transform_canonical(
     stages.run("functionalize", functionalize_local, canonical)
     _check(settings, canonical, "capture")
     sites = stages.run("recognize", recognize, graph, weights, mutated(graph), module_path, source_line, live)
-    plan = stages.run("plan", make_plan, sites, settings.rules, settings.lowering == "auto")
+    plan = stages.run("plan", make_plan, sites, settings.rules, settings.lowering)
     before = print_graph(graph, names, weights, module_path)
+    written: dict[Norm, Node] = {}
+    lowered = Lowered()
     if plan.changes:
-        stages.run("rewrite", rewrite, canonical, plan)
+        written = stages.run("rewrite", rewrite, canonical, plan)
         _check(settings, canonical, "rewrite")
+    if plan.changes and settings.lowering == "triton":
+        lowered = stages.run("lower", lower_norms, canonical)
+        _check(settings, canonical, "lower")
     after = print_graph(graph, names, weights, module_path) if plan.changes else before
     report = graph_report(plan, before, after, module_path, _count_folds(canonical, weights), stages.seconds)
+    report = report.with_lowering([lowered.of.get(written.get(norm)) for norm in plan.norms], lowered.kernels)
     _log(report, plan, settings)
     return plan.changes, report
 

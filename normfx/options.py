@@ -13,7 +13,7 @@ RULE_NAMES = ("pre_rms_norm", "linear_norm", "fold_scale", "fold_affine", "bake_
 """Every rule of this version, in the order in which they are decided."""
 DEFAULT_RULES = RULE_NAMES
 FOLDS = ("auto", "live", "cached", "frozen")
-LOWERINGS = ("auto", "inductor")
+LOWERINGS = ("auto", "triton", "inductor")
 KEYS = ("rules", "fold", "lowering", "strict", "verify", "inductor", "mode")
 
 
@@ -25,7 +25,8 @@ class Options:
     fold:      "live" writes folds as graph expressions on the parameters; "cached" keeps their values where no gradient
                is needed and renews them when a parameter changed; "frozen" adds a variant with constants; "auto":
                frozen where Inductor's `freezing` is on, else cached on the CPU and live elsewhere
-    lowering:  "inductor" hands every norm to Inductor; "auto" chooses (today: inductor)
+    lowering:  "inductor" hands every norm to Inductor; "triton" runs norms on generated kernels where there are any
+               (on CUDA); "auto" chooses (today: inductor)
     strict:    raise when a stage of normfx fails, in place of compiling the untouched graph
     verify:    on the first call also run the original graph and compare
     mode:      Inductor's mode ("reduce-overhead", "max-autotune", …), as torch.compile's `mode=`

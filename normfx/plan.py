@@ -34,18 +34,18 @@ class Decision:
 class Plan:
     """All decisions of one graph, in rule order, and for each norm or composed weight its share of them.
 
-    two_pass: norms that no rule touches and that are spelled out as a LayerNorm in two passes
+    spelled: norms that no rule touches and that become canonical ops: a LayerNorm in two passes, or a kernel
     """
 
     norms: tuple[Norm, ...]
     decisions: tuple[Decision, ...]
-    two_pass: tuple[Norm, ...] = ()
+    spelled: tuple[Norm, ...] = ()
     composed: tuple[Composed, ...] = ()
 
     @property
     def changes(self) -> bool:
         """Whether anything is to be rewritten."""
-        return bool(self.two_pass) or any(True for _ in self.applied())
+        return bool(self.spelled) or any(True for _ in self.applied())
 
     def applied(self) -> Iterator[Decision]:
         return (d for d in self.decisions if d.applied)
@@ -71,14 +71,16 @@ class Plan:
         return tuple(refusal for d in self.of(norm) for refusal in d.refusals)
 
 
-def make_plan(sites: Sites, enabled: tuple[str, ...], spells: bool = False) -> Plan:
+def make_plan(sites: Sites, enabled: tuple[str, ...], lowering: str = "inductor") -> Plan:
     """Decide every candidate site of every rule; rules that are not enabled refuse.
 
-    spells: LayerNorms that stay may be spelled out in two passes where that is faster
+    lowering: unless it is "inductor", LayerNorms that stay are spelled out where that is faster; under "triton" also
+    those on a CUDA device, for a kernel
     """
     decisions = tuple(_decisions(sites, enabled))
     touched = {norm for decision in decisions if decision.applied for norm in decision.norms}
-    stay = (norm for norm in sites.norms if norm not in touched and _spellable(norm)) if spells and enabled else ()
+    spells = lowering != "inductor" and bool(enabled)
+    stay = (norm for norm in sites.norms if norm not in touched and spells and _spellable(norm, lowering == "triton"))
     return Plan(sites.norms, decisions, tuple(stay), sites.composed)
 
 
@@ -94,13 +96,13 @@ LARGE = 2**20
 `aten.layer_norm` and one of its spelled form; while the rows fit in the cache both take the same time."""
 
 
-def _spellable(norm: Norm) -> bool:
+def _spellable(norm: Norm, kernels: bool) -> bool:
     """Whether the spelled form is the same function, and faster: on a CPU, with gradients (its backward reads the rows
     less often) or on large float32 activations. The measurements are in docs/design-notes.md."""
     fake = value(norm.output)
     plain = norm.kind == "LayerNorm" and not norm.obstacle and norm.eps_place == "inside" and norm.axis is not None
     if not plain or fake is None or fake.device.type != "cpu":
-        return False
+        return plain and kernels and fake is not None and fake.device.type == "cuda"
     large = fake.dtype == torch.float32 and size_hint(entries(shape(norm.output)), (norm.output,)) >= LARGE
     return large or torch.is_grad_enabled()
 

@@ -6,7 +6,7 @@ import html
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ class RefusalReport:
 class SiteReport:
     """One norm: its module path, kind, the rules applied in order, the refusals, and where it is written.
 
-    lowering: "two-pass" where a norm that stays is spelled out, else "inductor"
+    lowering: "triton: " and the name of the kernel; "inductor: " and why there is no kernel, under lowering="triton";
+              "two-pass" where a norm that stays is spelled out; else "inductor"
     """
 
     name: str
@@ -86,6 +87,11 @@ class GraphReport:
     seconds: Mapping[str, float] = field(default_factory=dict)
     weights: FoldReport | None = None
     composed: tuple[SiteReport, ...] = ()
+
+    def with_lowering(self, lowering: Iterable[str | None], kernels: Mapping[str, str]) -> GraphReport:
+        """The same, with what each site runs on where that is known, and the sources of kernels."""
+        sites = (replace(site, lowering=own or site.lowering) for site, own in zip(self.sites, lowering, strict=True))
+        return replace(self, sites=tuple(sites), kernels=dict(kernels))
 
 
 _KINDS = {
@@ -173,7 +179,7 @@ def graph_report(
             plan.rules(norm),
             refusals(norm),
             norm.source,
-            "two-pass" if norm in plan.two_pass else "inductor",
+            "two-pass" if norm in plan.spelled else "inductor",
         )
         for norm in plan.norms
     )

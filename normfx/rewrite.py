@@ -32,16 +32,16 @@ class NormState:
     scale: float = 1.0
 
 
-def rewrite(gm: GraphModule, plan: Plan) -> GraphModule:
-    """Apply all decisions of a plan in place and return the graph module; unchanged when nothing applies."""
+def rewrite(gm: GraphModule, plan: Plan) -> dict[Norm, Node]:
+    """Apply all decisions of a plan in place. Returns the canonical op of each norm that was written anew."""
     edit = Edit(gm)
     for decision in plan.applied():
         decision.rule.rewrite(decision.site, edit)
-    for norm in plan.two_pass:
+    for norm in plan.spelled:
         edit.norm(norm)
     if edit.norms or plan.changes:
         edit.finish()
-    return gm
+    return edit.written
 
 
 def feed(gm: GraphModule, nodes: Sequence[Node], prefix: str) -> tuple[Node, ...]:
@@ -81,6 +81,7 @@ class Edit:
         self.norms: dict[Norm, NormState] = {}
         self.folded: dict[Node, torch.dtype] = {}
         self.replaced: dict[Node, Node] = {}
+        self.written: dict[Norm, Node] = {}
         calls = {getattr(node.target, "__name__", "") for node in gm.graph.nodes}
         self.switches_grad = "_set_grad_enabled" in calls
         self.linears = {node: arguments(node) for node in gm.graph.nodes if op_name(node) in LINEARS}
@@ -236,6 +237,7 @@ class Edit:
             op = ops.RMS_NORM if centred else ops.LAYER_NORM
             new = self._call(op, (*args, norm.compute_dtype, state.out_dtype), norm.output)
         self._replace(state.output, new)
+        self.written[norm] = new
 
     def _redirect(self, user: Node | Norm, old: Node, new: Node) -> None:
         if isinstance(user, Norm):

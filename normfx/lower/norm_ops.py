@@ -1,0 +1,169 @@
+"""A norm, with a residual add, as one op that runs on a generated kernel: `normfx::norm` and its derivative.
+
+On CUDA each is a launch of Triton kernels that Inductor sees (`triton_op`); on every other device the formula, in ATen.
+Derivatives are ops too, so AOTAutograd's partitioner moves nothing into or out of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from normfx.ir.ops import accumulation_dtype
+from normfx.kernels import run
+from normfx.kernels.spec import Spec
+
+_triton_op: Callable[..., Any] = torch.library.triton_op  # torch leaves these untyped
+_wrap: Callable[[Any], Any] = torch.library.wrap_triton
+
+
+class Form(NamedTuple):
+    """The arguments of a norm op behind its tensors, in the order of its schema. See kernels/spec.py."""
+
+    centre: bool
+    eps: float
+    scale: float
+    correction: int
+    alpha: float
+    out_dtype: torch.dtype
+
+    def spec(self, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Spec:
+        return Spec(
+            width=int(x.shape[-1]),
+            centre=self.centre,
+            x=_name(x),
+            out=_dtype_name(self.out_dtype),
+            weight=_name(weight) if weight is not None else None,
+            bias=_name(bias) if bias is not None else None,
+            residual=_name(residual) if residual is not None else None,
+            sum=_name(x) if residual is not None else None,
+            alpha=self.alpha,
+            scale=self.scale,
+            correction=self.correction,
+        )
+
+
+def _name(tensor: Tensor) -> str:
+    return _dtype_name(tensor.dtype)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    centre: bool,
+    eps: float,
+    scale: float,
+    correction: int,
+    alpha: float,
+    out_dtype: torch.dtype,
+) -> list[Tensor]:
+    """[y, rstd, mean if `centre`, s if there is a residual]: s = x + alpha · residual in x's dtype, y the norm of s
+    over its last dimension, rstd and mean of each row in float32 (float64 for float64)."""
+    form = Form(centre, eps, scale, correction, alpha, out_dtype)
+    if x.is_cuda:
+        found = run.forward(
+            form.spec(x, residual, weight, bias), x, eps, residual, weight, bias, statistics=True, wrap=_wrap
+        )
+        results = (found.out, found.rstd, found.mean, found.sum)
+        return [t for t in results if t is not None]
+    s = x if residual is None else x + alpha * residual
+    wide, mean, rstd = _statistics(s, form)
+    out = (wide - mean if mean is not None else wide) * rstd
+    if weight is not None:
+        out = out * weight.to(out.dtype)
+    if bias is not None:
+        out = out + bias.to(out.dtype)
+    given = (mean.squeeze(-1) if mean is not None else None, s if residual is not None else None)
+    return [(out * scale).to(out_dtype), rstd.squeeze(-1), *(t for t in given if t is not None)]
+
+
+def _statistics(s: Tensor, form: Form) -> tuple[Tensor, Tensor | None, Tensor]:
+    wide = s.to(accumulation_dtype(s.dtype))
+    mean = wide.mean(-1, keepdim=True) if form.centre else None
+    centred = wide - mean if mean is not None else wide
+    squares = centred.square().sum(-1, keepdim=True)
+    return wide, mean, torch.rsqrt(squares / (s.shape[-1] - form.correction) + form.eps)
+
+
+def _norm_backward(
+    grad: Tensor,
+    saved: Tensor,
+    rstd: Tensor,
+    mean: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    sum_grad: Tensor | None,
+    residual: bool,
+    centre: bool,
+    eps: float,
+    scale: float,
+    correction: int,
+    alpha: float,
+    out_dtype: torch.dtype,
+) -> list[Tensor]:
+    """[ds, dγ if there is a weight, dβ if there is a bias]; saved: s. Source of the formula: ir/ops.py."""
+    form = Form(centre, eps, scale, correction, alpha, out_dtype)
+    if saved.is_cuda:
+        spec = form.spec(saved, saved if residual else None, weight, bias)
+        found = run.backward(spec, grad, saved, rstd, mean, weight, sum_grad, wrap=_wrap)
+        return [t for t in found if t is not None]
+    wide = saved.to(rstd.dtype)
+    scales = rstd.unsqueeze(-1)
+    normal = (wide - mean.unsqueeze(-1) if mean is not None else wide) * scales
+    outer = grad.to(wide.dtype) * scale
+    inner = outer if weight is None else outer * weight.to(wide.dtype)
+    dx = inner - normal * ((inner * normal).sum(-1, keepdim=True) / (saved.shape[-1] - correction))
+    if centre:
+        dx = dx - inner.mean(-1, keepdim=True)
+    dx = dx * scales
+    if sum_grad is not None:
+        dx = dx + sum_grad.to(dx.dtype)
+    over = [*range(saved.ndim - 1)]
+    grads = [dx.to(saved.dtype)]
+    if weight is not None:
+        terms = outer * normal
+        grads.append((terms.sum(over) if over else terms).to(weight.dtype))
+    if bias is not None:
+        grads.append((outer.sum(over) if over else outer.clone()).to(bias.dtype))
+    return grads
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, residual, weight, bias, *rest = inputs
+    ctx.form = Form(*rest)
+    mean = output[2] if ctx.form.centre else None
+    saved = output[-1] if residual is not None else x
+    ctx.residual = residual.dtype if residual is not None else None
+    ctx.save_for_backward(saved, output[1], mean, weight, bias)
+
+
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    saved, rstd, mean, weight, bias = ctx.saved_tensors
+    form, residual = ctx.form, ctx.residual
+    grad, sum_grad = grads[0], grads[-1] if residual is not None else None
+    if grad is None:
+        grad = torch.zeros_like(saved, dtype=form.out_dtype)
+    found = list(
+        torch.ops.normfx.norm_backward(grad, saved, rstd, mean, weight, bias, sum_grad, residual is not None, *form)
+    )
+    ds = found.pop(0)
+    weight_grad = found.pop(0) if weight is not None else None
+    bias_grad = found.pop(0) if bias is not None else None
+    residual_grad = None
+    if residual is not None and ctx.needs_input_grad[1]:
+        residual_grad = (ds if form.alpha == 1.0 else ds * form.alpha).to(residual)
+    return (ds, residual_grad, weight_grad, bias_grad, *(None for _ in form))
+
+
+_triton_op("normfx::norm_backward", mutates_args=())(_norm_backward)
+_triton_op("normfx::norm", mutates_args=())(_norm).register_autograd(_backward, setup_context=_setup)
+NORM = torch.ops.normfx.norm.default

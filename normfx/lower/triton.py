@@ -1,0 +1,150 @@
+"""Which norms of a rewritten graph run on a generated kernel, and why the others do not."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from normfx.ir import ops
+from normfx.ir.aliasing import mutated
+from normfx.ir.graph import arguments, grad_modes, op_name, value
+from normfx.ir.ops import Form as Canonical
+from normfx.kernels.launch import backward_launch, forward_launch
+from normfx.kernels.source import Source, backward_source, forward_source
+from normfx.kernels.spec import DTYPES, Spec
+from normfx.lower.norm_ops import NORM, Form
+
+_FLOATS = {getattr(torch, name) for name in DTYPES}
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """of: what each canonical norm runs on, "triton: " and a name, or "inductor: " and why; kernels: sources by name"""
+
+    of: Mapping[Node | None, str] = field(default_factory=dict)
+    kernels: Mapping[str, str] = field(default_factory=dict)
+
+
+def has_kernels(fake: torch.Tensor) -> bool:
+    """Whether there are kernels for a tensor's device and dtype."""
+    return fake.device.type == "cuda" and fake.dtype in _FLOATS
+
+
+def lower_norms(gm: GraphModule) -> Lowered:
+    """Let canonical norms run as `normfx::norm`, in place, together with the residual add they read."""
+    graph = gm.graph
+    written, modes = mutated(graph), grad_modes(graph)
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    kernels: dict[str, str] = {}
+    found: dict[Node | None, str] = {}
+    for node in [n for n in graph.nodes if n.target in (ops.RMS_NORM, ops.LAYER_NORM)]:
+        why = _objection(node)
+        if why:
+            found[node] = f"inductor: {why}"
+            continue
+        added = _residual(node, order)
+        if added is not None and (added in written or modes[added] != modes[node]):
+            added = None
+        new, spec = _replace(gm, node, added)
+        order[new] = order[node if added is None else added]
+        found[node] = f"triton: {spec.name}"
+        for source in _sources(spec, modes[node]):
+            kernels[source.name] = source.text
+    gm.graph.eliminate_dead_code()
+    gm.graph.lint()
+    gm.recompile()
+    return Lowered(found, kernels)
+
+
+def _sources(spec: Spec, trains: bool) -> list[Source]:
+    found = [forward_source(spec, forward_launch(spec), True)]
+    if trains:
+        found.append(backward_source(spec, backward_launch(spec), spec.sum is not None))
+    return found
+
+
+def _form(node: Node) -> Canonical:
+    given: tuple[Any, ...] = node.args[3:]
+    return Canonical(*given)
+
+
+def _objection(node: Node) -> str:
+    """Why there is no kernel for a canonical norm; "" when there is one."""
+    x, weight, bias = (value(a) for a in node.args[:3])
+    form = _form(node)
+    assert x is not None
+    if not has_kernels(x):
+        return f"there are no kernels for {x.dtype} on {x.device.type}"
+    width = x.shape[-1] if x.ndim else 0
+    if form.dim % max(x.ndim, 1) != x.ndim - 1 or not isinstance(width, int):
+        return "it does not run over the last dimension, of a fixed size"
+    if form.eps_place != "inside":
+        return "ε is added to the root"
+    if form.compute_dtype not in (torch.float32, x.dtype) or not _has_kernel(x, form.out_dtype):
+        return f"it is computed in {form.compute_dtype} and returned as {form.out_dtype}"
+    for vector in (weight, bias):
+        if vector is not None and (tuple(vector.shape) != (width,) or not _has_kernel(x, vector.dtype)):
+            return f"its weight or bias is {vector.dtype} of shape {list(vector.shape)}"
+    return ""
+
+
+def _has_kernel(x: torch.Tensor, dtype: torch.dtype) -> bool:
+    return dtype in _FLOATS or dtype == x.dtype
+
+
+def _residual(node: Node, order: Mapping[Node, int]) -> Node | None:
+    """The add whose result this norm reads, where both can be one op at the place of the add."""
+    add = node.args[0]
+    if not isinstance(add, Node) or op_name(add) != "aten::add.Tensor":
+        return None
+    given = arguments(add)
+    terms = [value(given["self"]), value(given["other"])]
+    total = value(add)
+    same = all(t is not None and total is not None and (t.shape, t.dtype) == (total.shape, total.dtype) for t in terms)
+    if not same or not isinstance(given["alpha"], int | float):
+        return None
+    vectors = [a for a in node.args[1:3] if isinstance(a, Node)]
+    return add if all(order.get(v, len(order)) < order[add] for v in vectors) else None
+
+
+def _replace(gm: GraphModule, node: Node, add: Node | None) -> tuple[Node, Spec]:
+    """Write the op; `add` is computed by it."""
+    x, weight, bias = node.args[:3]
+    canonical, residual, alpha = _form(node), None, 1.0
+    if add is not None:
+        given = arguments(add)
+        x, residual, alpha = given["self"], given["other"], float(given["alpha"])
+    form = Form(
+        node.target is ops.LAYER_NORM, canonical.eps, canonical.scale, canonical.correction, alpha, canonical.out_dtype
+    )
+    with gm.graph.inserting_before(add or node):
+        new = _call(gm, node, NORM, (x, residual, weight, bias, *form))
+        out = _call(gm, node, operator.getitem, (new, 0))
+        total = _call(gm, add, operator.getitem, (new, len(new.meta["val"]) - 1)) if add is not None else None
+    node.replace_all_uses_with(out)
+    gm.graph.erase_node(node)
+    if add is not None and total is not None:
+        add.replace_all_uses_with(total)
+        gm.graph.erase_node(add)
+    tensors = [value(a) for a in (x, residual, weight, bias)]
+    assert tensors[0] is not None
+    names = {torch.float64: torch.float32}  # only in tests, where the op runs as ATen
+    shown = [
+        None if t is None else torch.empty_like(t, dtype=names.get(t.dtype, t.dtype), device="meta") for t in tensors
+    ]
+    assert shown[0] is not None
+    return new, form._replace(out_dtype=names.get(form.out_dtype, form.out_dtype)).spec(shown[0], *shown[1:])
+
+
+def _call(gm: GraphModule, like: Node, target: Any, args: tuple[Any, ...]) -> Node:
+    new = gm.graph.call_function(target, args)
+    new.meta = {k: v for k, v in like.meta.items() if k != "val"}
+    fakes: Any = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
+    with like.meta["val"].fake_mode:
+        new.meta["val"] = target(*fakes)
+    return new

@@ -1,0 +1,162 @@
+"""lowering="triton" on real models. The op runs as ATen here: what it means on a GPU is tested with the kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+pytest.importorskip("triton")
+
+from equivalence import EagerBackend, assert_same_float64
+from models import CASES
+
+from normfx.lower import triton as lowering
+from normfx.lower.norm_ops import NORM
+
+TRITON = {"lowering": "triton", "fold": "live"}
+
+
+@pytest.fixture(autouse=True)
+def _everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if there were kernels for the CPU."""
+    monkeypatch.setattr(lowering, "has_kernels", lambda fake: True)
+
+
+ADDS = {
+    "gpt2": 4, "vit": 4, "torchvision vit": 4, "llama": 1, "gpt_neox parallel": 2, "encoder": 4, "bloom": 4,
+}  # fmt: skip
+"""Norms that read a residual add of their own, of each model."""
+
+
+@pytest.mark.parametrize(("name", "adds"), ADDS.items())
+def test_float64(name: str, adds: int) -> None:
+    """Output and every gradient; residual adds are taken into the op, and their sums out of it."""
+    case = next(c for c in CASES if c.name == name)
+    if not case.available:
+        pytest.skip(f"{case.package} is not installed")
+    report = assert_same_float64(
+        case.make(), case.inputs(), TRITON, promoted=name in {"llama", "gpt_neox parallel", "bloom"}
+    )
+    kernels = [site.lowering for site in report.sites]
+    assert all(k.startswith("triton: ") for k in kernels)
+    assert sum(k.startswith("triton: add_") for k in kernels) == adds
+    (graph,) = report.graphs
+    assert {name.rpartition("_")[2] for name in graph.kernels} == {"forward", "backward"}
+    assert all("@triton.jit" in source for source in graph.kernels.values())
+
+
+class Adds(nn.Module):
+    def __init__(self, case: str) -> None:
+        super().__init__()
+        self.case, self.norm, self.read = case, nn.LayerNorm(8), nn.Linear(8, 8)
+        nn.init.uniform_(self.norm.weight, 0.5, 2.0)
+
+    def forward(self, x: Tensor, f: Tensor) -> tuple[Tensor, ...]:
+        if self.case == "broadcast":
+            s = x + f[:1]
+        elif self.case == "a number":
+            s = torch.add(x, 2.0)
+        elif self.case == "scaled":
+            s = torch.add(x, f, alpha=0.5)
+        elif self.case == "another dtype":
+            s = x + f.float()
+        elif self.case == "written before the norm":
+            s = x + f
+            s.mul_(2.0)
+        elif self.case == "without gradients":
+            with torch.no_grad():
+                s = x + f
+        else:
+            s = x + f
+        early = torch.tanh(s) if self.case == "read before" else s
+        return self.read(self.norm(s)), early * 1.0
+
+
+@pytest.mark.parametrize(
+    ("case", "fused"),
+    [
+        ("plain", True), ("scaled", True), ("read before", True), ("broadcast", False), ("a number", False),
+        ("another dtype", False), ("written before the norm", False), ("without gradients", False),
+    ],
+)  # fmt: skip
+def test_which_adds(case: str, fused: bool) -> None:
+    x, f = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    report = assert_same_float64(Adds(case), (x, f), TRITON)
+    (site,) = report.sites
+    assert site.lowering == ("triton: add_layer_norm_8" if fused else "triton: layer_norm_8")
+
+
+class Other(nn.Module):
+    """A norm for which there is no kernel, in a graph in which another norm is rewritten."""
+
+    def __init__(self, case: str) -> None:
+        super().__init__()
+        self.case = case
+        self.enter, self.norm, self.read = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8)
+        nn.init.uniform_(self.norm.weight, 0.5, 2.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.enter(x)
+        if self.case == "ε outside":
+            y = h * (1 / (h.square().mean(-1, keepdim=True).sqrt() + 1e-5)) * self.norm.weight
+        else:
+            t = h.transpose(1, 2)
+            y = (t * torch.rsqrt(t.square().mean(1, keepdim=True) + 1e-5) * self.norm.weight[:, None]).transpose(1, 2)
+        return self.read(y)
+
+
+@pytest.mark.parametrize(("case", "why"), [("ε outside", "ε is added to the root"), ("other axis", "last dimension")])
+def test_no_kernel(case: str, why: str) -> None:
+    report = assert_same_float64(Other(case), (torch.randn(2, 3, 8),), TRITON)
+    (site,) = report.sites
+    assert site.rules and site.lowering.startswith("inductor: ") and why in site.lowering
+
+
+def test_on_the_cpu_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8)).double()
+    report = assert_same_float64(model, (torch.randn(3, 8),), TRITON)
+    assert report.sites[0].lowering == "inductor: there are no kernels for torch.float64 on cpu"
+    assert report.graphs[0].kernels == {}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_under_inductor(training: bool) -> None:
+    """AOTAutograd and Inductor take the op and its derivative."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8)).double()
+    call = torch.compile(model, backend="normfx", fullgraph=True, options={**TRITON, "strict": True})
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=training)
+    with torch.set_grad_enabled(training):
+        torch.testing.assert_close(call(x), model(x))
+    if training:
+        own, want = (torch.autograd.grad(f(x).square().sum(), [x, *model.parameters()]) for f in (call, model))
+        torch.testing.assert_close(own, want)
+
+
+def test_dynamic_rows() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8))
+    backend = EagerBackend(TRITON)
+    call = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+    for rows in (3, 5, 9):
+        x = torch.randn(rows, 8)
+        torch.testing.assert_close(call(x), model(x), rtol=1e-5, atol=1e-5)
+    assert len(backend.graphs) == 1
+    assert any(node.target is NORM for node in backend.modules[0].graph.nodes)
+
+
+def test_statistics_of_functional_norms() -> None:
+    """F.layer_norm without weights: a kernel without γ and β."""
+
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter, self.read = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.read(F.layer_norm(self.enter(x), (8,)))
+
+    report = assert_same_float64(Plain(), (torch.randn(3, 8),), TRITON)
+    assert report.sites[0].lowering == "triton: rms_norm_8"
+    assert "weight_ptr" not in "".join(report.graphs[0].kernels.values())

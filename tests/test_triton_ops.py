@@ -1,0 +1,61 @@
+"""The op that runs on generated kernels: its meaning on the CPU, its derivative, its place in real graphs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from normfx.lower.norm_ops import NORM, Form
+
+
+def form(centre: bool, **other: Any) -> Form:
+    settings = dict(centre=centre, eps=1e-5, scale=1.0, correction=0, alpha=1.0, out_dtype=torch.float64)
+    return Form(**{**settings, **other})
+
+
+def inputs(residual: bool, affine: bool) -> tuple[Tensor | None, ...]:
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+    return random(2, 3, 8), random(2, 3, 8) if residual else None, *(random(8) if affine else None for _ in range(2))
+
+
+CASES = [(c, r, a) for c in (True, False) for r in (True, False) for a in (True, False)]
+
+
+@pytest.mark.parametrize(("centre", "residual", "affine"), CASES)
+def test_meaning(centre: bool, residual: bool, affine: bool) -> None:
+    x, r, w, b = inputs(residual, affine)
+    out, rstd, *rest = NORM(x, r, w, b, *form(centre, alpha=0.5))
+    s = x if r is None else x + 0.5 * r
+    norm = F.layer_norm(s, (8,), w, b) if centre else F.rms_norm(s, (8,), w, 1e-5) + (b if b is not None else 0)
+    torch.testing.assert_close(out, norm, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        rstd, torch.rsqrt(s.var(-1, correction=0) + 1e-5) if centre else torch.rsqrt(s.square().mean(-1) + 1e-5)
+    )
+    assert len(rest) == centre + residual
+    if residual:
+        torch.testing.assert_close(rest[-1], s)
+
+
+@pytest.mark.parametrize(("centre", "residual", "affine"), CASES)
+def test_derivative(centre: bool, residual: bool, affine: bool) -> None:
+    given = inputs(residual, affine)
+    settings = form(centre, alpha=0.5, scale=2.0, correction=1)
+
+    def run(*tensors: Tensor | None) -> list[Tensor]:
+        found = NORM(*tensors, *settings)
+        return [found[0], *([found[-1]] if residual else [])]
+
+    assert torch.autograd.gradcheck(run, given)
+
+
+@pytest.mark.parametrize(("centre", "residual", "affine"), [(True, True, True), (False, False, False)])
+def test_opcheck(centre: bool, residual: bool, affine: bool) -> None:
+    torch.library.opcheck(NORM, (*inputs(residual, affine), *form(centre)))
