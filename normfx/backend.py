@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 from torch.fx import GraphModule, Node
 
 from normfx.capture import Captured, capture
-from normfx.errors import NormfxWarning, StageError, stage_warning
+from normfx.errors import NormfxError, NormfxWarning, StageError, stage_warning
 from normfx.ir import ops
 from normfx.ir.aliasing import functionalize_local, mutated
 from normfx.ir.names import module_path, source_line
@@ -23,7 +23,7 @@ from normfx.ir.sites import Norm
 from normfx.ir.verify import verify
 from normfx.lower.folded import Compiled, Folding, compile_folded, hoist, is_frozen
 from normfx.lower.inductor import compile_graph, inductor_options
-from normfx.lower.packed import pack_linears
+from normfx.lower.packed import PACK, pack_linears
 from normfx.lower.triton import Lowered, lower_norms
 from normfx.lower.verified import verified
 from normfx.options import Options
@@ -163,7 +163,11 @@ def _keep_folds(captured: Captured, settings: Options, packs: bool) -> Folding |
     gm, free = captured.graph_module, _keepable(captured, settings)
     if packs:
         pack_linears(gm, free)
-    return hoist(gm, kept_values(gm.graph, free))
+    folding = hoist(gm, kept_values(gm.graph, free))
+    left = [node.name for node in gm.graph.nodes if node.target is PACK]
+    if left:
+        raise NormfxError(f"normfx: packed weights that cannot be kept: {', '.join(left)}; please report this graph")
+    return folding
 
 
 def _count_folds(gm: GraphModule, weights: frozenset[Any]) -> tuple[int, int]:
