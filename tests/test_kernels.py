@@ -88,7 +88,7 @@ def test_many_rows() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_all_forms_and_sizes(width: int, dtype: str) -> None:
-    rows = [0, 1, 3, 257] if width <= 1024 else [0, 1, 3]
+    rows = [0, 1, 257] if width <= 1024 else [0, 2]
     check([{"spec": form, "shape": [n]} for n in rows for form in forms(width, dtype)])
 
 
