@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +15,7 @@ pytest.importorskip("triton")
 from equivalence import EagerBackend, assert_same_float64
 from models import CASES
 
+from normfx.lower import inductor
 from normfx.lower import triton as lowering
 from normfx.lower.norm_ops import NORM
 
@@ -160,3 +164,13 @@ def test_statistics_of_functional_norms() -> None:
     report = assert_same_float64(Plain(), (torch.randn(3, 8),), TRITON)
     assert report.sites[0].lowering == "triton: rms_norm_8"
     assert "weight_ptr" not in "".join(report.graphs[0].kernels.values())
+
+
+@pytest.mark.parametrize("module", inductor.MEANING, ids=lambda m: m.__name__)
+def test_caches_know_what_the_ops_mean(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another text of any module that decides what an op compiles to is another key."""
+    digest, read = inductor._digest.__wrapped__, inspect.getsource
+    before = digest()
+    assert digest() == before
+    monkeypatch.setattr(inspect, "getsource", lambda m: read(m) + ("#" if m is module else ""))
+    assert digest() != before

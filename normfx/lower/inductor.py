@@ -17,6 +17,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from normfx.errors import OptionError
 from normfx.ir import ops
 from normfx.ir.ops import BODIES
+from normfx.kernels import launch, run, source, spec
+from normfx.lower import norm_ops
+
+MEANING = (ops, norm_ops, spec, launch, source, run)
+"""The modules that say what a graph with normfx's ops compiles to."""
 
 
 def inductor_options(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,9 +59,9 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], patches: Mappi
 
 @functools.cache
 def _digest() -> str:
-    """Of the meaning of the canonical ops: AOTAutograd's cache knows them by name, and would hand out what an earlier
+    """Of the meaning of normfx's ops: AOTAutograd's cache knows them by name, and would hand out what an earlier
     version of them compiled to."""
-    return hashlib.sha256(inspect.getsource(ops).encode()).hexdigest()[:16]
+    return hashlib.sha256("".join(map(inspect.getsource, MEANING)).encode()).hexdigest()[:16]
 
 
 def inline_canonical_ops(gm: GraphModule) -> GraphModule:
