@@ -16,7 +16,7 @@ from models import CASES, Case
 from torch import Tensor, nn
 from writes import WRITES
 
-from normfx.lower import packed
+from normfx.lower import gemm, packed
 from normfx.weights import handles, store
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch was built without oneDNN")
@@ -242,3 +242,9 @@ def test_in_a_cpp_wrapper() -> None:
     before = check(call, model)
     WRITES["p.data.add_"](model)
     check(call, model, before)
+
+
+def test_the_measurement_is_on_the_cpu() -> None:
+    """Whatever the default device is when a model is compiled."""
+    with torch.device("meta"):
+        assert {tensor.device.type for tensor in gemm._layer(torch.float32)} == {"cpu"}

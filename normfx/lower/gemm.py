@@ -70,7 +70,10 @@ def _onednn_works(dtype: torch.dtype) -> bool:
 
 
 def _layer(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ones(ROWS, IN, dtype=dtype), torch.ones(OUT, IN, dtype=dtype), torch.ones(OUT, dtype=dtype)
+    def ones(*shape: int) -> Tensor:
+        return torch.ones(shape, dtype=dtype, device="cpu")  # whatever the default device is
+
+    return ones(ROWS, IN), ones(OUT, IN), ones(OUT)
 
 
 def _packed(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], Tensor]:
