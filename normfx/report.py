@@ -31,8 +31,8 @@ class RefusalReport:
 class SiteReport:
     """One norm: its module path, kind, the rules applied in order, the refusals, and where it is written.
 
-    lowering: "triton: " and the name of the kernel; "inductor: " and why there is no kernel, under lowering="triton";
-              "two-pass" where a norm that stays is spelled out; else "inductor"
+    lowering: under lowering="triton" "triton: ", the kernel and the bytes it must move, or "inductor: " and why there
+              is no kernel; else "two-pass" where a norm that stays is spelled out, "inductor" where it is not
     """
 
     name: str

@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 
 from normfx.kernels.build import build
 from normfx.kernels.source import Source
-from normfx.kernels.spec import DTYPES, Spec
+from normfx.kernels.spec import Spec
 
 _POINTER = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 _DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -97,7 +97,3 @@ def amd_spills(source: Source, spec: Spec, arch: str) -> int:
     counts = re.findall(r"\.(?:vgpr_spill_count|sgpr_spill_count|private_segment_fixed_size):\s*(\d+)", text)
     assert len(counts) == 3
     return sum(map(int, counts))
-
-
-def size(dtype: str | None) -> int:
-    return DTYPES[dtype] if dtype else 0

@@ -13,7 +13,7 @@ FLOORS = (
     ("errors", "ir"),
     ("options",),
     ("kernels.spec",),
-    ("kernels.launch",),
+    ("kernels.launch", "kernels.cost"),
     ("kernels.source",),
     ("kernels.build",),
     ("kernels.run",),

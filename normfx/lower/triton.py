@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import GraphModule, Node
 
 from normfx.ir import ops
 from normfx.ir.aliasing import mutated
-from normfx.ir.graph import arguments, grad_modes, op_name, value
+from normfx.ir.graph import arguments, entries, grad_modes, op_name, shape, value
 from normfx.ir.ops import Form as Canonical
+from normfx.kernels.cost import backward_cost, forward_cost
 from normfx.kernels.launch import backward_launch, forward_launch
 from normfx.kernels.source import Source, backward_source, forward_source
 from normfx.kernels.spec import DTYPES, Spec
@@ -52,7 +54,8 @@ def lower_norms(gm: GraphModule) -> Lowered:
             added = None
         new, spec = _replace(gm, node, added)
         order[new] = order[node if added is None else added]
-        found[node] = f"triton: {spec.name}"
+        rows = entries(shape(node)[:-1])
+        found[node] = f"triton: {spec.name}, {_bytes(spec, rows, modes[node])}"
         for source in _sources(spec, modes[node]):
             kernels[source.name] = source.text
     gm.graph.eliminate_dead_code()
@@ -66,6 +69,15 @@ def _sources(spec: Spec, trains: bool) -> list[Source]:
     if trains:
         found.append(backward_source(spec, backward_launch(spec), spec.sum is not None))
     return found
+
+
+def _bytes(spec: Spec, rows: sympy.Expr, trains: bool) -> str:
+    """What the kernels must move, forward and backward, the partial sums of dγ and dβ left out."""
+    forward = sympy.simplify(forward_cost(spec, rows, statistics=True).bytes)
+    if not trains:
+        return f"{forward} bytes"
+    backward = sympy.simplify(backward_cost(spec, rows, spec.sum is not None, sympy.Integer(0)).bytes)
+    return f"{forward} bytes forward, {backward} backward"
 
 
 def _form(node: Node) -> Canonical:
