@@ -69,8 +69,8 @@ def forward(
     tensors = {
         "x": matrix,
         "residual": _maybe_rows(residual, spec),
-        "weight": weight,
-        "bias": bias,
+        "weight": _vector(weight),
+        "bias": _vector(bias),
         "out": _rows(out, spec),
         "sum": _maybe_rows(total, spec),
         "mean": mean,
@@ -101,7 +101,7 @@ def backward(
         "saved": matrix,
         "sum_grad": _maybe_rows(sum_grad, spec),
         "x_grad": _rows(x_grad, spec),
-        "weight": weight,
+        "weight": _vector(weight),
         "mean": mean,
         "rstd": rstd,
     }
@@ -109,24 +109,15 @@ def backward(
     sums = [name for name in ("weight", "bias") if getattr(spec, name)]
     partial = {}
     if rows:
-        count = programs(launch, rows, processors)
-        fused = launch.form == "rows"
-        if not fused and sums:
-            parts, rows_each = _parts(rows, spec, launch, processors)
-            count = parts
-        partial = {f"{name}_sums": saved.new_empty((count, spec.entries), dtype=torch.float32) for name in sums}
-        if fused:
-            tensors.update(partial)
-        _start(
-            wrap,
-            _source_of_backward(spec, launch, sum_grad is not None),
-            (programs(launch, rows, processors),),
-            tensors,
-            rows=rows,
-        )
-        if not fused and sums:
+        count, fused = programs(launch, rows, processors), launch.form == "rows"
+        parts, rows_each = _parts(rows, spec, launch, processors)
+        size = (count if fused else parts, spec.entries)
+        partial = {f"{name}_sums": saved.new_empty(size, dtype=torch.float32) for name in sums}
+        tensors.update(partial)
+        _start(wrap, _source_of_backward(spec, launch, sum_grad is not None), (count,), tensors, rows=rows)
+        if sums and not fused:
             grid = (parts, -(-spec.entries // launch.block))
-            _start(wrap, _source_of_columns(spec, launch), grid, {**tensors, **partial}, rows=rows, rows_each=rows_each)
+            _start(wrap, _source_of_columns(spec, launch), grid, tensors, rows=rows, rows_each=rows_each)
     grads = {name: _summed(wrap, partial.get(f"{name}_sums"), spec, name, saved) for name in sums}
     return Backward(x_grad, grads.get("weight"), grads.get("bias"))
 
@@ -147,6 +138,10 @@ def _summed(wrap: Wrap, partial: Tensor | None, spec: Spec, name: str, like: Ten
     grid = (-(-spec.entries // SUM_COLUMNS),)
     _start(wrap, _source_of_sum(spec.entries), grid, {"sums": partial, "out": out}, rows=partial.shape[0])
     return out
+
+
+def _vector(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def _maybe_rows(tensor: Tensor | None, spec: Spec) -> Tensor | None:

@@ -91,6 +91,8 @@ def inputs(spec: Spec, shape: list[int], shift: float, kind: str) -> tuple[dict[
         tensors["weight"] = (random(spec.entries) + (0.0 if spec.unit_offset else 1.0)).to(dtype["weight"])
     if spec.bias:
         tensors["bias"] = random(spec.entries).to(dtype["bias"])
+    if kind == "strided":
+        tensors.update({name: torch.stack([t, t + 1], -1)[..., 0] for name, t in tensors.items() if name != "x"})
     sum_grad = random(*full).to(dtype["sum"]) if spec.sum else None
     return tensors, random(*full).to(dtype["out"]), sum_grad
 
