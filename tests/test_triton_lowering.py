@@ -126,6 +126,13 @@ def test_on_the_cpu_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> Non
     assert report.graphs[0].kernels == {}
 
 
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8)).double()
+    report = assert_same_float64(model, (torch.randn(3, 8),), TRITON)
+    assert report.sites[0].lowering == "inductor: triton is not installed"
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_under_inductor(training: bool) -> None:
     """AOTAutograd and Inductor take the op and its derivative."""

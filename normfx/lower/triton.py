@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -92,6 +93,8 @@ def _objection(node: Node) -> str:
     assert x is not None
     if not has_kernels(x):
         return f"there are no kernels for {x.dtype} on {x.device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
     width = x.shape[-1] if x.ndim else 0
     if form.dim % max(x.ndim, 1) != x.ndim - 1 or not isinstance(width, int):
         return "it does not run over the last dimension, of a fixed size"
