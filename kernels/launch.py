@@ -17,6 +17,10 @@ FORWARD_IN_REGISTERS = 16384
 BACKWARD_IN_REGISTERS = 8192
 """Of the widest row that backward holds: x, dy, and a running sum each for dγ and dβ."""
 
+WIDE = 4096
+"""Entries from which a thread holds 32 of a row, unless two running sums need the room: with 16, ptxas for sm_80 keeps a
+register in local memory."""
+
 CHUNK = 4096
 """Entries read at a time of a wider row; what is read twice comes from the L2 cache the second time."""
 
@@ -48,7 +52,7 @@ class Launch:
 def forward_launch(spec: Spec) -> Launch:
     if spec.entries > FORWARD_IN_REGISTERS:
         return Launch("chunks", CHUNK, 1, 8, False, f"a row of {spec.entries} does not fit into registers")
-    return _rows(spec, 16, False)
+    return _rows(spec, 32 if spec.entries > WIDE else 16, False)
 
 
 def backward_launch(spec: Spec) -> Launch:
@@ -57,9 +61,9 @@ def backward_launch(spec: Spec) -> Launch:
     most = BACKWARD_IN_REGISTERS if sums else FORWARD_IN_REGISTERS
     if spec.entries > most:
         return Launch(
-            "chunks", CHUNK, 1, 8, False, f"a row of {spec.entries} with its sums does not fit into registers"
+            "chunks", CHUNK, 1, 16, False, f"a row of {spec.entries} with its sums does not fit into registers"
         )
-    return _rows(spec, 8, sums > 0)
+    return _rows(spec, 32 if spec.entries > WIDE and sums == 1 else 8, sums > 0)
 
 
 def _rows(spec: Spec, per_thread: int, persistent: bool) -> Launch:
@@ -67,6 +71,8 @@ def _rows(spec: Spec, per_thread: int, persistent: bool) -> Launch:
     block = power_of_two(spec.entries)
     rows = max(1, PROGRAM // block)
     vector = 16 // DTYPES[spec.x]
+    if spec.entries % vector:  # accesses of one entry: their addresses and masks need registers too
+        per_thread = 8
     threads = rows * block // max(per_thread, vector)
     warps = min(max(threads // 32, 1), 16)
     reason = f"{rows} rows of {block}" if rows > 1 else f"one row of {block}"
