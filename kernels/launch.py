@@ -18,8 +18,8 @@ BACKWARD_IN_REGISTERS = 8192
 """Of the widest row that backward holds: x, dy, and a running sum each for dγ and dβ."""
 
 WIDE = 4096
-"""Entries from which a thread holds 32 of a row, unless two running sums need the room: with 16, ptxas for sm_80 keeps a
-register in local memory."""
+"""Entries above which a thread holds 32 of a row, unless two running sums need the room: with 16, ptxas for sm_80 keeps
+a register in local memory."""
 
 CHUNK = 4096
 """Entries read at a time of a wider row; what is read twice comes from the L2 cache the second time."""
