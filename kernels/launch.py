@@ -22,13 +22,21 @@ WIDE = 4096
 a register in local memory."""
 
 CHUNK = 4096
-"""Entries read at a time of a wider row; what is read twice comes from the L2 cache the second time."""
+"""Entries read at a time of a wider row; what is read twice comes from a cache the second time."""
+
+SUMS_IN_REGISTERS = 24576
+"""Running sums that a program of 256 threads keeps: 96 of its 255 registers. With 128, ptxas moves some to local
+memory, as it does with 512 threads and half as many registers each."""
+
+CHUNK_WITH_SUMS = 2048
+"""Entries read at a time beside running sums: one 16-byte access of bfloat16 for each of 256 threads."""
 
 PROGRAM = 2048
 """Entries a program should have at least: with fewer, starting it costs as much as its work."""
 
 PROGRAMS_PER_SM = 2
-"""Of a persistent grid: more rows of partial sums cost bandwidth, fewer leave nothing to hide latency with."""
+"""Of a persistent grid: more rows of partial sums cost bandwidth, fewer leave nothing to hide latency with. Of wide
+rows, whose sums fill the registers, one."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,8 @@ class Launch:
     warps:     of 32 threads
     persistent: programs loop over rows and keep sums over them
     reason:    why
+    parts:     persistent chunks: into how many parts the columns are cut; a program reads its rows whole, for what it
+               needs of the whole row, and writes its part
     """
 
     form: Form
@@ -47,6 +57,7 @@ class Launch:
     warps: int
     persistent: bool
     reason: str
+    parts: int = 1
 
 
 def forward_launch(spec: Spec) -> Launch:
@@ -56,14 +67,16 @@ def forward_launch(spec: Spec) -> Launch:
 
 
 def backward_launch(spec: Spec) -> Launch:
-    """Of dx, and of dγ and dβ in the same kernel where a row and its sums fit into registers."""
+    """Of dx, and of dγ and dβ in the same kernel."""
     sums = (spec.weight is not None) + (spec.bias is not None)
-    most = BACKWARD_IN_REGISTERS if sums else FORWARD_IN_REGISTERS
-    if spec.entries > most:
-        return Launch(
-            "chunks", CHUNK, 1, 16, False, f"a row of {spec.entries} with its sums does not fit into registers"
-        )
-    return _rows(spec, 32 if spec.entries > WIDE and sums == 1 else 8, sums > 0)
+    if spec.entries <= (BACKWARD_IN_REGISTERS if sums else FORWARD_IN_REGISTERS):
+        return _rows(spec, 32 if spec.entries > WIDE and sums == 1 else 8, sums > 0)
+    reason = f"a row of {spec.entries} does not fit into registers"
+    if not sums:
+        return Launch("chunks", CHUNK, 1, 16, False, reason)
+    parts = -(-spec.entries * sums // SUMS_IN_REGISTERS)
+    held = "its sums do" if parts == 1 else f"its sums do in {parts} parts"
+    return Launch("chunks", CHUNK_WITH_SUMS, 1, 8, True, f"{reason}, {held}", parts)
 
 
 def _rows(spec: Spec, per_thread: int, persistent: bool) -> Launch:
@@ -80,9 +93,13 @@ def _rows(spec: Spec, per_thread: int, persistent: bool) -> Launch:
 
 
 def programs(launch: Launch, rows: Any, processors: int) -> Any:
-    """Size of the grid for this many rows on a device with this many multiprocessors; `rows` may be a torch.SymInt."""
+    """Programs, of each part, for this many rows on a device with this many multiprocessors; `rows` may be a
+    torch.SymInt."""
     groups = -(-rows // launch.rows)
-    return torch.sym_min(groups, processors * PROGRAMS_PER_SM) if launch.persistent else groups
+    if not launch.persistent:
+        return groups
+    most = processors * PROGRAMS_PER_SM if launch.form == "rows" else max(1, processors // launch.parts)
+    return torch.sym_min(groups, most)
 
 
 def power_of_two(n: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from textwrap import fill
@@ -42,11 +43,10 @@ def forward_source(spec: Spec, launch: Launch, statistics: bool) -> Source:
 
 
 def backward_source(spec: Spec, launch: Launch, sum_grad: bool) -> Source:
-    """dx from dy, and from the gradient of the stored sum under `sum_grad`; where rows fit into registers, dγ and dβ
-    too, as one row of partial sums for each program."""
+    """dx from dy, and from the gradient of the stored sum under `sum_grad`; dγ and dβ as one row of partial sums for
+    each program."""
     if spec.residual and not spec.sum:
         raise ValueError(f"normfx kernels: backward reads the sum again, and {spec} does not store it")
-    fused = launch.form == "rows"
     tensors = [
         ("out_grad", True),
         ("saved", True),
@@ -55,26 +55,12 @@ def backward_source(spec: Spec, launch: Launch, sum_grad: bool) -> Source:
         ("rstd", True),
         ("sum_grad", sum_grad),
         ("x_grad", True),
-        ("weight_sums", fused and spec.weight),
-        ("bias_sums", fused and spec.bias),
-    ]
-    parameters = _parameters(tensors, ("out_grad", "saved", "sum_grad", "x_grad"))
-    body = _backward_rows if fused else _backward_chunks
-    return _source(f"{spec.name}_backward", spec, launch, parameters, body(_Rows(spec, launch), sum_grad))
-
-
-def column_source(spec: Spec, launch: Launch) -> Source:
-    """Partial sums of dγ and dβ over rows, for rows too wide for the kernel of dx to keep them."""
-    tensors = [
-        ("out_grad", True),
-        ("saved", True),
-        ("mean", spec.centre),
-        ("rstd", True),
         ("weight_sums", spec.weight),
         ("bias_sums", spec.bias),
     ]
-    parameters = [*_parameters(tensors, ("out_grad", "saved")), "rows_each"]
-    return _source(f"{spec.name}_columns", spec, launch, parameters, _columns(_Rows(spec, launch)))
+    parameters = _parameters(tensors, ("out_grad", "saved", "sum_grad", "x_grad"))
+    body = _backward_rows if launch.form == "rows" else _backward_chunks
+    return _source(f"{spec.name}_backward", spec, launch, parameters, body(_Rows(spec, launch), sum_grad))
 
 
 def finalise_source(width: int) -> Source:
@@ -318,60 +304,80 @@ def _backward_row(r: _Rows, sum_grad: bool, group: str) -> Iterator[str]:
 
 
 def _backward_chunks(r: _Rows, sum_grad: bool) -> Iterator[str]:
+    """Each row twice: for its sums, and for dx. Where programs keep dγ and dβ, these are in registers and the second
+    time is written out chunk by chunk, of the program's part of the columns."""
+    spec, launch = r.spec, r.launch
+    starts = [f"first + {i * launch.block}" for i in range(_chunks(launch, spec))]
+    sums = [name for name in ("weight", "bias") if getattr(spec, name)]
+    if not launch.persistent:
+        yield from _row_sums(r, "tl.program_id(0)")
+        yield f"for start in tl.range(0, {spec.entries}, {launch.block}, loop_unroll_factor=1):"
+        for line in (*_chunk(r, "start"), *_chunk_grad(r, sum_grad)):
+            yield f"    {line}"
+        return
+    yield f"first = tl.program_id(1) * {len(starts) * launch.block}"
+    for name, i in itertools.product(sums, range(len(starts))):
+        yield f"{name}_total_{i} = tl.zeros([{launch.block}], tl.float32)"
+    yield "for group in range(tl.program_id(0), rows, tl.num_programs(0)):"
+    for line in _row_sums(r, "group"):
+        yield f"    {line}"
+    for i, start in enumerate(starts):
+        for line in (*_chunk(r, start, f"_{i}"), *_chunk_grad(r, sum_grad)):
+            yield f"    {line}"
+    for i, start in enumerate(starts):
+        yield from r.columns(f"{start} + ")
+        for name in sums:
+            place = f"tl.program_id(0) * {spec.entries} + cols"
+            yield r.store(f"{name}_sums", place, f"{name}_total_{i}", r.column_mask)
+
+
+def _chunks(launch: Launch, spec: Spec) -> int:
+    """Of a program's part of the columns."""
+    return -(-spec.entries // (launch.block * launch.parts))
+
+
+def _row_sums(r: _Rows, group: str) -> Iterator[str]:
+    """What dx needs of a whole row."""
     spec, block = r.spec, r.launch.block
-    vector = f"tl.zeros([{block}], tl.float32)"
-
-    def chunk() -> Iterator[str]:
-        yield from r.columns("start + ")
-        yield f"dy = {r.scaled(r.entry('out_grad'))}"
-        yield f"x = {r.entry('saved')}"
-        yield f"x = {r.inside('(x - mean) * rstd')}" if spec.centre else "x *= rstd"
-        if spec.weight:
-            yield f"dy *= {r.gamma}"
-
-    yield "row = tl.cast(tl.program_id(0), tl.int64)"
-    if spec.centre:
-        yield "mean = " + r.of_row("mean")
-    yield "rstd = " + r.of_row("rstd")
     wanted = {"products": "dy * x"}
     if spec.centre:
         wanted["sums"] = "dy"
     if spec.compressed:
         wanted["totals"] = "x"
+    yield f"row = tl.cast({group}, tl.int64)"
+    if spec.centre:
+        yield "mean = " + r.of_row("mean")
+    yield "rstd = " + r.of_row("rstd")
     for name in wanted:
-        yield f"{name} = {vector}"
+        yield f"{name} = tl.zeros([{block}], tl.float32)"
     yield f"for start in tl.range(0, {spec.entries}, {block}, loop_unroll_factor=1):"
-    for line in (*chunk(), *(f"{name} += {term}" for name, term in wanted.items())):
+    for line in (*_chunk(r, "start"), *(f"{name} += {term}" for name, term in wanted.items())):
         yield f"    {line}"
     yield f"projection = tl.sum(products, 0) / {r.divisor}"
     if spec.centre:
         yield f"mean_grad = tl.sum(sums, 0) / {spec.width}"
     if spec.compressed:
         yield "total = tl.sum(totals, 0)"
-    yield f"for start in tl.range(0, {spec.entries}, {block}, loop_unroll_factor=1):"
-    normal = "(x + total)" if spec.compressed else "x"
-    last = [f"dx = (dy - {normal} * projection{' - mean_grad' if spec.centre else ''}) * rstd"]
-    if sum_grad:
-        last.append(f"dx += {r.entry('sum_grad')}")
-    for line in (*chunk(), *last, r.store_entry("x_grad", "dx")):
-        yield f"    {line}"
 
 
-def _columns(r: _Rows) -> Iterator[str]:
-    """Each program: some columns, and every row of its part."""
-    spec, launch = r.spec, r.launch
-    sums = [name for name in ("weight", "bias") if getattr(spec, name)]
-    yield from r.columns(f"tl.program_id(1) * {launch.block} + ")
-    for name in sums:
-        yield f"{name}_total = tl.zeros([{launch.block}], tl.float32)"
-    yield "first = tl.program_id(0) * rows_each"
-    yield "for position in range(first, tl.minimum(first + rows_each, rows)):"
-    yield "    row = tl.cast(position, tl.int64)"
-    yield f"    dy = {r.scaled(r.entry('out_grad'))}"
+def _chunk(r: _Rows, start: str, total: str = "") -> Iterator[str]:
+    """x̂ and γ ⊙ dy of a chunk; `total`: where its share of dγ and dβ goes, by the end of the name."""
+    spec = r.spec
+    yield from r.columns(f"{start} + ")
+    yield f"dy = {r.scaled(r.entry('out_grad'))}"
+    yield f"x = {r.entry('saved')}"
+    yield f"x = {r.inside('(x - mean) * rstd')}" if spec.centre else "x *= rstd"
+    if spec.weight and total:
+        yield f"weight_total{total} += dy * x"
+    if spec.bias and total:
+        yield f"bias_total{total} += dy"
     if spec.weight:
-        mean = f" - {r.of_row('mean')}" if spec.centre else ""
-        yield f"    weight_total += dy * ({r.entry('saved')}{mean}) * {r.of_row('rstd')}"
-    if spec.bias:
-        yield "    bias_total += dy"
-    for name in sums:
-        yield r.store(f"{name}_sums", f"tl.program_id(0) * {spec.entries} + cols", f"{name}_total", r.column_mask)
+        yield f"dy *= {r.gamma}"
+
+
+def _chunk_grad(r: _Rows, sum_grad: bool) -> Iterator[str]:
+    normal = "(x + total)" if r.spec.compressed else "x"
+    yield f"dx = (dy - {normal} * projection{' - mean_grad' if r.spec.centre else ''}) * rstd"
+    if sum_grad:
+        yield f"dx += {r.entry('sum_grad')}"
+    yield r.store_entry("x_grad", "dx")

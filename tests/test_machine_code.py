@@ -14,7 +14,7 @@ from compiled_kernels import Code, amd_spills, nvidia_code
 
 from normfx.kernels.cost import STATISTIC, backward_cost, forward_cost
 from normfx.kernels.launch import backward_launch, forward_launch
-from normfx.kernels.source import Source, backward_source, column_source, finalise_source, forward_source
+from normfx.kernels.source import Source, backward_source, finalise_source, forward_source
 from normfx.kernels.spec import DTYPES, Spec
 
 NVIDIA = (80, 90, 100)
@@ -26,8 +26,6 @@ def sources(spec: Spec) -> Iterator[Source]:
     forward, backward = forward_launch(spec), backward_launch(spec)
     yield forward_source(spec, forward, True)
     yield backward_source(spec, backward, spec.sum is not None)
-    if backward.form == "chunks" and spec.weight:
-        yield column_source(spec, backward)
     if spec.weight:
         yield finalise_source(spec.entries)
 
@@ -112,6 +110,16 @@ def test_bytes_of_backward(dtype: str) -> None:
         sums = 4096 * STATISTIC * ((spec.weight is not None) + (spec.bias is not None))
         assert code.loads[16] == floor.read - sums - STATISTIC * (1 + spec.centre), str(spec)
         assert code.stores[16] == floor.written - vectors, str(spec)
+
+
+def test_wide_backward_reads_a_row_twice_and_writes_once() -> None:
+    """The second time from a cache: the row was read just before, by the same program."""
+    spec = specs(12288, "bfloat16")[1]
+    launch = backward_launch(spec)
+    assert (launch.form, launch.parts) == ("chunks", 1)
+    code = nvidia_code(backward_source(spec, launch, False), spec, 90)
+    assert code.loads[16] == 2 * 12288 * (2 + 2 + 2), "dy, x and γ"
+    assert code.stores == {16: 12288 * (2 + STATISTIC)}, "dx and the sums of dγ"
 
 
 def test_odd_widths_are_read_entry_by_entry() -> None:
