@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import sympy
 import torch
 
 from normfx.ir.graph import entries, shape, size_hint, value
@@ -66,6 +67,14 @@ class Plan:
     def rules(self, norm: Norm | Composed) -> tuple[str, ...]:
         """Names of the rules applied to a norm, in order."""
         return tuple(d.rule.name for d in self.of(norm) if d.applied)
+
+    def costs(self) -> Mapping[str, Cost]:
+        """What each applied rule changes: the sum of its decisions' bytes before and after."""
+        found: dict[str, Cost] = {}
+        for d in self.applied():
+            so_far = found.get(d.rule.name, Cost(sympy.Integer(0), sympy.Integer(0)))
+            found[d.rule.name] = Cost(so_far.before + d.cost.before, so_far.after + d.cost.after)
+        return found
 
     def refusals(self, norm: Norm | Composed) -> tuple[Refusal, ...]:
         return tuple(refusal for d in self.of(norm) for refusal in d.refusals)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import sympy
 from torch.fx import Node
 
 from normfx.ir.sites import Composed, Norm
@@ -75,6 +76,8 @@ class GraphReport:
     """One captured graph. before, after: printer text; kernels: name → generated source; seconds: per stage.
 
     weights:  None where nothing was compiled
+    bytes:    by rule, predicted for a call: what passes over the activations it touches and over live weights read and
+              write, before and after, as text with the graph's symbolic sizes
     composed: weights computed from parameters alone, of kind "Weight"
     """
 
@@ -87,6 +90,7 @@ class GraphReport:
     seconds: Mapping[str, float] = field(default_factory=dict)
     weights: FoldReport | None = None
     composed: tuple[SiteReport, ...] = ()
+    bytes: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     def with_lowering(self, lowering: Iterable[str | None], kernels: Mapping[str, str]) -> GraphReport:
         """The same, with what each site runs on where that is known, and the sources of kernels."""
@@ -143,6 +147,10 @@ class Report:
                 first = said.setdefault((r.rule, r.code, r.detail), site.name)
                 reason = r.detail if first == site.name else f"as for {first}"
                 lines.append(f"  {r.rule} refused ({r.code}): {reason}")
+        for i, graph in enumerate(self.graphs):
+            if graph.bytes:
+                changes = ", ".join(f"{rule} {before} to {after}" for rule, (before, after) in graph.bytes.items())
+                lines.append(f"graph {i}: predicted bytes a call: {changes}")
         lines += [f"graph {i}: {graph.weights}" for i, graph in enumerate(self.graphs) if graph.weights]
         return "\n".join(lines)
 
@@ -186,7 +194,12 @@ def graph_report(
     composed = tuple(
         SiteReport(place(site.node), "Weight", plan.rules(site), refusals(site), "") for site in plan.composed
     )
-    return GraphReport(sites, before, after, {}, *counts, dict(seconds), composed=composed)
+    sizes = {rule: (_size(cost.before), _size(cost.after)) for rule, cost in plan.costs().items()}
+    return GraphReport(sites, before, after, {}, *counts, dict(seconds), composed=composed, bytes=sizes)
+
+
+def _size(size: sympy.Expr) -> str:
+    return f"{int(size):,}" if size.is_Integer else str(sympy.expand(size))
 
 
 def _place(node: Node, source_of: Callable[[Node], str]) -> str:

@@ -94,7 +94,8 @@ model.transformer.h.0.ln_1  LayerNorm  pre_rms_norm, fold_affine
 model.transformer.h.0.ln_2  LayerNorm  pre_rms_norm, fold_affine
 model.transformer.h.1.ln_1  LayerNorm  pre_rms_norm, fold_affine
 model.transformer.h.1.ln_2  LayerNorm  pre_rms_norm, fold_affine
-model.transformer.ln_f      LayerNorm  pre_rms_norm, fold_affine""",
+model.transformer.ln_f      LayerNorm  pre_rms_norm, fold_affine
+graph 0: predicted bytes a call: pre_rms_norm 46,080 to 35,328, fold_affine 15,360 to 0""",
         )
 
     def test_gpt2_graph(self) -> None:
@@ -163,7 +164,8 @@ layer_norm: 3, rms_norm: 0, to_rms_norm: 3, fold_affine: 2, pre_rms_norm: 3, cen
 model.layers.0.layernorm_before  LayerNorm  pre_rms_norm, fold_affine
 model.layers.0.layernorm_after   LayerNorm  pre_rms_norm, fold_affine
 model.layernorm                  LayerNorm  pre_rms_norm
-  fold_affine refused (returned): the norm's output leaves the graph""",
+  fold_affine refused (returned): the norm's output leaves the graph
+graph 0: predicted bytes a call: pre_rms_norm 39,168 to 26,112, fold_affine 8,704 to 0""",
         )
 
     def test_vit_graph(self) -> None:
@@ -214,7 +216,8 @@ return [%36]
 layer_norm: 2, rms_norm: 0, to_rms_norm: 1, fold_affine: 2, pre_rms_norm: 1, centrings: 0, folds: 5, graphs: 1, graph_breaks: 0
 norm   LayerNorm  pre_rms_norm, fold_affine
 final  LayerNorm  fold_affine
-  pre_rms_norm refused (observed): the stream's mean is read by something other than a LayerNorm over the same features: add is read by output""",
+  pre_rms_norm refused (observed): the stream's mean is read by something other than a LayerNorm over the same features: add is read by output
+graph 0: predicted bytes a call: pre_rms_norm 576 to 576, fold_affine 384 to 0""",
         )
 
     def test_refusal_graph(self) -> None:
@@ -253,7 +256,8 @@ model.transformer.h.1.ln_1  LayerNorm  fold_affine
 model.transformer.h.1.ln_2  LayerNorm  fold_affine
   pre_rms_norm refused (uncentred_input): as for model.transformer.h.0.ln_1
 model.transformer.ln_f      LayerNorm  fold_affine
-  pre_rms_norm refused (uncentred_input): as for model.transformer.h.0.ln_1""",
+  pre_rms_norm refused (uncentred_input): as for model.transformer.h.0.ln_1
+graph 0: predicted bytes a call: fold_affine 15,360 to 0""",
         )
 
     def test_training_graph(self) -> None:

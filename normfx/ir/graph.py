@@ -140,6 +140,18 @@ def entries(dims: Iterable[int | torch.SymInt]) -> sympy.Expr:
     return sympy.prod([extent(d) for d in dims])
 
 
+def bytes_of(node: Node) -> sympy.Expr:
+    """Bytes of a tensor's entries as a sympy expression."""
+    val = value(node)
+    assert val is not None, f"{node} is not a tensor"
+    return entries(val.shape) * val.element_size()
+
+
+def total(sizes: Iterable[sympy.Expr]) -> sympy.Expr:
+    """Their sum as a sympy expression, also of none."""
+    return sum(sizes, sympy.Integer(0))
+
+
 def size_hint(expr: sympy.Expr, nodes: Iterable[Node]) -> int:
     """An expression's value at the sizes seen when the graph was captured; unknown (data-dependent) sizes count 64.
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from normfx.ir.graph import entries, shape
+from normfx.ir.graph import bytes_of, entries, shape, total
 from normfx.ir.sites import Composed, Sites
 from normfx.rules.rule import Code, Cost, Example, Rule, Symbols
 
@@ -43,14 +43,14 @@ def guard(site: Composed) -> Iterator[tuple[str, str, tuple[Node, ...]]]:
         yield "live", ", ".join(node.name for node in site.live), site.live
     if site.obstacle:
         yield site.obstacle, site.node.name, (site.node,)
-    size = cost(site).before
+    size = total(entries(shape(node)) for node in site.nodes)
     if not site.live and not site.obstacle and size < SMALL:
         yield "small", f"{size} entries", (site.node,)
 
 
 def cost(site: Composed) -> Cost:
     """One pass over each intermediate value; afterwards none."""
-    return Cost(sum((entries(shape(node)) for node in site.nodes), sympy.Integer(0)), sympy.Integer(0))
+    return Cost(total(map(bytes_of, site.nodes)), sympy.Integer(0))
 
 
 def rewrite(site: Composed, edit: Any) -> None:

@@ -1,6 +1,6 @@
 """What pre_rms_norm and linear_norm share: deciding and centring one stream.
 
-Costs are counted in passes over entries. A LayerNorm reads a row for its mean, for its variance and to normalise it; an
+Costs are counted in bytes, pass by pass. A LayerNorm reads a row for its mean, for its variance and to normalise it; an
 RMSNorm saves the first. Centring an activation while the model runs reads it for the mean and writes the difference;
 for looked-up embedding rows the write is the lookup's own. Folded weights are free where they are kept. Where they are
 live, for their gradients, every call reads and writes them, and so does its backward pass: it takes many rows to pay.
@@ -16,7 +16,7 @@ import networkx
 import sympy
 from torch.fx import Node
 
-from normfx.ir.graph import entries, shape, size_hint
+from normfx.ir.graph import bytes_of, entries, shape, size_hint, total
 from normfx.ir.sites import Leaf, Norm, Stream
 from normfx.rules.rule import Code, Cost
 
@@ -70,7 +70,7 @@ def pieces(stream: Stream) -> Iterator[Stream]:
     network = networkx.DiGraph()
     rank = 2 * len(stream.norms)  # breaks ties in favour of centring
     for norm in stream.norms:
-        network.add_edge("source", norm, capacity=rank * _hint(entries(shape(norm.input)), norm.input) + 1)
+        network.add_edge("source", norm, capacity=rank * _hint(bytes_of(norm.input), norm.input) + 1)
     for reader, operands in stream.reads.items():
         for operand in operands:
             if not isinstance(operand, Leaf) or operand.explicit or operand.obstacle or _live(operand, stream):
@@ -94,19 +94,19 @@ def pieces(stream: Stream) -> Iterator[Stream]:
 
 
 def cost(stream: Stream) -> Cost:
-    """Passes over the rows of norm inputs, over centred leaves and over live weights, before and after."""
-    rows = sum((entries(shape(norm.input)) for norm in stream.norms), sympy.Integer(0))
+    """Of passes over the rows of norm inputs, over centred leaves and over live weights."""
+    rows = total(bytes_of(norm.input) for norm in stream.norms)
     return Cost(3 * rows, 2 * rows + _total(stream, stream.leaves))
 
 
 def _total(stream: Stream, leaves: Iterable[Leaf]) -> sympy.Expr:
-    return sum((_price(leaf, stream) for leaf in leaves if not leaf.obstacle), sympy.Integer(0))
+    return total(_price(leaf, stream) for leaf in leaves if not leaf.obstacle)
 
 
 def _price(leaf: Leaf, stream: Stream) -> sympy.Expr:
     if leaf.explicit:
-        return _PASSES[leaf.kind] * entries(shape(leaf.node))
-    return LIVE_PASSES * sum((entries(shape(weight)) for weight in _live(leaf, stream)), sympy.Integer(0))
+        return _PASSES[leaf.kind] * bytes_of(leaf.node)
+    return LIVE_PASSES * total(map(bytes_of, _live(leaf, stream)))
 
 
 def _live(leaf: Leaf, stream: Stream) -> tuple[Node, ...]:
@@ -134,8 +134,8 @@ def guard(stream: Stream) -> Iterator[tuple[str, str, tuple[Node, ...]]]:
     explicit = [leaf for leaf in stream.leaves if leaf.explicit]
     weights = [weight for leaf in stream.leaves for weight in _live(leaf, stream)]
     if _pays(Cost(price.before, price.after - _total(stream, set(stream.leaves) - set(explicit))), stream):
-        size = size_hint(sum((entries(shape(w)) for w in weights), sympy.Integer(0)), _nodes(stream))
-        rows = size_hint(price.before, _nodes(stream)) // 3
+        size = size_hint(total(entries(shape(w)) for w in weights), _nodes(stream))
+        rows = size_hint(total(entries(shape(norm.input)) for norm in stream.norms), _nodes(stream))
         yield "live_weights", f"{len(weights)} weights of {size} entries, {rows} normalised", tuple(weights)
         return
     raw = [leaf for leaf in explicit if leaf.kind == "raw"]

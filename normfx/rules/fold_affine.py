@@ -13,12 +13,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import sympy
 import torch
 from torch import nn
 from torch.fx import Node
 
-from normfx.ir.graph import entries, packed_sources, shape, size_hint, value
+from normfx.ir.graph import bytes_of, entries, packed_sources, shape, size_hint, total, value
 from normfx.ir.sites import Linear, Norm, Readers, Sites
 from normfx.rules import centring
 from normfx.rules.rule import Code, Cost, Example, Rule, Symbols
@@ -76,9 +75,10 @@ def guard(site: Readers) -> Iterator[tuple[str, str, tuple[Node, ...]]]:
     price, sizes = cost(site), (norm.output, *(linear.weight for linear, _, _ in site.linears))
     before, after = size_hint(price.before, sizes), size_hint(price.after, sizes)
     if after > before:
-        live = tuple(linear.node for linear, _, _ in site.linears if _live(linear, site))
-        detail = f"{after // LIVE_PASSES} entries of weights, {before // 2} normalised"
-        yield "live_weights", detail, live
+        live = [linear for linear, _, _ in site.linears if _live(linear, site)]
+        weights = size_hint(total(entries(shape(linear.weight)) for linear in live), sizes)
+        detail = f"{weights} entries of weights, {size_hint(entries(shape(site.norm.output)), sizes)} normalised"
+        yield "live_weights", detail, tuple(linear.node for linear in live)
 
 
 _NARROW = (torch.bfloat16, torch.float16)
@@ -92,8 +92,7 @@ def cost(site: Readers) -> Cost:
     """One pass over the rows for γ and β, and one for their gradients; afterwards none. Kept folded weights are free,
     live ones are read and written in every call."""
     live = [linear.weight for linear, _, _ in site.linears if _live(linear, site)]
-    weights = sum((entries(shape(weight)) for weight in live), sympy.Integer(0))
-    return Cost((2 if live else 1) * entries(shape(site.norm.output)), LIVE_PASSES * weights)
+    return Cost((2 if live else 1) * bytes_of(site.norm.output), LIVE_PASSES * total(map(bytes_of, live)))
 
 
 def _live(linear: Linear, site: Readers) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from normfx.ir.graph import entries, shape
+from normfx.ir.graph import bytes_of
 from normfx.ir.sites import Norm, Scaled, Sites
 from normfx.rules import algebra
 from normfx.rules.rule import Cost, Example, Rule, Symbols
@@ -44,7 +44,8 @@ def guard(site: Scaled) -> Iterator[tuple[str, str, tuple[Node, ...]]]:
 
 
 def cost(site: Scaled) -> Cost:
-    return Cost(entries(shape(site.node)), sympy.Integer(0))
+    """One pass; afterwards none."""
+    return Cost(bytes_of(site.node), sympy.Integer(0))
 
 
 def rewrite(site: Scaled, edit: Any) -> None:

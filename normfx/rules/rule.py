@@ -39,7 +39,8 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Cost:
-    """Passes over the entries of activations, before and after, in the graph's symbolic sizes."""
+    """Bytes that passes over activations and live weights read or write, before and after, in the graph's symbolic
+    sizes. A pass counts whether it meets memory or a cache: of rows that fit into a cache it is what takes the time."""
 
     before: sympy.Expr
     after: sympy.Expr
@@ -72,7 +73,7 @@ class Rule(Generic[S]):
     identity(symbols, d): pairs (lhs, rhs) of sympy expressions that must be equal
     candidates:           the sites of a graph to decide; `norms` says which norms, or weights, a site concerns
     guard:                every objection; none means apply
-    cost:                 passes before and after; a guard may object to it
+    cost:                 bytes before and after; a guard may object to it
     rewrite(site, edit):  the edits, in terms of normfx.rewrite.Edit
     """
 
