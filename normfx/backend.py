@@ -21,6 +21,7 @@ from normfx.ir.names import module_path, source_line
 from normfx.ir.printer import print_graph
 from normfx.ir.sites import Norm
 from normfx.ir.verify import verify
+from normfx.lower import choice
 from normfx.lower.folded import Compiled, Folding, compile_folded, hoist, is_frozen
 from normfx.lower.inductor import compile_graph, inductor_options
 from normfx.lower.packed import PACK, pack_linears
@@ -136,15 +137,18 @@ def transform_canonical(
     stages.run("functionalize", functionalize_local, canonical)
     _check(settings, canonical, "capture")
     sites = stages.run("recognize", recognize, graph, weights, mutated(graph), module_path, source_line, live)
-    plan = stages.run("plan", make_plan, sites, settings.rules, settings.lowering)
+    by_inductor, by_kernels = settings.lowering == "inductor", settings.lowering == "triton"
+    plan = stages.run(
+        "plan", make_plan, sites, settings.rules, not by_inductor, by_kernels or (choice.is_open() and not by_inductor)
+    )
     before = print_graph(graph, names, weights, module_path)
     written: dict[Norm, Node] = {}
     lowered = Lowered()
     if plan.changes:
         written = stages.run("rewrite", rewrite, canonical, plan)
         _check(settings, canonical, "rewrite")
-    if plan.changes and settings.lowering == "triton":
-        lowered = stages.run("lower", lower_norms, canonical)
+    if plan.changes and not by_inductor:
+        lowered = stages.run("lower", lower_norms, canonical, by_kernels)
         _check(settings, canonical, "lower")
     after = print_graph(graph, names, weights, module_path) if plan.changes else before
     report = graph_report(plan, before, after, module_path, _count_folds(canonical, weights), stages.seconds)

@@ -80,16 +80,16 @@ class Plan:
         return tuple(refusal for d in self.of(norm) for refusal in d.refusals)
 
 
-def make_plan(sites: Sites, enabled: tuple[str, ...], lowering: str = "inductor") -> Plan:
+def make_plan(sites: Sites, enabled: tuple[str, ...], spells: bool = False, kernels: bool = False) -> Plan:
     """Decide every candidate site of every rule; rules that are not enabled refuse.
 
-    lowering: unless it is "inductor", LayerNorms that stay are spelled out where that is faster; under "triton" also
-    those on a CUDA device, for a kernel
+    spells:  LayerNorms that stay are spelled out on the CPU where that is faster
+    kernels: norms that stay are spelled out on a CUDA device, for a kernel
     """
     decisions = tuple(_decisions(sites, enabled))
     touched = {norm for decision in decisions if decision.applied for norm in decision.norms}
-    spells = lowering != "inductor" and bool(enabled)
-    stay = (norm for norm in sites.norms if norm not in touched and spells and _spellable(norm, lowering == "triton"))
+    stays = [norm for norm in sites.norms if norm not in touched and enabled]
+    stay = (norm for norm in stays if (spells and _faster_spelled(norm)) or (kernels and _for_a_kernel(norm)))
     return Plan(sites.norms, decisions, tuple(stay), sites.composed)
 
 
@@ -105,15 +105,26 @@ LARGE = 2**20
 `aten.layer_norm` and one of its spelled form; while the rows fit in the cache both take the same time."""
 
 
-def _spellable(norm: Norm, kernels: bool) -> bool:
+def _faster_spelled(norm: Norm) -> bool:
     """Whether the spelled form is the same function, and faster: on a CPU, with gradients (its backward reads the rows
     less often) or on large float32 activations. The measurements are in docs/design-notes.md."""
     fake = value(norm.output)
-    plain = norm.kind == "LayerNorm" and not norm.obstacle and norm.eps_place == "inside" and norm.axis is not None
-    if not plain or fake is None or fake.device.type != "cpu":
-        return plain and kernels and fake is not None and fake.device.type == "cuda"
+    if norm.kind != "LayerNorm" or not _spellable(norm) or fake is None or fake.device.type != "cpu":
+        return False
     large = fake.dtype == torch.float32 and size_hint(entries(shape(norm.output)), (norm.output,)) >= LARGE
     return large or torch.is_grad_enabled()
+
+
+def _for_a_kernel(norm: Norm) -> bool:
+    fake = value(norm.output)
+    return (
+        norm.kind in ("LayerNorm", "RMSNorm") and _spellable(norm) and fake is not None and fake.device.type == "cuda"
+    )
+
+
+def _spellable(norm: Norm) -> bool:
+    """Whether a canonical op says what the norm computes."""
+    return not norm.obstacle and norm.eps_place == "inside" and norm.axis is not None
 
 
 def _disabled(rule: Rule[Any]) -> Refusal:

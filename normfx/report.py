@@ -32,8 +32,9 @@ class RefusalReport:
 class SiteReport:
     """One norm: its module path, kind, the rules applied in order, the refusals, and where it is written.
 
-    lowering: under lowering="triton" "triton: ", the kernel and the bytes it must move, or "inductor: " and why there
-              is no kernel; else "two-pass" where a norm that stays is spelled out, "inductor" where it is not
+    lowering: on a CUDA device, and everywhere under lowering="triton", "triton: ", the kernel and the bytes it must
+              move, or "inductor: " and why there is no kernel, or why Inductor is ahead of it; else "two-pass" where a
+              norm that stays is spelled out, "inductor" where it is not
     """
 
     name: str

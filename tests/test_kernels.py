@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,16 +21,17 @@ WIDTHS = (1, 2, 127, 128, 192, 768, 1023, 1024, 4096, 5120, 12288, 32768, 65536)
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def answers(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of one process for all of these."""
-    program = Path(__file__).with_name("interpreted_kernels.py")
+def answers(cases: list[dict[str, Any]], device: str = "cpu") -> list[dict[str, Any]]:
+    """Of one process for all of these. device: "cpu" for the interpreter, or "cuda"."""
+    program = Path(__file__).with_name("kernel_answers.py")
     lines = "".join(json.dumps(case) + "\n" for case in cases)
-    run = subprocess.run([sys.executable, program], input=lines, capture_output=True, text=True, check=True)
+    env = {**os.environ, "TRITON_INTERPRET": "1" if device == "cpu" else "0"}
+    run = subprocess.run([sys.executable, program], input=lines, capture_output=True, text=True, check=True, env=env)
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
-def check(cases: list[dict[str, Any]]) -> None:
-    for case, answer in zip(cases, answers(cases), strict=True):
+def check(cases: list[dict[str, Any]], device: str = "cpu") -> None:
+    for case, answer in zip(cases, answers(cases, device), strict=True):
         assert "failure" not in answer, f"{case}: {answer['failure']}"
         wrong = {name: error for name, error in answer["errors"].items() if not error <= 1}
         assert not wrong, f"{case}: errors as parts of what is allowed: {wrong}"

@@ -20,6 +20,7 @@ from normfx.kernels.cost import backward_cost, forward_cost
 from normfx.kernels.launch import backward_launch, forward_launch
 from normfx.kernels.source import Source, backward_source, forward_source
 from normfx.kernels.spec import DTYPES, Spec
+from normfx.lower.choice import objection
 from normfx.lower.norm_ops import NORM, Form
 
 _FLOATS = {getattr(torch, name) for name in DTYPES}
@@ -38,8 +39,11 @@ def has_kernels(fake: torch.Tensor) -> bool:
     return fake.device.type == "cuda" and fake.dtype in _FLOATS
 
 
-def lower_norms(gm: GraphModule) -> Lowered:
-    """Let canonical norms run as `normfx::norm`, in place, together with the residual add they read."""
+def lower_norms(gm: GraphModule, everywhere: bool) -> Lowered:
+    """Let canonical norms run as `normfx::norm`, in place, together with the residual add they read.
+
+    everywhere: wherever there is a kernel, not only where it is predicted to be ahead of Inductor
+    """
     graph = gm.graph
     written, modes = mutated(graph), grad_modes(graph)
     order = {node: i for i, node in enumerate(graph.nodes)}
@@ -48,12 +52,18 @@ def lower_norms(gm: GraphModule) -> Lowered:
     for node in [n for n in graph.nodes if n.target in (ops.RMS_NORM, ops.LAYER_NORM)]:
         why = _objection(node)
         if why:
-            found[node] = f"inductor: {why}"
+            if everywhere:
+                found[node] = f"inductor: {why}"
             continue
         added = _residual(node, order)
         if added is not None and (added in written or modes[added] != modes[node]):
             added = None
-        new, spec = _replace(gm, node, added)
+        spec = _spec(node, added)
+        why = "" if everywhere else objection(spec, node, added, modes[node])
+        if why:
+            found[node] = f"inductor: {why}"
+            continue
+        new = _replace(gm, node, added)
         order[new] = order[node if added is None else added]
         rows = entries(shape(node)[:-1])
         found[node] = f"triton: {spec.name}, {_bytes(spec, rows, modes[node])}"
@@ -127,18 +137,36 @@ def _residual(node: Node, order: Mapping[Node, int]) -> Node | None:
     return add if all(order.get(v, len(order)) < order[add] for v in vectors) else None
 
 
-def _replace(gm: GraphModule, node: Node, add: Node | None) -> tuple[Node, Spec]:
-    """Write the op; `add` is computed by it."""
+def _operands(node: Node, added: Node | None) -> tuple[tuple[Any, ...], Form]:
+    """x, residual, γ, β, and the other arguments of the op."""
     x, weight, bias = node.args[:3]
     canonical, residual, alpha = _form(node), None, 1.0
-    if add is not None:
-        given = arguments(add)
+    if added is not None:
+        given = arguments(added)
         x, residual, alpha = given["self"], given["other"], float(given["alpha"])
-    form = Form(
-        node.target is ops.LAYER_NORM, canonical.eps, canonical.scale, canonical.correction, alpha, canonical.out_dtype
+    centre = node.target is ops.LAYER_NORM
+    form = Form(centre, canonical.eps, canonical.scale, canonical.correction, alpha, canonical.out_dtype)
+    return (x, residual, weight, bias), form
+
+
+def _spec(node: Node, added: Node | None) -> Spec:
+    """What the kernel of a norm computes. float64, which has none, is shown as float32: only in tests, where the op
+    runs as ATen."""
+    operands, form = _operands(node, added)
+    shown = {torch.float64: torch.float32}
+    x, *others = (
+        None if t is None else torch.empty_like(t, dtype=shown.get(t.dtype, t.dtype), device="meta")
+        for t in map(value, operands)
     )
+    assert x is not None
+    return form._replace(out_dtype=shown.get(form.out_dtype, form.out_dtype)).spec(x, *others)
+
+
+def _replace(gm: GraphModule, node: Node, add: Node | None) -> Node:
+    """Write the op; `add` is computed by it."""
+    operands, form = _operands(node, add)
     with gm.graph.inserting_before(add or node):
-        new = _call(gm, node, NORM, (x, residual, weight, bias, *form))
+        new = _call(gm, node, NORM, (*operands, *form))
         out = _call(gm, node, operator.getitem, (new, 0))
         total = _call(gm, add, operator.getitem, (new, len(new.meta["val"]) - 1)) if add is not None else None
     node.replace_all_uses_with(out)
@@ -146,14 +174,7 @@ def _replace(gm: GraphModule, node: Node, add: Node | None) -> tuple[Node, Spec]
     if add is not None and total is not None:
         add.replace_all_uses_with(total)
         gm.graph.erase_node(add)
-    tensors = [value(a) for a in (x, residual, weight, bias)]
-    assert tensors[0] is not None
-    names = {torch.float64: torch.float32}  # only in tests, where the op runs as ATen
-    shown = [
-        None if t is None else torch.empty_like(t, dtype=names.get(t.dtype, t.dtype), device="meta") for t in tensors
-    ]
-    assert shown[0] is not None
-    return new, form._replace(out_dtype=names.get(form.out_dtype, form.out_dtype)).spec(shown[0], *shown[1:])
+    return new
 
 
 def _call(gm: GraphModule, like: Node, target: Any, args: tuple[Any, ...]) -> Node:

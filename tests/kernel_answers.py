@@ -1,7 +1,8 @@
-"""Generated kernels under Triton's interpreter, in a process of their own: triton reads TRITON_INTERPRET when imported.
+"""Generated kernels, on a CUDA device or under Triton's interpreter, in a process of their own: triton reads
+TRITON_INTERPRET when imported.
 
-`python interpreted_kernels.py` reads cases from stdin, one JSON object a line, and answers each with a line: the
-largest error of every result, as a part of what its dtype allows, or what went wrong.
+`python kernel_answers.py` reads cases from stdin, one JSON object a line, and answers each with a line: the largest
+error of every result, as a part of what its dtype allows, or what went wrong.
 """
 
 from __future__ import annotations
@@ -11,15 +12,15 @@ import os
 import sys
 from typing import Any
 
-os.environ["TRITON_INTERPRET"] = "1"
-
 import torch
 from torch import Tensor
 
 from normfx.kernels import run
 from normfx.kernels.spec import Spec
 
-UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+
+UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7 if DEVICE == "cpu" else 2.0**-8}
 """Rounding unit. The interpreter cuts bfloat16 off in place of rounding it: twice the unit."""
 
 OPERATIONS = 32
@@ -123,13 +124,16 @@ def results(
     spec: Spec, eps: float, tensors: dict[str, Tensor], out_grad: Tensor, sum_grad: Tensor | None
 ) -> tuple[dict[str, Tensor], Tensor]:
     """What the kernels give, and rstd."""
-    given = {name: tensors.get(name) for name in ("residual", "weight", "bias")}
-    forward = run.forward(spec, tensors["x"], eps, **given)
+    x, residual, weight, bias, dy, ds = (
+        _there(t) for t in (*map(tensors.get, ("x", "residual", "weight", "bias")), out_grad, sum_grad)
+    )
+    assert x is not None and dy is not None
+    forward = run.forward(spec, x, eps, residual, weight, bias)
     assert forward.rstd is not None
-    saved = tensors["x"] if forward.sum is None else forward.sum
+    saved = x if forward.sum is None else forward.sum
     if not trains(spec):
-        return {"out": forward.out}, forward.rstd
-    grads = run.backward(spec, out_grad, saved, forward.rstd, forward.mean, given["weight"], sum_grad)
+        return {"out": forward.out.cpu()}, forward.rstd.cpu()
+    grads = run.backward(spec, dy, saved, forward.rstd, forward.mean, weight, ds)
     found = {
         "out": forward.out,
         "sum": forward.sum,
@@ -137,7 +141,15 @@ def results(
         "weight_grad": grads.weight,
         "bias_grad": grads.bias,
     }
-    return {name: t for name, t in found.items() if t is not None}, forward.rstd
+    return {name: t.cpu() for name, t in found.items() if t is not None}, forward.rstd.cpu()
+
+
+def _there(tensor: Tensor | None) -> Tensor | None:
+    """On the device, with the strides it has here."""
+    if tensor is None or DEVICE == "cpu":
+        return tensor
+    moved = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=DEVICE)
+    return moved.copy_(tensor)
 
 
 def answer(case: dict[str, Any]) -> dict[str, float]:

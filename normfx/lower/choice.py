@@ -1,0 +1,122 @@
+"""A generated kernel or Inductor, where both can: whoever is predicted to move fewer bytes of memory.
+
+Forward, a norm with the residual add it reads moves the same bytes either way. The difference is made by
+
+    backward    Inductor's sums for dγ and dβ read x and dy a second time, unless it fuses them with dx, or x and dy are
+                still in the L2 cache
+    neighbours  Inductor computes pointwise producers and readers of a norm inside its kernel; beside a kernel of normfx
+                they write memory and read it again, and so do their gradients
+
+Nothing of this was measured: see docs/kernels.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.fx import Node
+
+from normfx.ir.graph import bytes_of, entries, op_name, shape, size_hint
+from normfx.kernels.cost import backward_cost, forward_cost
+from normfx.kernels.spec import DTYPES, Spec
+
+TESTED: frozenset[str] = frozenset()
+"""Architectures ("sm_90") on which the generated kernels have passed `pytest -m gpu`."""
+
+CACHED = 5 * 2**20
+"""Entries of x below which a second read finds x and dy in the L2 cache. Inductor's own bound for the fusion."""
+
+FUSED_ROWS, FUSED_WIDTH = 4096, 16384
+"""Inductor fuses dx with dγ and dβ ("mix-order reduction") from so many rows on and up to such a width, and before
+torch 2.15 only with twice as many rows as columns: torch/_inductor/scheduler.py, MixOrderReduction.can_fuse."""
+
+_FLAT_TOO = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 15)
+
+_PRODUCTS = {
+    f"aten::{name}"
+    for name in (
+        "linear", "mm", "addmm", "bmm", "baddbmm", "matmul", "conv1d", "conv2d", "conv3d", "convolution",
+        "scaled_dot_product_attention",
+    )
+}  # fmt: skip
+"""Ops that Inductor leaves to a library: nothing that reads or feeds them is computed in their kernel."""
+
+
+def is_open() -> bool:
+    """Whether lowering="auto" may run kernels at all."""
+    return bool(TESTED)
+
+
+def objection(spec: Spec, norm: Node, added: Node | None, trains: bool) -> str:
+    """Why Inductor should run a norm that a kernel could run; "" where the kernel should.
+
+    added: the residual add that the kernel would take in
+    """
+    rows = entries(shape(norm)[:-1])
+    hint = size_hint(rows, (norm,))
+    both = forward_cost(spec, rows, statistics=trains).bytes
+    if trains:
+        both += backward_cost(spec, rows, spec.sum is not None, 0).bytes
+    alone = both + (1 + trains) * sum(_hidden(norm, added))
+    fused = both + (
+        spec.entries * rows * (DTYPES[spec.out] + DTYPES[spec.saved]) if trains and _rereads(spec, hint) else 0
+    )
+    kernel, inductor = size_hint(alone, (norm,)), size_hint(fused, (norm,))
+    predicted = f"predicted {inductor:,} bytes, {kernel:,} on a kernel"
+    if inductor <= kernel:
+        return predicted
+    architecture = _architecture(norm.meta["val"].device)
+    if architecture in TESTED:
+        return ""
+    return f"{predicted}, but the kernels were not tested on {architecture}: lowering='triton' uses them"
+
+
+def _rereads(spec: Spec, rows: int) -> bool:
+    """Whether Inductor's backward reads x and dy from memory twice."""
+    config = torch._inductor.config  # torch 2.11 to 2.15
+    if (spec.weight is None and spec.bias is None) or rows * spec.entries < CACHED:
+        return False
+    fuses = config.triton.mix_order_reduction and not config.cpp_wrapper
+    shaped = rows >= FUSED_ROWS and spec.entries <= FUSED_WIDTH and (_FLAT_TOO or rows >= 2 * spec.entries)
+    return not (fuses and shaped)
+
+
+def _hidden(norm: Node, added: Node | None) -> Iterator[int]:
+    """Bytes forward that neighbours move because they are not computed in the norm's kernel."""
+    for producer in (added or norm).all_input_nodes[: 2 if added else 1]:
+        source = _behind_views(producer)
+        if _fusible(source):
+            yield bytes_of(producer) * (2 if len(source.users) == 1 else 1)
+    readers = _readers(norm)
+    fusible = [reader for reader in readers if _fusible(reader)]
+    if fusible:
+        yield bytes_of(norm) * (2 if len(fusible) == len(readers) else 1)
+
+
+def _behind_views(node: Node) -> Node:
+    while _is_view(node):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _readers(node: Node) -> Sequence[Node]:
+    return [r for user in node.users for r in (_readers(user) if _is_view(user) else [user])]
+
+
+def _is_view(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
+
+
+def _fusible(node: Node) -> bool:
+    """Whether Inductor may compute a value in the kernel of its neighbour. All ATen but products: where it might not,
+    Inductor gets the norm."""
+    return bool(op_name(node)) and op_name(node).partition(".")[0] not in _PRODUCTS
+
+
+def _architecture(device: torch.device) -> str:
+    if not torch.cuda.is_available():
+        return f"this {device.type} device"
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))

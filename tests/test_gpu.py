@@ -1,0 +1,106 @@
+"""Generated kernels on a CUDA device: `pytest -m gpu`, and once under compute-sanitizer, see docs/kernels.md.
+
+When all of this passes, the device's architecture belongs into normfx/lower/choice.py, TESTED.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("triton")
+
+from equivalence import LOW_PRECISION, assert_low_precision, exact
+from models import CASES
+from test_kernels import DTYPES, WIDTHS, check, forms, spec
+
+from normfx.backend import listening, normfx
+from normfx.kernels import run
+from normfx.kernels.spec import Spec
+from normfx.report import GraphReport
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_float64(width: int, dtype: str) -> None:
+    """Every form, no row to many, each twice with the same bits."""
+    rows = [0, 1, 3, 257, 5000 if width <= 8192 else 600]
+    cases = [{"spec": form, "shape": [n], "twice": True} for n in rows for form in forms(width, dtype)]
+    check(cases, "cuda")
+
+
+@pytest.mark.parametrize("width", [127, 1024, 20000])
+def test_shapes_and_hard_values(width: int) -> None:
+    cases: list[dict[str, Any]] = []
+    for kind in ("", "strided", "rows apart", "transposed"):
+        cases += [{"spec": form, "shape": [2, 3], "kind": kind} for form in forms(width, "float32")[:5]]
+    affine = {"weight": "float32", "bias": "float32"}
+    cases += [{"spec": spec(width, centre=True, **affine), "shape": [3], "shift": 1000.0}]
+    cases += [{"spec": spec(width, centre=True, **affine), "shape": [3], "kind": "zeros"}]
+    cases += [{"spec": spec(width, centre=centre), "shape": [4], "kind": "not finite"} for centre in (True, False)]
+    check(cases, "cuda")
+
+
+def test_more_entries_than_32_bits_count() -> None:
+    """The last row is what it is alone."""
+    plain = Spec(4096, True, "bfloat16", "bfloat16")
+    x = torch.randn(2**19 + 1, 4096, device="cuda", dtype=torch.bfloat16)
+    many, alone = run.forward(plain, x, 1e-5), run.forward(plain, x[-1:], 1e-5)
+    assert many.mean is not None and many.rstd is not None and alone.mean is not None and alone.rstd is not None
+    assert torch.equal(many.out[-1:], alone.out)
+    back = run.backward(plain, x, x, many.rstd, many.mean).x[-1:]
+    assert torch.equal(back, run.backward(plain, x[-1:], x[-1:], alone.rstd, alone.mean).x)
+
+
+NAMES = ["gpt2", "vit", "llama", "gpt_neox parallel", "encoder", "bloom"]
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@pytest.mark.parametrize("name", NAMES)
+def test_models(name: str, dtype: torch.dtype) -> None:
+    case = next(c for c in CASES if c.name == name)
+    if not case.available:
+        pytest.skip(f"{case.package} is not installed")
+    batches = [tuple(x.cuda() if isinstance(x, Tensor) else x for x in inputs) for inputs in case.batches()]
+    graphs: list[GraphReport] = []
+    with listening(graphs.append):
+        assert_low_precision(case.make().cuda(), batches, _backend(), dtype)
+    assert all(site.lowering.startswith("triton: ") for site in graphs[-1].sites)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients(name: str) -> None:
+    """Of all parameters as one vector, in float32."""
+    case = next(c for c in CASES if c.name == name)
+    if not case.available:
+        pytest.skip(f"{case.package} is not installed")
+    model = case.make().cuda()
+    inputs = tuple(x.cuda() if isinstance(x, Tensor) else x for x in case.inputs())
+    wide = copy.deepcopy(model).double()
+    wanted = _gradients(exact(wide), wide, tuple(x.double() if x.is_floating_point() else x for x in inputs))
+    eager = (_gradients(model, model, inputs) - wanted).norm()
+    own = (_gradients(torch.compile(model, backend=_backend(), fullgraph=True), model, inputs) - wanted).norm()
+    assert own <= LOW_PRECISION[torch.float32] * eager
+
+
+def _backend() -> Any:
+    return functools.partial(normfx, options={"lowering": "triton", "strict": True})
+
+
+def _gradients(call: Any, model: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
+    """In float64."""
+    model.zero_grad(set_to_none=True)
+    outputs = [o for o in torch.utils._pytree.tree_leaves(call(*inputs)) if o.is_floating_point()]
+    torch.manual_seed(2)
+    torch.stack([(o * torch.randn_like(o, dtype=torch.float32)).double().sum() for o in outputs]).sum().backward()
+    return torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None])

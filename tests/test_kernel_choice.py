@@ -1,0 +1,188 @@
+"""Who runs a norm of a CUDA graph, decided on fake tensors: captured, rewritten and lowered, not run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+pytest.importorskip("triton")
+
+from normfx.backend import transform
+from normfx.kernels import run
+from normfx.lower import choice
+from normfx.options import Options
+from normfx.report import GraphReport
+
+DEVICE = "this cuda device"  # what it is called where there is none
+
+
+@pytest.fixture(autouse=True)
+def _device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device of 132 multiprocessors on which the kernels have passed their tests."""
+    monkeypatch.setattr(run, "_processors", lambda device: 132)
+    monkeypatch.setattr(choice, "TESTED", frozenset({DEVICE}))
+
+
+def report(make: Callable[[], tuple[nn.Module, Tensor]], dynamic: bool | None = None, **options: Any) -> GraphReport:
+    """Of the only graph of a model made on a fake CUDA device, in bfloat16."""
+    found: list[GraphReport] = []
+    settings = Options.parse({"strict": True, **options})
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        ready = transform(gm, inputs, settings)
+        found.append(ready.report)
+        return ready.graph_module.forward
+
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with FakeTensorMode(), torch.device("cuda"):
+            model, x = make()
+            torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    (only,) = found
+    return only
+
+
+class Norm(nn.Module):
+    """A norm between products; `around`: what stands between it and them."""
+
+    def __init__(self, norm: nn.Module, width: int, around: str = "") -> None:
+        super().__init__()
+        self.around, self.norm = around, norm
+        self.enter, self.read = nn.Linear(8, width), nn.Linear(width, 8)
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.enter(x)
+        if self.around == "producer":
+            h = torch.nn.functional.gelu(h)
+        if self.around == "residual":
+            h = h + self.enter(x * 2.0)
+        y = self.norm(h.view(h.shape) if self.around == "view" else h)
+        if self.around == "reader":
+            y = torch.relu(y)
+        if self.around == "two readers":
+            return self.read(y), torch.relu(y)
+        return self.read(y)
+
+
+def lowering(
+    rows: int,
+    width: int,
+    norm: Callable[[int], nn.Module] = nn.RMSNorm,
+    around: str = "",
+    training: bool = True,
+    **options: Any,
+) -> str:
+    def make() -> tuple[nn.Module, Tensor]:
+        return Norm(norm(width), width, around), torch.randn(rows, 8)
+
+    with torch.set_grad_enabled(training):
+        (site,) = report(make, **{"rules": "default,-fold_affine,-linear_norm", **options}).sites
+    return site.lowering
+
+
+def plain(width: int) -> nn.Module:
+    return nn.RMSNorm(width, elementwise_affine=False)
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "norm", "kernel"),
+    [
+        (2048, 4096, nn.RMSNorm, True),  # too few rows for Inductor's fusion of dx and dγ
+        (2048, 4096, nn.LayerNorm, True),
+        (2048, 4096, plain, False),  # no dγ: Inductor reads x and dy once as well
+        (8192, 1024, nn.RMSNorm, False),  # in the fusion's window
+        (4096, 32768, nn.RMSNorm, True),  # too wide for it
+        (2048, 768, nn.RMSNorm, False),  # x and dy are still in the L2 cache
+    ],
+)
+def test_bytes_decide(rows: int, width: int, norm: Callable[[int], nn.Module], kernel: bool) -> None:
+    text = lowering(rows, width, norm)
+    assert text.startswith("triton: " if kernel else "inductor: predicted "), text
+
+
+def test_flat_rows_are_fused_since_torch_2_15() -> None:
+    text = lowering(4096, 4096)
+    assert text.startswith("inductor: " if choice._FLAT_TOO else "triton: ")
+
+
+def test_predicted_bytes() -> None:
+    """Forward 2Nds, rstd and γ; backward 3Nds, rstd, γ, and its gradient. In the window Inductor adds nothing."""
+    n, d = 8192, 1024
+    moved = (2 * n * d * 2 + 4 * n + 2 * d) + (3 * n * d * 2 + 4 * n + 2 * d + 2 * d)
+    assert lowering(n, d) == f"inductor: predicted {moved:,} bytes, {moved:,} on a kernel"
+
+
+@pytest.mark.parametrize(
+    ("around", "kernel"),
+    [("", True), ("view", True), ("residual", True), ("producer", False), ("reader", False), ("two readers", False)],
+)
+def test_neighbours(around: str, kernel: bool) -> None:
+    """GELU before the norm, or ReLU behind it, would be computed in Inductor's kernel. Beside a kernel they move 2Nds
+    each, forward and backward, more than a second read of x and dy; a second reader moves half of it, and ties lose."""
+    text = lowering(2048, 4096, around=around)
+    assert text.startswith("triton: ") is kernel, text
+
+
+def test_without_gradients_inductor_is_never_behind() -> None:
+    assert lowering(2048, 4096, training=False).startswith("inductor: predicted ")
+
+
+def test_without_inductors_fusion() -> None:
+    with torch._inductor.config.patch({"triton.mix_order_reduction": False}):
+        assert lowering(8192, 1024).startswith("triton: ")
+
+
+def test_on_an_untested_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "TESTED", frozenset({"sm_90"}))
+    text = lowering(2048, 4096)
+    assert text.endswith("but the kernels were not tested on this cuda device: lowering='triton' uses them")
+    assert lowering(2048, 4096, lowering="triton").startswith("triton: ")
+
+
+def test_nothing_is_tested_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then a norm that no rule touches is left as it is."""
+    monkeypatch.undo()
+    assert lowering(2048, 4096) == "inductor"
+
+
+def test_symbolic_rows() -> None:
+    """Decided at the sizes seen when the graph was captured."""
+
+    def make() -> tuple[nn.Module, Tensor]:
+        return Norm(nn.RMSNorm(4096), 4096), torch.randn(2048, 8)
+
+    (site,) = report(make, dynamic=True).sites
+    assert site.lowering.startswith("triton: rms_norm_4096, ") and "s" in site.lowering.partition(", ")[2]
+
+
+def test_llama_in_training() -> None:
+    """bfloat16 weights keep γ in the norms: all of them run on kernels, each residual add that can be with them."""
+    transformers = pytest.importorskip("transformers")
+
+    def make() -> tuple[nn.Module, Tensor]:
+        config = transformers.LlamaConfig(
+            hidden_size=2048, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, vocab_size=64,
+            max_position_embeddings=64, attn_implementation="sdpa",
+        )  # fmt: skip
+
+        class Logits(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.llama = transformers.LlamaForCausalLM(config)
+
+            def forward(self, ids: Tensor) -> Tensor:
+                out: Tensor = self.llama(ids, use_cache=False).logits
+                return out
+
+        return Logits(), torch.zeros(2, 32, dtype=torch.int64)
+
+    sites = report(make, lowering="triton").sites
+    assert len(sites) == 5
+    assert all(site.lowering.startswith(("triton: rms_norm_2048", "triton: add_rms_norm_2048")) for site in sites)
