@@ -130,6 +130,31 @@ def test_neighbours(around: str, kernel: bool) -> None:
     assert text.startswith("triton: ") is kernel, text
 
 
+class Stream(nn.Module):
+    """Residual branches: a product of the skip goes into the sum, so that no kernel could compute both."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+        self.down = nn.ModuleList(nn.Linear(width, 8) for _ in range(3))
+        self.up = nn.ModuleList(nn.Linear(8, width) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up[0](x)
+        for norm, down, up in zip(self.norms, self.down, self.up, strict=True):
+            h = h + up(torch.relu(down(norm(h))))
+        return h * 2.0
+
+
+def test_residual_stream() -> None:
+    def make() -> tuple[nn.Module, Tensor]:
+        return Stream(4096), torch.randn(2048, 8)
+
+    sites = report(make, rules="default,-fold_affine,-pre_rms_norm").sites
+    kinds = [site.lowering.partition(",")[0] for site in sites]
+    assert kinds == ["triton: layer_norm_4096", *["triton: add_layer_norm_4096"] * 2]
+
+
 def test_without_gradients_inductor_is_never_behind() -> None:
     assert lowering(2048, 4096, training=False).startswith("inductor: predicted ")
 

@@ -12,12 +12,13 @@ Nothing of this was measured: see docs/kernels.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+import sympy
 import torch
 from torch.fx import Node
 
-from normfx.ir.graph import bytes_of, entries, op_name, shape, size_hint
+from normfx.ir.graph import bytes_of, entries, is_getitem, op_name, shape, size_hint
 from normfx.kernels.cost import backward_cost, forward_cost
 from normfx.kernels.spec import DTYPES, Spec
 
@@ -48,17 +49,18 @@ def is_open() -> bool:
     return bool(TESTED)
 
 
-def objection(spec: Spec, norm: Node, added: Node | None, trains: bool) -> str:
+def objection(spec: Spec, norm: Node, added: Node | None, trains: bool, order: Mapping[Node, int]) -> str:
     """Why Inductor should run a norm that a kernel could run; "" where the kernel should.
 
     added: the residual add that the kernel would take in
+    order: places of the graph's nodes
     """
     rows = entries(shape(norm)[:-1])
     hint = size_hint(rows, (norm,))
     both = forward_cost(spec, rows, statistics=trains).bytes
     if trains:
         both += backward_cost(spec, rows, spec.sum is not None, 0).bytes
-    alone = both + (1 + trains) * sum(_hidden(norm, added))
+    alone = both + (1 + trains) * sum(_hidden(norm, added, order))
     fused = both + (
         spec.entries * rows * (DTYPES[spec.out] + DTYPES[spec.saved]) if trains and _rereads(spec, hint) else 0
     )
@@ -82,16 +84,34 @@ def _rereads(spec: Spec, rows: int) -> bool:
     return not (fuses and shaped)
 
 
-def _hidden(norm: Node, added: Node | None) -> Iterator[int]:
+def _hidden(norm: Node, added: Node | None, order: Mapping[Node, int]) -> Iterator[sympy.Expr]:
     """Bytes forward that neighbours move because they are not computed in the norm's kernel."""
-    for producer in (added or norm).all_input_nodes[: 2 if added else 1]:
+    first = added or norm
+    for producer in first.all_input_nodes[: 2 if added else 1]:
         source = _behind_views(producer)
-        if _fusible(source):
+        if _fusible(source) and not _product_between(source, first, order):
             yield bytes_of(producer) * (2 if len(source.users) == 1 else 1)
     readers = _readers(norm)
     fusible = [reader for reader in readers if _fusible(reader)]
     if fusible:
         yield bytes_of(norm) * (2 if len(fusible) == len(readers) else 1)
+
+
+def _product_between(source: Node, last: Node, order: Mapping[Node, int]) -> bool:
+    """Whether a product of `source` goes into `last`: then no kernel computes both, as along a residual stream."""
+    products, reached, work = [], {source}, [source]
+    while work:
+        for user in work.pop().users:
+            if order[user] < order[last] and user not in reached:
+                reached.add(user)
+                work.append(user)
+                products += [] if _fusible(user) or is_getitem(user) else [user]
+    seen, work = {last}, [last]
+    while work:
+        new = [n for n in work.pop().all_input_nodes if n in reached and n not in seen]
+        seen.update(new)
+        work += new
+    return not seen.isdisjoint(products)
 
 
 def _behind_views(node: Node) -> Node:

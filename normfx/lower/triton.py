@@ -59,12 +59,12 @@ def lower_norms(gm: GraphModule, everywhere: bool) -> Lowered:
         if added is not None and (added in written or modes[added] != modes[node]):
             added = None
         spec = _spec(node, added)
-        why = "" if everywhere else objection(spec, node, added, modes[node])
+        why = "" if everywhere else objection(spec, node, added, modes[node], order)
         if why:
             found[node] = f"inductor: {why}"
             continue
         new = _replace(gm, node, added)
-        order[new] = order[node if added is None else added]
+        order.update(dict.fromkeys((new, *new.users), order[node if added is None else added]))
         rows = entries(shape(node)[:-1])
         found[node] = f"triton: {spec.name}, {_bytes(spec, rows, modes[node])}"
         for source in _sources(spec, modes[node]):
