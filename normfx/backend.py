@@ -8,12 +8,15 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch.fx import GraphModule, Node
 
 from normfx.capture import Captured, capture
+from normfx.compression import stored
 from normfx.errors import NormfxError, NormfxWarning, StageError, stage_warning
 from normfx.ir import ops
 from normfx.ir.aliasing import functionalize_local, mutated
@@ -112,7 +115,7 @@ def transform(gm: GraphModule, example_inputs: Sequence[Any], settings: Options,
     specialize_epsilons(gm)
     try:
         captured = stages.run("capture", capture, gm, example_inputs)
-        changed, report = transform_canonical(captured, settings, stages)
+        changed, report = transform_canonical(captured, settings, stages, _values(captured, example_inputs))
         folding = stages.run("fold", _keep_folds, captured, settings, not freezes) if settings.fold != "live" else None
     except Exception as error:
         if settings.strict:
@@ -126,9 +129,15 @@ def transform(gm: GraphModule, example_inputs: Sequence[Any], settings: Options,
 
 
 def transform_canonical(
-    captured: Captured, settings: Options, stages: _Stages | None = None
+    captured: Captured,
+    settings: Options,
+    stages: _Stages | None = None,
+    values: Mapping[Node, torch.Tensor] | None = None,
 ) -> tuple[bool, GraphReport]:
-    """Rewrite a canonical graph in place. Returns whether anything was applied, and the report."""
+    """Rewrite a canonical graph in place. Returns whether anything was applied, and the report.
+
+    values: of parameters, as far as they are known. They decide between forms that are all exact
+    """
     stages = stages or _Stages()
     canonical, graph = captured.graph_module, captured.graph_module.graph
     weights = captured.weights
@@ -145,7 +154,8 @@ def transform_canonical(
     written: dict[Norm, Node] = {}
     lowered = Lowered()
     if plan.changes:
-        written = stages.run("rewrite", rewrite, canonical, plan)
+        store = partial(stored, basis=settings.crms_basis, width=settings.crms_width, values=values or {})
+        written = stages.run("rewrite", rewrite, canonical, plan, store)
         _check(settings, canonical, "rewrite")
     if plan.changes and not by_inductor:
         lowered = stages.run("lower", lower_norms, canonical, by_kernels)
@@ -155,6 +165,13 @@ def transform_canonical(
     report = report.with_lowering([lowered.of.get(written.get(norm)) for norm in plan.norms], lowered.kernels)
     _log(report, plan, settings)
     return plan.changes, report
+
+
+def _values(captured: Captured, example_inputs: Sequence[Any]) -> dict[Node, torch.Tensor]:
+    """Real values of parameters, buffers and constants."""
+    inputs = captured.graph_module.graph.find_nodes(op="placeholder")
+    pairs = zip(inputs, example_inputs, strict=True)
+    return {n: x for n, x in pairs if n in captured.weights and type(x) in (torch.Tensor, torch.nn.Parameter)}
 
 
 def _keepable(captured: Captured, settings: Options) -> frozenset[Node]:

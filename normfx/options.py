@@ -9,12 +9,14 @@ from typing import Any
 
 from normfx.errors import OptionError
 
-RULE_NAMES = ("pre_rms_norm", "linear_norm", "fold_scale", "fold_affine", "bake_weights")
+RULE_NAMES = ("pre_rms_norm", "linear_norm", "fold_scale", "fold_affine", "bake_weights", "crms_norm")
 """Every rule of this version, in the order in which they are decided."""
-DEFAULT_RULES = RULE_NAMES
+DEFAULT_RULES = tuple(name for name in RULE_NAMES if name != "crms_norm")
 FOLDS = ("auto", "live", "cached", "frozen")
 LOWERINGS = ("auto", "triton", "inductor")
-KEYS = ("rules", "fold", "lowering", "strict", "verify", "inductor", "mode")
+BASES = ("orthonormal", "drop")
+WIDTHS = ("exact", "padded")
+KEYS = ("rules", "fold", "lowering", "crms_basis", "crms_width", "strict", "verify", "inductor", "mode")
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Options:
                frozen where Inductor's `freezing` is on, else cached on the CPU and live elsewhere
     lowering:  "inductor" hands every norm to Inductor; "triton" runs norms on generated kernels where there are any
                (on CUDA); "auto" chooses (today: inductor)
+    crms_basis: in which basis crms_norm stores rows: "orthonormal" or "drop" (see rules/crms_norm.py)
+    crms_width: "exact": d − 1 entries; "padded": zeros behind them up to a multiple of 8
     strict:    raise when a stage of normfx fails, in place of compiling the untouched graph
     verify:    on the first call also run the original graph and compare
     mode:      Inductor's mode ("reduce-overhead", "max-autotune", …), as torch.compile's `mode=`
@@ -38,6 +42,8 @@ class Options:
     rules: tuple[str, ...] = DEFAULT_RULES
     fold: str = "auto"
     lowering: str = "auto"
+    crms_basis: str = "orthonormal"
+    crms_width: str = "exact"
     strict: bool = False
     verify: bool = False
     mode: str | None = None
@@ -72,6 +78,8 @@ class Options:
             rules=rules,
             fold=_choice(given, "fold", FOLDS),
             lowering=_choice(given, "lowering", LOWERINGS),
+            crms_basis=_choice(given, "crms_basis", BASES),
+            crms_width=_choice(given, "crms_width", WIDTHS),
             strict=_flag(given, "strict") or _env_flag(env, "NORMFX_STRICT"),
             verify=_flag(given, "verify"),
             mode=mode or given.get("mode"),

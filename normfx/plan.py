@@ -95,6 +95,8 @@ def make_plan(sites: Sites, enabled: tuple[str, ...], spells: bool = False, kern
 
 def _decisions(sites: Sites, enabled: tuple[str, ...]) -> Iterator[Decision]:
     for rule in RULES:
+        if rule.opt_in and rule.name not in enabled:
+            continue
         for site in rule.candidates(sites):
             refusals = rule.refusals(site) if rule.name in enabled else (_disabled(rule),)
             yield Decision(rule, site, rule.norms(site), rule.cost(site), refusals)

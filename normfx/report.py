@@ -47,7 +47,7 @@ class SiteReport:
     @property
     def to_rms_norm(self) -> bool:
         """Whether a LayerNorm became an RMSNorm here."""
-        return self.kind == "LayerNorm" and bool({"pre_rms_norm", "linear_norm"} & set(self.rules))
+        return self.kind == "LayerNorm" and bool({"pre_rms_norm", "linear_norm", "crms_norm"} & set(self.rules))
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,17 @@ or gradient-mode region. Rules describe their edits through `Edit`; norms are wr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch.fx import GraphModule, Node
 
 from normfx.ir import ops
 from normfx.ir.graph import BAKED, arguments, op_name, value
+from normfx.ir.resize import resize
 from normfx.ir.sites import Axis, Linear, Norm
 from normfx.plan import Plan
 from normfx.recognize.flow import LINEARS
@@ -30,11 +32,25 @@ class NormState:
     centred: bool = False
     affine: bool = True
     scale: float = 1.0
+    stored: Stored | None = None
 
 
-def rewrite(gm: GraphModule, plan: Plan) -> dict[Norm, Node]:
-    """Apply all decisions of a plan in place. Returns the canonical op of each norm that was written anew."""
-    edit = Edit(gm)
+@dataclass(frozen=True)
+class Stored:
+    """How crms_norm stores rows of `size` entries: in a basis, without a channel, in `width` entries."""
+
+    basis: str
+    size: int
+    channel: int
+    width: int
+
+
+def rewrite(gm: GraphModule, plan: Plan, store: Callable[[Any], Stored] | None = None) -> dict[Norm, Node]:
+    """Apply all decisions of a plan in place. Returns the canonical op of each norm that was written anew.
+
+    store: how to store the rows of a stream of crms_norm
+    """
+    edit = Edit(gm, store)
     for decision in plan.applied():
         decision.rule.rewrite(decision.site, edit)
     for norm in plan.spelled:
@@ -75,8 +91,11 @@ def _detached(fake: Any) -> torch.Tensor:
 class Edit:
     """The edits a rule may ask for, on one graph."""
 
-    def __init__(self, gm: GraphModule) -> None:
+    def __init__(self, gm: GraphModule, store: Callable[[Any], Stored] | None = None) -> None:
         self.gm = gm
+        self.store = store
+        self.centres: dict[tuple[Norm, ...], list[Node]] = {}
+        self.widths: dict[Node, tuple[Axis, int]] = {}
         self.graph = gm.graph
         self.norms: dict[Norm, NormState] = {}
         self.folded: dict[Node, torch.dtype] = {}
@@ -110,15 +129,14 @@ class Edit:
         """The value of parameters alone is to be computed outside the graph."""
         node.meta[BAKED] = True
 
-    def center_value(self, node: Node, axis: Axis, users: Iterable[Node | Norm]) -> None:
+    def center_value(self, node: Node, axis: Axis, users: Iterable[Node | Norm]) -> list[Node]:
         """Readers of a value read its centred copy, made right behind it.
 
         A graph input that needs a gradient may first be read inside an enable_grad region of a graph that starts
         without gradients: a copy made at the start would lose it, so there each reader gets its own.
         """
         if node.op == "placeholder" and self.switches_grad:
-            self.center_operand(node, axis, users)
-            return
+            return self.center_operand(node, axis, users)
         behind = node
         while node.op == "placeholder" and behind.next.op == "placeholder":
             behind = behind.next
@@ -126,25 +144,29 @@ class Edit:
             centred = self._center(node, axis, node)
         for user in users:
             self._redirect(user, node, centred)
+        return [centred]
 
-    def center_operand(self, node: Node, axis: Axis, users: Iterable[Node | Norm]) -> None:
+    def center_operand(self, node: Node, axis: Axis, users: Iterable[Node | Norm]) -> list[Node]:
         """Each reader of a weight, bias or table gets its centred form, computed just before the reader."""
+        made: list[Node] = []
         for user in users:
             if isinstance(user, Node) and user in self.linears:
-                for name, operand in self.linears[user].items():
-                    if operand is node:
-                        self._center_slot(user, name, axis)
+                slots = [name for name, operand in self.linears[user].items() if operand is node]
+                made += [self._center_slot(user, name, axis) for name in slots]
                 continue
             with self.graph.inserting_before(self._first(user) if isinstance(user, Norm) else user):
                 like = user.output if isinstance(user, Norm) else user
                 centred = self._center(node, axis, like)
             self._redirect(user, node, centred)
+            made.append(centred)
+        return made
 
-    def _center_slot(self, linear: Node, name: str, axis: Axis) -> None:
+    def _center_slot(self, linear: Node, name: str, axis: Axis) -> Node:
         """Centre what stands in an argument of a linear now: another rule may have folded something into it."""
         with self.graph.inserting_before(linear):
             centred = self._center(arguments(linear)[name], axis, linear)
         self._set(linear, name, centred)
+        return centred
 
     def _center(self, node: Node, axis: Axis, like: Node) -> Node:
         return self._fold(ops.CENTER, (node, axis.dim, axis.size, axis.inner), like)
@@ -160,10 +182,36 @@ class Edit:
         self.folded[node] = dtype
         return node
 
-    def center_writer(self, linear: Node, axis: Axis) -> None:
+    def center_writer(self, linear: Node, axis: Axis) -> list[Node]:
         """Centre the weight and bias of a linear over its whole output axis, as they stand now."""
-        for name, dim in _output_dims(linear).items():
-            self._center_slot(linear, name, Axis(dim, axis.size))
+        dims = _output_dims(linear)
+        return [self._center_slot(linear, name, Axis(dim, axis.size)) for name, dim in dims.items()]
+
+    def compress(self, site: Any) -> None:
+        """Store the rows of a centred stream (rules/crms_norm.py) as `store` says: what was centred is compressed, the
+        readers of its norms take that, and every value between gets the new width."""
+        assert self.store is not None
+        stored = self.store(site)
+        sizes = (stored.basis, stored.channel, stored.width)
+        for node in self.centres[site.stream.norms]:
+            x, dim, _, _, dtype = node.args
+            node.target, node.args = ops.COMPRESS, (x, dim, *sizes, dtype)
+            node.meta["val"] = self._fake(node.target, node.args)
+        for leaf in site.stream.leaves:
+            if leaf.kind == "centred":
+                with self.graph.inserting_after(leaf.node):
+                    copy = self._fold(ops.COMPRESS, (leaf.node, leaf.axis.dim, *sizes), leaf.node)
+                for user in leaf.users:
+                    self._redirect(user, leaf.node, copy)
+        for readers in site.readers:
+            for linear, axis, _ in readers.linears:
+                weight = arguments(linear.node)[linear.weight_arg]
+                with self.graph.inserting_before(linear.node):
+                    folded = self._fold(ops.COMPRESS_INPUT, (weight, axis.dim, *sizes), linear.node)
+                self._set(linear.node, linear.weight_arg, folded)
+        for norm in site.stream.norms:
+            self.norm(norm).stored = stored
+        self.widths.update({self._now(node): (axis, stored.width) for node, axis in site.values.items()})
 
     def fold_output_scale(self, linear: Node, scale: Node, product: Node) -> None:
         """scale ⊙ linear → the linear with λ in weight and bias; readers of the product read its other operand."""
@@ -224,6 +272,8 @@ class Edit:
         for norm, state in self.norms.items():
             self._write_norm(norm, state)
         self.graph.eliminate_dead_code(_is_impure)
+        if self.widths:
+            resize(self.graph, self.widths, self._fake)
         self.graph.lint()
         self.gm.recompile()
 
@@ -232,9 +282,12 @@ class Edit:
         weight = norm.weight if state.affine else None
         bias = norm.bias if state.affine else None
         dim = norm.dims[0]
-        args = (self._now(state.input), weight, bias, dim, norm.eps, norm.eps_place, norm.correction, state.scale)
+        op, correction = ops.RMS_NORM if centred else ops.LAYER_NORM, norm.correction
+        if state.stored is not None:  # the divisor stays d − c
+            op = ops.CRMS_NORM if state.stored.basis == "drop" else op
+            correction += state.stored.width - state.stored.size
+        args = (self._now(state.input), weight, bias, dim, norm.eps, norm.eps_place, correction, state.scale)
         with self.graph.inserting_before(norm.output):  # in the norm's own gradient mode
-            op = ops.RMS_NORM if centred else ops.LAYER_NORM
             new = self._call(op, (*args, norm.compute_dtype, state.out_dtype), norm.output)
         self._replace(state.output, new)
         self.written[norm] = new
@@ -288,12 +341,11 @@ class Edit:
         return node
 
     @staticmethod
-    def _fake(op: Any, args: tuple[Any, ...]) -> torch.Tensor:
-        fakes = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
-        mode = next(f for f in fakes if isinstance(f, torch.Tensor)).fake_mode  # type: ignore[attr-defined]  # all are fakes
-        with mode, torch.no_grad():
-            result: torch.Tensor = op(*fakes)
-        return result
+    def _fake(op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Any:
+        fakes, named = torch.fx.node.map_arg((args, dict(kwargs or {})), lambda n: n.meta["val"])
+        tensors = (leaf for leaf in pytree.tree_leaves((fakes, named)) if isinstance(leaf, torch.Tensor))
+        with next(tensors).fake_mode, torch.no_grad():  # type: ignore[attr-defined]  # all are fakes
+            return op(*fakes, **named)
 
 
 def _output_dims(linear: Node) -> dict[str, int]:

@@ -7,6 +7,7 @@ lower-precision list) and rounded once, at the end.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -62,8 +63,14 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *form: Any
     return _normalise(x, weight, bias, Form(*form), centre=True)[0]
 
 
+def crms_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *form: Any) -> Tensor:
+    """rms_norm of rows of which one entry, −Σx, is not stored: rstd = 1/sqrt((Σx² + (Σx)²)/(d − c) + ε), where d counts
+    the entries that are ("Pre-RMSNorm and Pre-CRMSNorm Transformers", Jiang et al. 2023, section 3.2)."""
+    return _normalise(x, weight, bias, Form(*form), compressed=True)[0]
+
+
 def _normalise(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form, centre: bool
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form, centre: bool = False, compressed: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """The norm, the mean of each row (if it is subtracted) and rstd."""
     dim, k = form.dim, form.scale
@@ -72,6 +79,8 @@ def _normalise(
         mean = wide.mean(dim, keepdim=True)
         wide = wide - mean
     mean_square = (wide * wide).mean(dim, keepdim=True)
+    if compressed:
+        mean_square = mean_square + wide.mean(dim, keepdim=True).square() * x.shape[dim]
     if form.correction:
         mean_square = mean_square * _unbiased(x, form)
     if form.eps_place == "outside":
@@ -99,18 +108,19 @@ class _Normalise(torch.autograd.Function):
 
         x̂ = (x − μ)·rstd,  t = γ ⊙ k·dy,  dx = rstd·(t − mean t − x̂·d/(d − c)·mean(t x̂)),  dγ = Σ k·dy ⊙ x̂,  dβ = Σ k·dy
 
-    without the means of x and t for an RMSNorm. Source: "Layer Normalization" (Ba et al. 2016), differentiated.
+    without the means of x and t for an RMSNorm; in a CRMSNorm dx has x̂ + Σx̂ in place of x̂. Source: "Layer
+    Normalization" (Ba et al. 2016), differentiated.
     """
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form, centre: bool
+        x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form, centre: bool, compressed: bool
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        return _normalise(x, weight, bias, form, centre)
+        return _normalise(x, weight, bias, form, centre, compressed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        *tensors, ctx.form, ctx.centre = inputs
+        *tensors, ctx.form, ctx.centre, ctx.compressed = inputs
         statistics = output[1:]
         ctx.save_for_backward(*tensors, *statistics)
         ctx.mark_non_differentiable(*(t for t in statistics if t is not None))
@@ -120,27 +130,31 @@ class _Normalise(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         grad, form, centre = grads[0], ctx.form, ctx.centre
         if grad is None:
-            return (None,) * 5
+            return (None,) * 6
         x, weight, bias, mean, rstd = ctx.saved_tensors
         if torch.is_grad_enabled():  # this derivative is to be differentiated: the statistics depend on x
-            _, mean, rstd = _normalise(x, None, None, form, centre)
+            _, mean, rstd = _normalise(x, None, None, form, centre, ctx.compressed)
         wide, dim = x.to(form.compute_dtype), form.dim
         normal = (wide - mean if centre else wide) * rstd
         outer = grad.to(form.compute_dtype)
         if form.scale != 1.0:
             outer = outer * form.scale
         inner = outer if weight is None else outer * _along(weight, x.ndim, dim).to(form.compute_dtype)
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        weight_grad = _summed(outer * normal, weight, dim) if needs_weight else None
         projection = (inner * normal).mean(dim, keepdim=True)
         if form.correction:
             projection = projection * _unbiased(x, form)
+        if ctx.compressed:
+            normal = normal + normal.sum(dim, keepdim=True)
         dx = inner - normal * projection
         if centre:
             dx = dx - inner.mean(dim, keepdim=True)
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         return (
             (dx * rstd).to(x.dtype) if needs_x else None,
-            _summed(outer * normal, weight, dim) if needs_weight else None,
+            weight_grad,
             _summed(outer, bias, dim) if needs_bias else None,
+            None,
             None,
             None,
         )
@@ -157,14 +171,14 @@ def _summed(rows: Tensor, like: Tensor, dim: int) -> Tensor:
 _differentiated: Callable[..., tuple[Tensor, ...]] = _Normalise.apply
 
 
-def _kernel(centre: bool) -> Callable[..., Tensor]:
+def _kernel(centre: bool = False, compressed: bool = False) -> Callable[..., Tensor]:
     """The body; where gradients are recorded, and functorch does not act, with its derivative written out."""
 
     def run(x: Tensor, weight: Tensor | None, bias: Tensor | None, *form: Any) -> Tensor:
         fixed = Form(*form)
         wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
         plain = not wanted or fixed.eps_place != "inside" or torch._C._are_functorch_transforms_active()
-        return (_normalise if plain else _differentiated)(x, weight, bias, fixed, centre)[0]
+        return (_normalise if plain else _differentiated)(x, weight, bias, fixed, centre, compressed)[0]
 
     return run
 
@@ -221,6 +235,49 @@ def fold_shift(
     return shift.to(dtype)
 
 
+def compress(x: Tensor, dim: int, basis: str, channel: int, width: int, dtype: torch.dtype) -> Tensor:
+    """P x along `dim` in d − 1 entries, followed by zeros up to `width`, as `dtype`.
+
+    basis "drop": c = P x without entry p = channel, which is −Σ of the others (Jiang et al. 2023, section 3.2)
+    "orthonormal": Qᵀx with the columns i ≠ p of H = I − w wᵀ/(1 − 1/√d), w = 1/√d − e_p, the reflection of Householder
+    (1958) that takes 1/√d to e_p: cᵢ + cₚ/(√d − 1). Q has orthonormal columns, and 1ᵀQ = 0
+    """
+    wide = x.to(accumulation_dtype(x.dtype))
+    kept, dropped = _without(wide - wide.mean(dim, keepdim=True), dim, channel)
+    if basis == "orthonormal":
+        kept = kept + dropped / (math.sqrt(x.shape[dim]) - 1)
+    return _padded(kept, dim, width).to(dtype)
+
+
+def compress_input(weight: Tensor, dim: int, basis: str, channel: int, width: int, dtype: torch.dtype) -> Tensor:
+    """W of a linear, its input features along `dim`, for input that `compress` has made: W x = W' compress(x) for all x
+    with Σx = 0. basis "drop": Wᵢ − Wₚ; "orthonormal": W Q, that is Wᵢ + Wₚ/√d − Σ_{j ≠ p} Wⱼ/(d − √d)."""
+    wide, d = weight.to(accumulation_dtype(weight.dtype)), weight.shape[dim]
+    kept, dropped = _without(wide, dim, channel)
+    if basis == "orthonormal":
+        kept = kept + dropped / math.sqrt(d) - kept.sum(dim, keepdim=True) / (d - math.sqrt(d))
+    else:
+        kept = kept - dropped
+    return _padded(kept, dim, width).to(dtype)
+
+
+def _without(x: Tensor, dim: int, channel: int) -> tuple[Tensor, Tensor]:
+    """The other entries along `dim`, in order, and the channel's."""
+    after = x.shape[dim] - channel - 1
+    kept = x.narrow(dim, 0, channel)
+    if after:
+        kept = torch.cat([kept, x.narrow(dim, channel + 1, after)], dim)
+    return kept, x.narrow(dim, channel, 1)
+
+
+def _padded(x: Tensor, dim: int, width: int) -> Tensor:
+    missing = width - x.shape[dim]
+    if not missing:
+        return x
+    behind = [0, 0] * (x.ndim - 1 - dim % x.ndim)
+    return torch.nn.functional.pad(x, [*behind, 0, missing])
+
+
 def _tile(vector: Tensor, n: int, size: int, inner: int) -> Tensor:
     """γ of `size` entries (or one) → n = outer·size·inner entries, index (o, k, i) → γ[k]."""
     flat = vector.reshape(-1)
@@ -235,8 +292,9 @@ def _define(schema: str, body: object) -> None:
     _OPS.impl(name, body, "CompositeImplicitAutograd")
 
 
-_define("rms_norm" + _NORM_ARGS, _kernel(centre=False))
+_define("rms_norm" + _NORM_ARGS, _kernel())
 _define("layer_norm" + _NORM_ARGS, _kernel(centre=True))
+_define("crms_norm" + _NORM_ARGS, _kernel(compressed=True))
 _define("center(Tensor x, int dim, int size, int inner, ScalarType dtype) -> Tensor", center)
 _define(
     "scale_features(Tensor weight, Tensor gamma, int dim, int size, int inner, ScalarType dtype) -> Tensor",
@@ -247,17 +305,28 @@ _define(
     "ScalarType dtype) -> Tensor",
     fold_shift,
 )
+_BASIS_ARGS = "int dim, str basis, int channel, int width, ScalarType dtype) -> Tensor"
+_define(f"compress(Tensor x, {_BASIS_ARGS}", compress)
+_define(f"compress_input(Tensor weight, {_BASIS_ARGS}", compress_input)
 
 RMS_NORM = torch.ops.normfx.rms_norm.default
 LAYER_NORM = torch.ops.normfx.layer_norm.default
+CRMS_NORM = torch.ops.normfx.crms_norm.default
 CENTER = torch.ops.normfx.center.default
 SCALE_FEATURES = torch.ops.normfx.scale_features.default
 FOLD_SHIFT = torch.ops.normfx.fold_shift.default
+COMPRESS = torch.ops.normfx.compress.default
+COMPRESS_INPUT = torch.ops.normfx.compress_input.default
+FOLDS = frozenset({CENTER, SCALE_FEATURES, FOLD_SHIFT, COMPRESS, COMPRESS_INPUT})
+"""Ops that make folded weights, or the centred copies of activations."""
 BODIES = {
     RMS_NORM: rms_norm,
     LAYER_NORM: layer_norm,
     CENTER: center,
     SCALE_FEATURES: scale_features,
     FOLD_SHIFT: fold_shift,
+    CRMS_NORM: crms_norm,
+    COMPRESS: compress,
+    COMPRESS_INPUT: compress_input,
 }
 """Each canonical op and its body."""

@@ -98,6 +98,7 @@ class Leaf:
     norm:      output of another norm, which has a mean (T3)
     raw:       a value of the stream whose original is read too ("observer" reads it)
     value:     any other activation or graph input
+    path:      of a scaled leaf, the linear and what stands between it and the product, with the feature axis in each
     obstacle:  code of what forbids centring it at all ("" when nothing does)
     """
 
@@ -108,6 +109,7 @@ class Leaf:
     observer: Node | None = None
     scale: Node | None = None
     linear: Node | None = None
+    path: tuple[tuple[Node, Axis], ...] = ()
     obstacle: str = ""
 
     @property
@@ -127,6 +129,7 @@ class Stream:
     dropped: (node, argument name) pairs: additive terms constant along the features; their centred form is 0
     joins:   values are added or joined on the way; otherwise one writer feeds the norms (M4)
     live:    values of parameters alone whose folds would be computed in every call
+    axes:    the feature axis inside of each value
     obstacle: code of what forbids it as a whole ("" when nothing does), with a detail
     """
 
@@ -136,6 +139,7 @@ class Stream:
     dropped: tuple[tuple[Node, str], ...] = ()
     joins: bool = True
     live: frozenset[Node] = frozenset()
+    axes: Mapping[Node, Axis] = field(default_factory=dict)
     obstacle: str = ""
     detail: str = ""
 
@@ -158,6 +162,7 @@ class Stream:
                 if leaf in reached
             ),
             dropped=tuple((node, name) for node, name in self.dropped if node in reached),
+            axes={node: axis for node, axis in self.axes.items() if node in reached},
         )
 
 
@@ -176,6 +181,7 @@ class Readers:
 
     linears: (Linear, axis of the norm's features inside the linear's weight, product of numbers multiplied on the way)
     path:    the row-preserving nodes between
+    axes:    the norm's features inside of its output and of each node between
     others:  readers that are not linears over the feature axis
     shared:  readers whose weight is also read behind another norm with other γ or β (T7)
     live:    values of parameters alone whose folds would be computed in every call
@@ -187,6 +193,7 @@ class Readers:
     others: tuple[Node, ...]
     shared: tuple[Node, ...] = ()
     live: frozenset[Node] = frozenset()
+    axes: Mapping[Node, Axis] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

@@ -81,6 +81,7 @@ def find_readers(
     path: list[Node] = []
     others: list[Node] = []
     axis = norm.axis
+    axes = {norm.output: axis} if axis is not None else {}
     work = [(norm.output, axis, 1.0)] if axis is not None else []
     if axis is None:
         others += norm.output.users
@@ -101,13 +102,15 @@ def find_readers(
                 linears.append((linear, Axis(linear.in_dim, axis.size, axis.inner), factor))
             elif factor_here is not None and user not in barred:
                 path.append(user)
+                axes[user] = axis
                 work.append((user, axis, factor * factor_here))
             elif onward is not None and user not in barred:
                 path.append(user)
+                axes[user] = onward
                 work.append((user, onward, factor))
             else:
                 others.append(user)
-    return Readers(norm, tuple(linears), tuple(path), tuple(others))
+    return Readers(norm, tuple(linears), tuple(path), tuple(others), axes=axes)
 
 
 def _forward(user: Node, node: Node, axis: Axis) -> Axis | None:

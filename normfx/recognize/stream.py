@@ -178,7 +178,8 @@ def _stream(
     }
     dropped = tuple((node, name) for node in nodes for name in region.flows[node].dropped)
     joins = not any(op_name(n) in LINEARS for n in nodes) or any(_joins(node, region) for node in nodes)
-    return Stream(tuple(norms), tuple(leaves.values()), reads, dropped, joins)
+    axes = {node: region.axes[node] for node in nodes}
+    return Stream(tuple(norms), tuple(leaves.values()), reads, dropped, joins, axes=axes)
 
 
 def _joins(node: Node, region: _Region) -> bool:
@@ -190,6 +191,7 @@ def _leaf(key: tuple[Node, Axis], users: list[Node | Norm], region: _Region) -> 
     node, axis = key
     kind: LeafKind = "value"
     scale = linear = None
+    path: tuple[tuple[Node, Axis], ...] = ()
     if op_name(node) == "aten::embedding":
         kind = "embedding"
     elif node in region.parameters:
@@ -203,9 +205,10 @@ def _leaf(key: tuple[Node, Axis], users: list[Node | Norm], region: _Region) -> 
     else:
         scaled = _scaled_writer(node, axis, users, region)
         if scaled is not None:
-            kind, (linear, scale) = "scaled", scaled
+            kind, (path, scale) = "scaled", scaled
+            linear = path[-1][0]
     obstacle = _leaf_obstacle(node, kind, region)
-    return Leaf(node, axis, kind, tuple(users), region.witness.get(node), scale, linear, obstacle)
+    return Leaf(node, axis, kind, tuple(users), region.witness.get(node), scale, linear, path, obstacle)
 
 
 def _leaf_obstacle(node: Node, kind: LeafKind, region: _Region) -> str:
@@ -217,9 +220,11 @@ def _leaf_obstacle(node: Node, kind: LeafKind, region: _Region) -> str:
     return "packed_weight" if kind == "parameter" and packed_sources(node) else ""
 
 
-def _scaled_writer(node: Node, axis: Axis, users: list[Node | Norm], region: _Region) -> tuple[Node, Node] | None:
-    """(linear, λ) when the node is λ ⊙ linear with a parameter λ over the whole feature axis, and nobody else reads
-    either (M11). Ops that pass rows on unchanged may stand between."""
+def _scaled_writer(
+    node: Node, axis: Axis, users: list[Node | Norm], region: _Region
+) -> tuple[tuple[tuple[Node, Axis], ...], Node] | None:
+    """(What stands between λ's product and the linear, which is last; λ) when the node is λ ⊙ linear with a parameter λ
+    over the whole feature axis, and nobody else reads either (M11). Ops that pass rows on may stand between."""
     if op_name(node) != "aten::mul.Tensor" or set(node.users) - _graph_users(users):
         return None
     args = arguments(node)
@@ -232,7 +237,7 @@ def _scaled_writer(node: Node, axis: Axis, users: list[Node | Norm], region: _Re
             continue
         if value(source).shape != value(node).shape:  # type: ignore[union-attr]
             continue
-        inside = axis
+        inside, path = axis, []
         mode = region.modes[node]
         while len(source.users) == 1 and source not in region.barred and source not in region.outputs:
             if op_name(source) == "aten::detach" or region.modes[source] != mode:
@@ -240,9 +245,10 @@ def _scaled_writer(node: Node, axis: Axis, users: list[Node | Norm], region: _Re
             step = flow(source, inside)
             if step is None or inside.inner != 1 or value(source).shape[inside.dim] != axis.size:  # type: ignore[union-attr]
                 break
+            path.append((source, inside))
             if op_name(source) in LINEARS:
                 whole = all(o in region.parameters for o, _ in step.carried) and not step.dropped
-                return (source, scale) if whole else None
+                return (tuple(path), scale) if whole else None
             if len(step.carried) != 1 or step.dropped:
                 break
             source, inside = step.carried[0]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import sympy
 
 
@@ -17,7 +18,31 @@ def center(a: Any) -> Any:
 
 def rms_norm(x: Any, eps: Any) -> Any:
     """x / sqrt(mean(x²) + ε)."""
-    return x / sympy.sqrt((x * x).sum() / sympy.Integer(x.shape[0]) + eps)
+    return rms_norm_of(x, eps, x.shape[0])
+
+
+def rms_norm_of(x: Any, eps: Any, d: int) -> Any:
+    """x / sqrt(Σx²/d + ε)."""
+    return x / sympy.sqrt((x * x).sum() / sympy.Integer(d) + eps)
+
+
+def crms_norm(u: Any, eps: Any, d: int) -> Any:
+    """u / sqrt((Σu² + (Σu)²)/d + ε)."""
+    return u / sympy.sqrt(((u * u).sum() + u.sum() ** 2) / sympy.Integer(d) + eps)
+
+
+def compress(x: Any, basis: str, channel: int) -> Any:
+    """The d − 1 entries that a row with Σx = 0 is stored as."""
+    kept = np.delete(x, channel)
+    return kept if basis == "drop" else kept + x[channel] / (sympy.sqrt(x.shape[0]) - 1)
+
+
+def compress_input(w: Any, basis: str, channel: int) -> Any:
+    """A reader's row for such input."""
+    kept, d = np.delete(w, channel), sympy.Integer(w.shape[0])
+    if basis == "drop":
+        return kept - w[channel]
+    return kept + w[channel] / sympy.sqrt(d) - kept.sum() / (d - sympy.sqrt(d))
 
 
 def layer_norm(x: Any, eps: Any) -> Any:

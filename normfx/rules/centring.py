@@ -169,14 +169,15 @@ def _nodes(stream: Stream) -> tuple[Node, ...]:
 
 def rewrite(stream: Stream, edit: Any) -> None:
     """Centre every leaf and make the stream's norms RMSNorms (M1, M2, M11, M12)."""
+    centres = edit.centres.setdefault(stream.norms, [])
     for leaf in stream.leaves:
         if leaf.kind == "scaled":
             edit.fold_output_scale(leaf.linear, leaf.scale, leaf.node)
-            edit.center_writer(leaf.linear, leaf.axis)
+            centres += edit.center_writer(leaf.linear, leaf.axis)
         elif leaf.kind == "parameter":
-            edit.center_operand(leaf.node, leaf.axis, leaf.users)
+            centres += edit.center_operand(leaf.node, leaf.axis, leaf.users)
         elif leaf.kind != "centred":
-            edit.center_value(leaf.node, leaf.axis, leaf.users)
+            centres += edit.center_value(leaf.node, leaf.axis, leaf.users)
     for node, name in stream.dropped:
         edit.drop_term(node, name)
     for norm in stream.norms:

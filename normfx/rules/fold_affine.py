@@ -69,7 +69,7 @@ def guard(site: Readers) -> Iterator[tuple[str, str, tuple[Node, ...]]]:
     if packed:
         yield "packed_weight", ", ".join(node.name for node in packed), packed
 
-    narrow = tuple(linear.node for linear, _, _ in site.linears if value(linear.weight).dtype in _NARROW)  # type: ignore[union-attr]
+    narrow = narrow_readers(site)
     if narrow:
         yield "rounded_weight", ", ".join(node.name for node in narrow), narrow
     price, sizes = cost(site), (norm.output, *(linear.weight for linear, _, _ in site.linears))
@@ -79,6 +79,11 @@ def guard(site: Readers) -> Iterator[tuple[str, str, tuple[Node, ...]]]:
         weights = size_hint(total(entries(shape(linear.weight)) for linear in live), sizes)
         detail = f"{weights} entries of weights, {size_hint(entries(shape(site.norm.output)), sizes)} normalised"
         yield "live_weights", detail, tuple(linear.node for linear in live)
+
+
+def narrow_readers(site: Readers) -> tuple[Node, ...]:
+    """Readers whose weight is stored in half precision: folded, it would be rounded once more."""
+    return tuple(linear.node for linear, _, _ in site.linears if value(linear.weight).dtype in _NARROW)  # type: ignore[union-attr]
 
 
 _NARROW = (torch.bfloat16, torch.float16)
@@ -144,6 +149,11 @@ def _input() -> tuple[torch.Tensor, ...]:
     return (torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0)),)
 
 
+ROUNDED = Code(
+    "a reader's weight is stored in half precision: W·γ would have to be rounded again",
+    "keep the weights in float32 and run under autocast",
+)
+
 RULE = Rule(
     name="fold_affine",
     formula="W(γ⊙z + β) + c == (W·γ)z + (Wβ + c)",
@@ -159,10 +169,7 @@ RULE = Rule(
             "a reader's weight is shared with a reader behind a norm of other γ or β: each would need a copy of it",
             "none needed: γ and β stay in the norm",
         ),
-        "rounded_weight": Code(
-            "a reader's weight is stored in half precision: W·γ would have to be rounded again",
-            "keep the weights in float32 and run under autocast",
-        ),
+        "rounded_weight": ROUNDED,
         "no_affine": Code("the norm has neither weight nor bias", "none needed"),
         "returned": Code("the norm's output leaves the graph", "none needed: γ and β stay in the norm"),
         "reader_not_linear": Code(

@@ -75,6 +75,7 @@ class Rule(Generic[S]):
     guard:                every objection; none means apply
     cost:                 bytes before and after; a guard may object to it
     rewrite(site, edit):  the edits, in terms of normfx.rewrite.Edit
+    opt_in:               not among the default rules; unless it is asked for, the report does not mention it
     """
 
     name: str
@@ -89,6 +90,7 @@ class Rule(Generic[S]):
     rewrite: Callable[[S, Any], None]
     example: Example
     counterexamples: tuple[Example, ...] = field(default=())
+    opt_in: bool = False
 
     def refusals(self, site: S) -> tuple[Refusal, ...]:
         return tuple(self.refuse(code, detail, nodes) for code, detail, nodes in self.guard(site))

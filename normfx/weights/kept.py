@@ -15,8 +15,6 @@ from normfx.ir.regions import is_autocast
 from normfx.recognize.composed import is_autocast_neutral
 from normfx.weights.expression import Expression, expression
 
-FOLD_OPS = frozenset({ops.CENTER, ops.SCALE_FEATURES, ops.FOLD_SHIFT})
-
 
 @dataclass(frozen=True, eq=False)
 class Kept:
@@ -86,7 +84,7 @@ def _is_neutral(node: Node, leaves: frozenset[Node]) -> bool:
         if item in seen or item in leaves:
             continue
         seen.add(item)
-        if item.target not in FOLD_OPS and not is_autocast_neutral(item):
+        if item.target not in ops.FOLDS and not is_autocast_neutral(item):
             return False
         work += item.all_input_nodes
     return True
@@ -95,7 +93,7 @@ def _is_neutral(node: Node, leaves: frozenset[Node]) -> bool:
 def folded(known: frozenset[Node]) -> frozenset[Node]:
     """The known nodes that are, or depend on, a fold or a baked node."""
     found: set[Node] = set()
-    work = [n for n in known if n.target in FOLD_OPS or BAKED in n.meta]
+    work = [n for n in known if n.target in ops.FOLDS or BAKED in n.meta]
     while work:
         node = work.pop()
         if node not in found:

@@ -13,8 +13,6 @@ from torch.fx import Graph, Node
 from normfx.ir import ops
 from normfx.ir.graph import op_name, parameter_only
 
-_FOLDS = frozenset({ops.CENTER, ops.SCALE_FEATURES, ops.FOLD_SHIFT})
-
 
 def live_folds(graph: Graph, weights: Iterable[Node]) -> tuple[Node, ...]:
     """The nodes of a rewritten graph that compute folded weights from parameters alone.
@@ -22,7 +20,7 @@ def live_folds(graph: Graph, weights: Iterable[Node]) -> tuple[Node, ...]:
     The centred rows of an embedding count too: they are rows of the centred table.
     """
     known = parameter_only(graph, weights)
-    folds = (node for node in graph.nodes if node.target in _FOLDS)
+    folds = (node for node in graph.nodes if node.target in ops.FOLDS)
     return tuple(node for node in folds if node in known or _is_embedding(node.args[0]))
 
 

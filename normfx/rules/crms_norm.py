@@ -1,0 +1,225 @@
+"""crms_norm: a centred stream stored in d − 1 entries a row.
+
+    x = Σ P writers(a), 1ᵀx = 0
+    W LN(x) + c  ==  W' CRMS(u) + c      u = x without xₚ = −Σu,  W'ᵢ = Wᵢ − Wₚ                 "drop"
+    W LN(x) + c  ==  (WQ) RMS_d(v) + c   v = Qᵀx,  Q of d rows and d − 1 columns, QᵀQ = I, 1ᵀQ = 0     "orthonormal"
+
+    CRMS(u) = u / sqrt((Σu² + (Σu)²)/d + ε),    RMS_d(v) = v / sqrt(Σv²/d + ε)
+
+Writers emit the d − 1 entries, readers take them; γ and β are folded into the readers before. "drop" is that of
+"Pre-RMSNorm and Pre-CRMSNorm Transformers" (Jiang et al. 2023), section 3.2, where the last entry goes. Here p is
+chosen (normfx/compression.py). "orthonormal" keeps lengths: no entry carries the rounding errors of all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import nn
+from torch.fx import Node
+
+from normfx.ir.graph import bytes_of, shape, total
+from normfx.ir.resize import reads_size, resizable
+from normfx.ir.sites import Axis, Norm, Readers, Sites, Stream
+from normfx.rules import algebra, centring, fold_affine
+from normfx.rules.rule import Code, Cost, Example, Rule, Symbols
+
+
+@dataclass(frozen=True, eq=False)
+class Compressed:
+    """A stream with the readers of its norms."""
+
+    stream: Stream
+    readers: tuple[Readers, ...]
+
+    @property
+    def size(self) -> int:
+        return self.stream.norms[0].size
+
+    @property
+    def values(self) -> Mapping[Node, Axis]:
+        """Every value that gets another width: inside the stream, behind its norms, and between a writer and its λ."""
+        inside = dict(self.stream.axes)
+        for readers in self.readers:
+            inside.update(readers.axes)
+        for leaf in self.stream.leaves:
+            inside.update(leaf.path)
+        return inside
+
+
+def identity(symbols: Symbols, d: int) -> Iterable[tuple[Any, Any]]:
+    """Output and derivatives by every original parameter, of a writer, a skip, γ, β and a reader, for both bases."""
+    x, weight, bias = symbols("x", d), symbols("W", d), symbols("b", d)
+    gamma, beta, read, eps = symbols("g", d), symbols("h", d), symbols("R", d), symbols("eps", 1)[0]
+    a = symbols("a", 1)[0]
+    written = x + weight * a + bias
+    plain = (read * (gamma * algebra.layer_norm(written, eps) + beta)).sum()
+    centred = algebra.center(x) + algebra.center(weight) * a + algebra.center(bias)
+    for basis in ("drop", "orthonormal"):
+        for channel in sorted({0, d - 1}):
+            stored = algebra.compress(centred, basis, channel)
+            normal = algebra.crms_norm(stored, eps, d) if basis == "drop" else algebra.rms_norm_of(stored, eps, d)
+            folded = (algebra.compress_input(read * gamma, basis, channel) * normal).sum() + (read * beta).sum()
+            yield plain, folded
+            if d == 2:
+                for parameter in (x[0], weight[1], bias[0], gamma[1], beta[0], read[1], a):
+                    yield sympy.diff(plain, parameter), sympy.diff(folded, parameter)
+
+
+def candidates(sites: Sites) -> Iterable[Compressed]:
+    for stream in sites.streams:
+        for piece in centring.pieces(stream):
+            yield Compressed(piece, tuple(sites.readers[norm] for norm in piece.norms if norm in sites.readers))
+
+
+def norms(site: Compressed) -> tuple[Norm, ...]:
+    return site.stream.norms
+
+
+def guard(site: Compressed) -> Iterator[tuple[str, str, tuple[Node, ...]]]:
+    """Objections to centring the stream, to folding γ and β, and to another width."""
+    objections = list(centring.guard(site.stream))
+    if objections:
+        yield "not_centred", ", ".join(dict.fromkeys(code for code, _, _ in objections)), objections[0][2]
+        return
+    whole = {node: axis for node, axis in site.values.items() if not _is_whole(node, axis)}
+    split = [leaf.node for leaf in site.stream.leaves if not _is_whole(leaf.node, leaf.axis)]
+    if whole or split:
+        yield "split_features", ", ".join(node.name for node in (*whole, *split)), (*whole, *split)
+        return
+    for readers in site.readers:
+        yield from _objections(readers)
+    written = {norm.output for norm in site.stream.norms}  # anew
+    rigid = [n for n, axis in site.values.items() if n not in written and not resizable(n, axis, site.size)]
+    reads = [user for node, axis in site.values.items() for user in node.users if reads_size(user, axis)]
+    if rigid or reads:
+        yield "fixed_width", ", ".join(node.name for node in (*rigid, *reads)), (*rigid, *reads)
+
+
+def _objections(readers: Readers) -> Iterator[tuple[str, str, tuple[Node, ...]]]:
+    if readers.others:
+        yield "reader_not_linear", ", ".join(node.name for node in readers.others), readers.others
+        return
+    if readers.norm.weight is None and readers.norm.bias is None:
+        narrow = tuple(fold_affine.narrow_readers(readers))
+        if narrow:
+            yield "rounded_weight", ", ".join(node.name for node in narrow), narrow
+        return
+    for code, detail, nodes in fold_affine.guard(readers):
+        yield ("rounded_weight" if code == "rounded_weight" else "affine_stays"), detail or code, nodes
+
+
+def _is_whole(node: Node, axis: Axis) -> bool:
+    val = node.meta["val"]
+    sizes = shape(node) if isinstance(val, torch.Tensor) else tuple(val[0].shape)
+    return axis.inner == 1 and bool(sizes[axis.dim] == axis.size)
+
+
+def cost(site: Compressed) -> Cost:
+    """One pass over every value of the stream, of d and of d − 1 entries a row."""
+    before = total(bytes_of(node) for node in site.values if isinstance(node.meta["val"], torch.Tensor))
+    return Cost(before, before * (site.size - 1) / site.size if site.size else before)
+
+
+def rewrite(site: Compressed, edit: Any) -> None:
+    stream = site.stream
+    if not all(edit.norm(norm).centred for norm in stream.norms):
+        centring.rewrite(stream, edit)
+    for readers in site.readers:
+        norm = readers.norm
+        if edit.norm(norm).affine and (norm.weight is not None or norm.bias is not None):
+            fold_affine.rewrite(readers, edit)
+    edit.compress(site)
+
+
+class _Block(nn.Module):
+    """Two pre-LN residual branches over an embedding, read through a final norm."""
+
+    def __init__(self, tap: str = "", width: int = 8) -> None:
+        super().__init__()
+        self.tap = tap
+        self.table = nn.Embedding(10, width)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.up1, self.down1, self.head = nn.Linear(width, 6), nn.Linear(6, width), nn.Linear(width, 3)
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        x = self.table(ids)
+        if self.tap == "raw":
+            return self.head(self.norm1(x)), x.clone().mul_(2.0)
+        x = x + self.down1(torch.relu(self.up1(self.norm1(x))))
+        if self.tap == "fixed":
+            x = x.unflatten(1, (2, 2)).flatten(1, 2)
+        y = self.norm2(x)
+        if self.tap == "shared":
+            return self.head(y), self.head(self.norm1(x))
+        out = self.head(y)
+        return {"activation": (out, torch.tanh(y)), "observed": (out, x)}.get(self.tap, out)
+
+
+class _Heads(nn.Module):
+    """A projection, each head normalised and read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.norm, self.read = nn.Linear(6, 8), nn.LayerNorm(4), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.read(self.norm(self.project(x).unflatten(-1, (2, 4))))
+
+
+def _ids() -> tuple[torch.Tensor, ...]:
+    return (torch.arange(8).reshape(2, 4),)
+
+
+def _half(model: nn.Module) -> nn.Module:
+    return model.bfloat16()
+
+
+RULE = Rule(
+    name="crms_norm",
+    formula="W LN(x) == W' CRMS(u), or (WQ) RMS(Qᵀx)",
+    source="Jiang et al. 2023, section 3.2",
+    codes={
+        "not_centred": Code(
+            "the stream is not centred, so that no entry of a row follows from the others",
+            "see the refusal of pre_rms_norm or linear_norm",
+        ),
+        "split_features": Code(
+            "the features share a dimension with something else on the way",
+            "keep the features in a dimension of their own",
+        ),
+        "reader_not_linear": Code(
+            "something other than a linear over the norm's features reads its output, which needs all d entries",
+            "none needed: the stream keeps its width",
+        ),
+        "affine_stays": Code(
+            "γ and β cannot be folded into the norm's readers, and they act on d entries",
+            "see the refusal of fold_affine",
+        ),
+        "rounded_weight": fold_affine.ROUNDED,
+        "fixed_width": Code(
+            "an op on the way takes the width from elsewhere, or something reads it",
+            "write sizes as numbers, or −1, in view, reshape and expand",
+        ),
+    },
+    identity=identity,
+    candidates=candidates,
+    norms=norms,
+    guard=guard,
+    cost=cost,
+    rewrite=rewrite,
+    example=Example("block", _Block, _ids),
+    counterexamples=(
+        Example("observed", lambda: _Block("observed"), _ids, "not_centred"),
+        Example("heads", _Heads, lambda: (torch.randn(3, 6),), "split_features"),
+        Example("nonlinear reader", lambda: _Block("activation"), _ids, "reader_not_linear"),
+        Example("shared reader", lambda: _Block("shared"), _ids, "affine_stays"),
+        Example("half precision", lambda: _half(_Block()), _ids, "rounded_weight"),
+        Example("unflatten", lambda: _Block("fixed"), _ids, "fixed_width"),
+    ),
+    opt_in=True,
+)
