@@ -24,12 +24,9 @@ a register in local memory."""
 CHUNK = 4096
 """Entries read at a time of a wider row; what is read twice comes from a cache the second time."""
 
-SUMS_IN_REGISTERS = 24576
-"""Running sums that a program of 256 threads keeps: 96 of its 255 registers. With 128, ptxas moves some to local
-memory, as it does with 512 threads and half as many registers each."""
-
-CHUNK_WITH_SUMS = 2048
-"""Entries read at a time beside running sums: one 16-byte access of bfloat16 for each of 256 threads."""
+WITH_SUMS = {2: (4096, 16, 16384), 4: (2048, 8, 12288)}
+"""By size of an entry: those read at a time beside running sums (8 a thread), warps, and how many sums a program keeps.
+More of them, or other threads, and ptxas for some target moves registers to local memory."""
 
 PROGRAM = 2048
 """Entries a program should have at least: with fewer, starting it costs as much as its work."""
@@ -74,9 +71,10 @@ def backward_launch(spec: Spec) -> Launch:
     reason = f"a row of {spec.entries} does not fit into registers"
     if not sums:
         return Launch("chunks", CHUNK, 1, 16, False, reason)
-    parts = -(-spec.entries * sums // SUMS_IN_REGISTERS)
+    block, warps, most = WITH_SUMS[DTYPES[spec.x]]
+    parts = -(-spec.entries * sums // most)
     held = "its sums do" if parts == 1 else f"its sums do in {parts} parts"
-    return Launch("chunks", CHUNK_WITH_SUMS, 1, 8, True, f"{reason}, {held}", parts)
+    return Launch("chunks", block, 1, warps, True, f"{reason}, {held}", parts)
 
 
 def _rows(spec: Spec, per_thread: int, persistent: bool) -> Launch:

@@ -6,8 +6,6 @@ into each (E, the variance it gets of inputs of variance one) and what the reade
 
     "drop"          the error of xₚ = −Σu is that of the others: least Rₚ · Σ_{i ≠ p} Eᵢ
     "orthonormal"   every entry gets xₚ/(√d − 1), and xₚ = Σv/√d: least Eₚ · ΣR/(√d − 1)² + Rₚ · ΣE/d
-
-The last channel stays the choice unless another is clearly better, so that equal models give equal graphs.
 """
 
 from __future__ import annotations
@@ -24,9 +22,6 @@ from normfx.ir.sites import Axis, Leaf, Readers
 from normfx.recognize.flow import LINEARS
 from normfx.rewrite import Stored
 from normfx.rules.crms_norm import Compressed
-
-CLEARLY = 0.25
-"""Part of the last channel's expected squared error that another must stay below."""
 
 ALIGNED = 8
 """Entries of two bytes in an access of 16 bytes."""
@@ -50,10 +45,8 @@ def _channel(basis: str, written: Tensor, read: Tensor) -> int:
         errors = read * (written.sum() - written)
     else:
         errors = written * read.sum() / (math.sqrt(d) - 1) ** 2 + read * written.sum() / d
-    if not bool(torch.isfinite(errors).all()):
-        return d - 1
-    best = int(errors.argmin())
-    return best if errors[best] < CLEARLY * errors[-1] else d - 1
+    known = bool(torch.isfinite(errors).all()) and bool(errors.any())
+    return int(errors.argmin()) if known else d - 1
 
 
 def _written(leaf: Leaf, values: Mapping[Node, Tensor], d: int) -> Tensor:

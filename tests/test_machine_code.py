@@ -114,7 +114,7 @@ def test_bytes_of_backward(dtype: str) -> None:
 
 def test_wide_backward_reads_a_row_twice_and_writes_once() -> None:
     """The second time from a cache: the row was read just before, by the same program."""
-    spec = specs(12288, "bfloat16")[1]
+    spec = specs(12288, "bfloat16")[1]  # RMSNorm with γ
     launch = backward_launch(spec)
     assert (launch.form, launch.parts) == ("chunks", 1)
     code = nvidia_code(backward_source(spec, launch, False), spec, 90)

@@ -1,0 +1,239 @@
+"""rules="default,+crms_norm": streams of width d − 1 in real models, in float64, with outliers, and over 300 steps."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from equivalence import LOW_PRECISION, EagerBackend, assert_same_float64
+from models import CASES, VISION
+from torch import Tensor, nn
+
+from normfx.ir import ops
+from normfx.options import BASES, WIDTHS
+
+CRMS = {"rules": "default,+crms_norm", "fold": "live"}
+D, CHANNELS = 6, (0, 2, 5)
+
+
+@pytest.mark.parametrize("width", [D - 1, 8])
+@pytest.mark.parametrize("channel", CHANNELS)
+@pytest.mark.parametrize("basis", BASES)
+def test_what_is_stored(basis: str, channel: int, width: int) -> None:
+    """A reader gets of the stored row what it gets of the row; the norm of the stored row is that of the row."""
+    x, weight = torch.randn(3, D, dtype=torch.float64), torch.randn(4, D, dtype=torch.float64)
+    centred, form = x - x.mean(-1, keepdim=True), (basis, channel, width, torch.float64)
+    kept = ops.compress(x, -1, *form)
+    assert kept.shape == (3, width) and not kept[:, D - 1 :].any()
+    read = ops.compress_input(weight, 1, *form)
+    torch.testing.assert_close(kept @ read.T, centred @ weight.T, rtol=1e-13, atol=1e-13)
+    norm = ops.CRMS_NORM if basis == "drop" else ops.RMS_NORM
+    normal = norm(kept, None, None, -1, 1e-5, "inside", width - D, 1.0, torch.float64, torch.float64)
+    layer = nn.functional.layer_norm(x, (D,), eps=1e-5)
+    torch.testing.assert_close(normal @ read.T, layer @ weight.T, rtol=1e-13, atol=1e-13)
+    if basis == "orthonormal":
+        torch.testing.assert_close(kept.norm(dim=-1), centred.norm(dim=-1), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("correction", [0, -1, 1])
+@pytest.mark.parametrize("op", [ops.RMS_NORM, ops.CRMS_NORM], ids=str)
+def test_derivative(op: Any, correction: int) -> None:
+    form = (-1, 1e-3, "inside", correction, 1.5, torch.float64, torch.float64)
+    tensors = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 4), (4,), (4,))]
+    assert torch.autograd.gradcheck(lambda *t: op(*t, *form), tensors)
+    assert torch.autograd.gradgradcheck(lambda *t: op(*t, *form), tensors)
+
+
+def _classifier(name: str) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        transformers = pytest.importorskip("transformers")
+        return getattr(transformers, f"{name}ForImageClassification")(getattr(transformers, f"{name}Config")(**VISION))
+
+    return build
+
+
+class Logits(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.model(x).logits
+        return out
+
+
+QUICK = [("gpt2", "orthonormal", "exact", 5), ("gpt2", "drop", "padded", 5), ("whisper", "orthonormal", "exact", 12)]
+STREAMS = {
+    "gpt2": 5, "gpt_neox parallel": 5, "gpt_neox serial": 5, "opt": 5, "torchvision vit": 5, "timm vit": 5,
+    "timm vit layer scale": 5, "whisper": 12, "bloom": 5, "falcon": 3, "cait": 9, "gptj": 3,
+}  # fmt: skip
+"""Norms on a compressed stream; BLOOM's first one starts the stream."""
+
+ALL = [(name, basis, width, n) for name, n in STREAMS.items() for basis in BASES for width in WIDTHS]
+
+
+def _check(name: str, basis: str, width: str, norms: int) -> None:
+    case = next(c for c in CASES if c.name == name)
+    if not case.available:
+        pytest.skip(f"{case.package} is not installed")
+    promoted = name in {"gpt_neox parallel", "gpt_neox serial", "bloom", "falcon"}
+    options = {**CRMS, "crms_basis": basis, "crms_width": width}
+    report = assert_same_float64(case.make(), case.inputs(), options, promoted=promoted)
+    assert sum("crms_norm" in site.rules for site in report.sites) == norms
+
+
+@pytest.mark.parametrize(("name", "basis", "width", "norms"), QUICK)
+def test_models(name: str, basis: str, width: str, norms: int) -> None:
+    _check(name, basis, width, norms)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "basis", "width", "norms"), [case for case in ALL if case not in QUICK])
+def test_all_models(name: str, basis: str, width: str, norms: int) -> None:
+    _check(name, basis, width, norms)
+
+
+@pytest.mark.parametrize(("name", "norms"), [("ViT", 5), ("Dinov2", 0)])
+def test_classifiers(name: str, norms: int) -> None:
+    """ViT's head reads its last norm. DINOv2's reads two rows side by side: no linear over the norm's features."""
+    torch.manual_seed(0)
+    model = Logits(_classifier(name)()).eval()
+    report = assert_same_float64(model, (torch.randn(2, 3, 32, 32),), CRMS)
+    assert sum("crms_norm" in site.rules for site in report.sites) == norms
+    codes = {r.code for site in report.sites for r in site.refusals if r.rule == "crms_norm"}
+    assert codes == (set() if norms else {"reader_not_linear"})
+
+
+class Block(nn.Module):
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(d), nn.Linear(d, 2 * d), nn.Linear(2 * d, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+
+
+class Stack(nn.Module):
+    def __init__(self, d: int = 256, layers: int = 2, words: int = 97) -> None:
+        super().__init__()
+        self.table, self.places = nn.Embedding(words, d), nn.Parameter(0.1 * torch.randn(16, d))
+        self.blocks = nn.ModuleList(Block(d) for _ in range(layers))
+        self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, words)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids) + self.places
+        for block in self.blocks:
+            x = block(x)
+        out: Tensor = self.head(self.norm(x))
+        return out
+
+
+def outlier(channel: int, scale: float, gamma: float) -> Stack:
+    """A channel at `scale` standard deviations, from the first writer on, and γ of every norm on it."""
+    torch.manual_seed(0)
+    model = Stack()
+    norms = [m for m in model.modules() if isinstance(m, nn.LayerNorm)]
+    with torch.no_grad():
+        for norm in norms:
+            norm.weight.add_(0.3 * torch.randn_like(norm.weight))
+            norm.bias.add_(0.3 * torch.randn_like(norm.bias))
+            norm.weight[channel] = gamma
+        model.table.weight[:, channel] *= scale
+    return model
+
+
+OUTLIERS = [(3, 1, 1), (3, 100, 0.01), (255, 100, 1), (3, 1000, 1), (255, 1000, 5)]
+AMPLIFIED = OUTLIERS[-1]
+"""Under "drop" 2.1 times eager's error in float32: all others pay for the outlier, or the readers for dropping it."""
+
+
+@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+def test_outliers(dtype: torch.dtype, basis: str) -> None:
+    """The error against float64 beside eager's own: float32, and bfloat16 under autocast. Anywhere, on every row."""
+    ids = torch.randint(0, 97, (16, 16), generator=torch.Generator().manual_seed(1))
+    for channel, scale, gamma in OUTLIERS:
+        if basis == "drop" and (channel, scale, gamma) == AMPLIFIED:
+            continue
+        model = outlier(channel, scale, gamma)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend=EagerBackend({**CRMS, "crms_basis": basis}), fullgraph=True)
+        with torch.no_grad():
+            want = copy.deepcopy(model).double()(ids)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+                own, eager = ((call(ids).double() - want).norm().item() for call in (compiled, model))
+        assert own <= LOW_PRECISION[dtype] * eager, f"channel {channel} at {scale}, γ {gamma}: {own / eager:.2f}"
+
+
+def _chosen(model: nn.Module, basis: str) -> int:
+    backend = EagerBackend({**CRMS, "crms_basis": basis})
+    torch._dynamo.reset()
+    torch.compile(model, backend=backend, fullgraph=True)(torch.zeros(1, 16, dtype=torch.int64))
+    channels = {n.args[3] for n in backend.modules[0].graph.nodes if n.target in (ops.COMPRESS, ops.COMPRESS_INPUT)}
+    (channel,) = channels
+    assert isinstance(channel, int)
+    return channel
+
+
+def test_which_channel_goes() -> None:
+    """ "drop": the outlier, unless the readers take much of it; "orthonormal": never the outlier."""
+    assert _chosen(outlier(3, 1000, 1), "drop") == 3
+    assert _chosen(outlier(3, 100, 100), "drop") != 3
+    assert _chosen(outlier(255, 1000, 1), "orthonormal") != 255
+
+
+TEXT = "the stream is centred, so one entry of each row follows from all others. " * 20
+
+
+def batches(steps: int) -> list[tuple[Tensor, Tensor]]:
+    codes = torch.tensor([ord(c) % 97 for c in TEXT])
+    starts = torch.randint(0, len(TEXT) - 17, (steps, 8), generator=torch.Generator().manual_seed(3))
+    rows = [torch.stack([codes[s : s + 17] for s in row]) for row in starts.tolist()]
+    return [(row[:, :16], row[:, 1:]) for row in rows]
+
+
+def train(model: nn.Module, call: Callable[[Tensor], Tensor], steps: int, autocast: bool = False) -> list[float]:
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    losses = []
+    for ids, wanted in batches(steps):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            loss = nn.functional.cross_entropy(call(ids).flatten(0, 1), wanted.flatten())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("basis", BASES)
+def test_training_in_float64(basis: str) -> None:
+    """300 steps: the loss of eager in every one, and it falls."""
+    torch.manual_seed(0)
+    model = Stack(d=32).double()
+    twin = copy.deepcopy(model)
+    backend = EagerBackend({**CRMS, "crms_basis": basis})
+    own = train(model, torch.compile(model, backend=backend, fullgraph=True), 300)
+    want = train(twin, twin, 300)
+    assert max(abs(a - b) for a, b in zip(own, want, strict=True)) <= 1e-9
+    assert want[-1] < want[0] / 3
+    assert backend.report.counts["crms_norm"] == 3
+
+
+def test_training_under_autocast() -> None:
+    """bfloat16: the curve is as near to eager's as eager's is to itself with other rounding (weights moved by 1e-4)."""
+    torch.manual_seed(0)
+    start = Stack(d=32)
+    moved = copy.deepcopy(start)
+    with torch.no_grad():
+        for p in moved.parameters():
+            p.mul_(1 + 1e-4 * torch.randn_like(p))
+    own = copy.deepcopy(start)
+    compiled = torch.compile(own, backend=EagerBackend(CRMS), fullgraph=True)
+    run = functools.partial(train, steps=300, autocast=True)
+    curves = [torch.tensor(run(m, call)) for m, call in ((start, start), (moved, moved), (own, compiled))]
+    eager, other, compressed = (curve.unfold(0, 20, 20).mean(1) for curve in curves)
+    assert (compressed - eager).abs().max() <= 2 * (other - eager).abs().max() + 0.01
