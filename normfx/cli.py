@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from normfx import bench, demo
@@ -17,12 +18,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show.add_argument("--quick", action="store_true", help="a two-layer model, seconds in place of a minute")
     compare = commands.add_parser("bench", help="time, error and memory of models under eager, Inductor and normfx")
     bench.add_arguments(compare)
-    parsed = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    parsed = parser.parse_args(given)
     if parsed.command == "bench":
+        if parsed.parser is not compare and given[1] != "kernels":  # argparse would drop them in silence
+            parsed.parser.error("its options go behind its name: normfx bench kernels --device …")
         try:
-            return bench.main(parsed)
+            return int(parsed.run(parsed))
         except NormfxError as error:
-            compare.error(str(error))
+            parsed.parser.error(str(error))
     if parsed.command == "demo" and parsed.quick:
         demo.run(layers=2, width=128, batch=2, tokens=64, repeats=15)
     elif parsed.command == "demo":

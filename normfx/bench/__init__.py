@@ -1,23 +1,26 @@
-"""`normfx bench`: models × {eager, Inductor, Inductor freezing, normfx, normfx frozen}, forward or training."""
+"""`normfx bench`: models × {eager, Inductor, Inductor freezing, normfx, normfx frozen}, forward or training.
+
+`normfx bench kernels`, of norms alone, is in kernels.py.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import datetime
-import importlib.util
 import itertools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from normfx.bench import machine, present
+from normfx.bench import command, kernels, machine, present
+from normfx.bench.command import words
 from normfx.bench.measure import BASE, TASKS, VARIANTS, Cell, Measured, Settings, failure_text, measure
 from normfx.bench.models import CHAIN, DTYPES, MODELS, factory
+from normfx.bench.output import has_matplotlib
 from normfx.bench.present import Results
 from normfx.errors import OptionError
 
@@ -40,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overhead", action="store_true", help="only the call overhead: a chain of 300 parameters")
     parser.add_argument("--resume", action="store_true", help="keep the cells of an earlier run of the same settings")
     parser.add_argument("--output", type=Path, default=Path("normfx-bench"), metavar="DIR")
+    parser.set_defaults(run=main, parser=parser)
+    others = parser.add_subparsers(title="another benchmark, with options of its own", metavar="kernels")
+    own = others.add_parser("kernels", help=kernels.SUMMARY, description=kernels.SUMMARY)
+    own.set_defaults(run=kernels.main, parser=own)
+    kernels.add_arguments(own)
 
 
 def main(parsed: argparse.Namespace) -> int:
@@ -47,17 +55,14 @@ def main(parsed: argparse.Namespace) -> int:
 
     Raises OptionError for an unknown model, dtype, task or variant, before anything is measured.
     """
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)  # else 80, which breaks the table's lines
+    console = command.console()
     cells, variants = _chosen(parsed)
     settings = Settings(parsed.rounds, parsed.cold, parsed.memory, parsed.threads)
     settings.apply(parsed.device)
     results = _results(parsed, settings)
     done = {m.cell: m for m in results.cells}
     parsed.output.mkdir(parents=True, exist_ok=True)
-    columns = (*Progress.get_default_columns(), TimeElapsedColumn(), TextColumn("{task.fields[stage]}"))
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with command.progress(console) as progress:
         _warm_up(parsed.device)
         task = progress.add_task("cells", total=len(cells), stage="")
         for cell in cells:
@@ -75,33 +80,23 @@ def main(parsed: argparse.Namespace) -> int:
 
 def _chosen(parsed: argparse.Namespace) -> tuple[list[Cell], list[str]]:
     """The cells to measure, and the variants, in the order of VARIANTS."""
-    variants = {BASE, *_words(parsed.variants, "variant", VARIANTS)}
+    variants = {BASE, *words(parsed.variants, "--variants", "variant", VARIANTS)}
     if parsed.overhead:
         variants.add("normfx-no-rules")
         cells = [Cell(CHAIN, "float32", 1, "forward", parsed.device)]
     else:
-        models = _words(parsed.models)
+        models = words(parsed.models, "--models")
         for name in models:
             factory(name)
-        dtypes, tasks = _words(parsed.dtypes, "dtype", DTYPES), _words(parsed.task, "task", TASKS)
-        batches = [int(b) if b.isdecimal() else 0 for b in _words(parsed.batches)]
+        dtypes = words(parsed.dtypes, "--dtypes", "dtype", DTYPES)
+        tasks = words(parsed.task, "--task", "task", TASKS)
+        batches = [int(b) if b.isdecimal() else 0 for b in words(parsed.batches, "--batches")]
         if min(batches, default=0) < 1:
             raise OptionError(f"normfx: --batches must be positive numbers, not {parsed.batches!r}")
         order = itertools.product(models, dtypes, batches, tasks)
         cells = [Cell(model, dtype, batch, task, parsed.device) for model, dtype, batch, task in order]
-    if parsed.rounds is not None and parsed.rounds < 2:
-        raise OptionError("normfx: --rounds must be 2 or more: one round has no quartiles")
-    if torch.device(parsed.device).type == "cuda" and not torch.cuda.is_available():
-        raise OptionError(f"normfx: --device {parsed.device}: torch sees no CUDA device")
+    command.check(parsed.rounds, parsed.device)
     return cells, [name for name in VARIANTS if name in variants]
-
-
-def _words(text: str, what: str = "", valid: Iterable[str] = ()) -> list[str]:
-    words = [w.strip() for w in text.split(",") if w.strip()]
-    for word in words:
-        if what and word not in valid:
-            raise OptionError.unknown(what, word, valid, f"--{what}s" if what != "task" else "--task")
-    return list(dict.fromkeys(words))
 
 
 def _results(parsed: argparse.Namespace, settings: Settings) -> Results:
@@ -113,9 +108,7 @@ def _results(parsed: argparse.Namespace, settings: Settings) -> Results:
         return fresh
     old = Results.load(path.read_text())
     then, now = {**old.machine, **dataclasses.asdict(old.settings)}, {**here, **dataclasses.asdict(settings)}
-    different = [f"{key} was {then.get(key)!r}, is {now[key]!r}" for key in now if then.get(key) != now[key]]
-    if different:
-        raise OptionError(f"normfx: --resume: {path} was measured otherwise: {'; '.join(different)}")
+    command.unchanged(path, then, now)
     return old
 
 
@@ -147,5 +140,5 @@ def _show(results: Results, console: Console) -> None:
         console.print(total)
     for line in present.remarks(results.cells):
         console.print(line, highlight=False, markup=False)
-    if not importlib.util.find_spec("matplotlib"):
+    if not has_matplotlib():
         console.print(present.NO_MATPLOTLIB, markup=False)

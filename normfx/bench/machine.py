@@ -22,9 +22,9 @@ def describe(device: str) -> dict[str, str | int | None]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "transformers": _version("transformers"),
-        "normfx": _version("normfx"),
+        "triton": version("triton"),
+        "transformers": version("transformers"),
+        "normfx": version("normfx"),
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
         "driver": _driver() if cuda else None,
     }
@@ -36,7 +36,7 @@ def _cpu() -> str:
     return names[0].partition(":")[2].strip() if names else platform.processor()
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import itertools
 import json
-import math
-import os
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +16,20 @@ from rich.text import Text
 
 from normfx.bench.measure import BASE, VARIANTS, Cell, Measured, Result, Settings
 from normfx.bench.models import CHAIN, CHAIN_PARAMETERS
+from normfx.bench.output import (
+    has_matplotlib,
+    machine_line,
+    markdown_table,
+    no_matplotlib,
+    quartiles,
+    replace,
+    spread,
+    three_digits,
+    where,
+)
 from normfx.bench.timing import Quartiles
 
-NO_MATPLOTLIB = "normfx: no bench.png: matplotlib is missing (pip install 'normfx[bench]')"
+NO_MATPLOTLIB = no_matplotlib("bench.png")
 OVERHEAD_UNIT = 150  # parameters
 
 
@@ -43,26 +51,16 @@ class Results:
 
 
 def _measured(raw: dict[str, Any]) -> Measured:
-    return Measured(Cell(**raw["cell"]), {name: _result(r) for name, r in raw["results"].items()}, raw["failures"])
-
-
-def _result(raw: dict[str, Any]) -> Result:
-    fields: dict[str, Any] = {key: Quartiles(*x) if isinstance(x, list) else x for key, x in raw.items()}
-    return Result(**fields)
+    found = {name: Result(**quartiles(r)) for name, r in raw["results"].items()}
+    return Measured(Cell(**raw["cell"]), found, raw["failures"])
 
 
 def write(results: Results, folder: Path) -> None:
     """bench.json, bench.md and, where matplotlib is installed, bench.png; whole or not at all."""
-    _replace(folder / "bench.json", results.dump().encode())
-    _replace(folder / "bench.md", markdown(results).encode())
-    if _models(results.cells) and importlib.util.find_spec("matplotlib"):
+    replace(folder / "bench.json", results.dump().encode())
+    replace(folder / "bench.md", markdown(results).encode())
+    if _models(results.cells) and has_matplotlib():
         _plot(results, folder / "bench.png")
-
-
-def _replace(path: Path, content: bytes) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    os.replace(part, path)
 
 
 def table(results: Results) -> Table:
@@ -77,18 +75,12 @@ def table(results: Results) -> Table:
 
 
 def markdown(results: Results) -> str:
-    machine = ", ".join(f"{key} {value}" for key, value in results.machine.items() if value is not None)
-    header, rows = _rows(results.cells)
-    lines = ["# normfx bench", "", machine, "", *_markdown_table(header, rows)]
+    lines = ["# normfx bench", "", machine_line(results.machine), "", *markdown_table(*_rows(results.cells))]
     if _models(results.cells):
-        lines += ["", "## Speed relative to inductor, all cells", "", *_markdown_table(*summary(results.cells))]
+        lines += ["", "## Speed relative to inductor, all cells", "", *markdown_table(*summary(results.cells))]
     if notes := remarks(results.cells):
         lines += ["", *(f"- {note}" for note in notes)]
     return "\n".join(lines) + "\n"
-
-
-def _markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
 
 
 def _rows(cells: Iterable[Measured]) -> tuple[list[str], list[list[str]]]:
@@ -99,22 +91,13 @@ def _rows(cells: Iterable[Measured]) -> tuple[list[str], list[list[str]]]:
         for name, r in measured.results.items():
             peak = "" if r.peak_mb is None else f"{r.peak_mb:.0f}"
             rows.append([
-                cell, name, _milliseconds(r.ms), _spread(r.speed),
+                cell, name, three_digits(r.ms), spread(r.speed),
                 f"{r.error:.1e}", f"{r.first_call_s:.1f}", peak,
             ])  # fmt: skip
         rows += [[cell, name, "failed", "", "", "", ""] for name in measured.failures]
     if not any(row[-1] for row in rows):  # memory is measured only when asked for
         return header[:-1], [row[:-1] for row in rows]
     return header, rows
-
-
-def _milliseconds(q: Quartiles) -> str:
-    digits = max(0, 2 - math.floor(math.log10(q.middle)))  # three of them count
-    return f"{q.middle:.{digits}f} ({q.low:.{digits}f}–{q.high:.{digits}f})"
-
-
-def _spread(q: Quartiles | None) -> str:
-    return "" if q is None else f"{q.middle:.2f} ({q.low:.2f}–{q.high:.2f})"
 
 
 def summary(cells: Iterable[Measured]) -> tuple[list[str], list[list[str]]]:
@@ -182,8 +165,7 @@ def _plot(results: Results, path: Path) -> None:
     axes.axhline(1.0, color="black", linewidth=1)
     axes.set_xticks(range(len(cells)), [str(m.cell) for m in cells], rotation=45, ha="right")
     axes.set_ylabel("speed relative to inductor")
-    where = results.machine["cpu" if results.machine["device"] == "cpu" else "device"]
-    axes.set_title(f"{where}, torch {results.machine['torch']}; bars: medians, whiskers: quartiles")
+    axes.set_title(f"{where(results.machine)}; bars: medians, whiskers: quartiles")
     if names:
         figure.legend(loc="outside lower center", ncols=len(names))
     figure.savefig(path, dpi=150)

@@ -25,17 +25,23 @@ class Quartiles(NamedTuple):
         return cls(*statistics.quantiles(values, n=4, method="inclusive"))
 
 
+Timed = Callable[[Callable[[], object], int, str], float]
+"""A call, how often to make it, on which device → seconds of one."""
+
+
 def interleaved(
     calls: Mapping[str, Callable[[], object]],
     rounds: int,
     repeats: Mapping[str, int] | None = None,
     device: str = "cpu",
+    timed: Timed | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds a call takes, round by round.
+    """Seconds a call takes, round by round, as `timed` (by default `seconds`) says.
 
     In a round every call has its turn (of `repeats` calls), each round beginning with another one: what slows the
     machine, or follows a certain neighbour, meets all of them. Rounds pair up: ratios are to be taken within a round.
     """
+    timed = timed or seconds
     names = list(calls)
     times: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
@@ -47,7 +53,7 @@ def interleaved(
             gc.collect()
             first = turn % len(names)
             for name in names[first:] + names[:first]:
-                times[name].append(seconds(calls[name], repeats[name] if repeats else 1, device))
+                times[name].append(timed(calls[name], repeats[name] if repeats else 1, device))
     finally:
         gc.unfreeze()
         if collecting:

@@ -1,0 +1,52 @@
+"""What the commands of `normfx bench` share: reading their arguments, progress, results of an earlier run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
+
+from normfx.errors import OptionError
+
+
+def words(text: str, option: str, what: str = "", valid: Iterable[str] = ()) -> list[str]:
+    """The words between commas, each once. Raises OptionError for one that is not `valid`, if they have a kind."""
+    found = [w.strip() for w in text.split(",") if w.strip()]
+    for word in found:
+        if what and word not in valid:
+            raise OptionError.unknown(what, word, valid, option)
+    return list(dict.fromkeys(found))
+
+
+def check(rounds: int | None, device: str) -> None:
+    """Raises OptionError where there would be no quartiles, or nothing to measure on."""
+    if rounds is not None and rounds < 2:
+        raise OptionError("normfx: --rounds must be 2 or more: one round has no quartiles")
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise OptionError(f"normfx: --device {device}: torch knows no such device; use cpu, cuda or cuda:1") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise OptionError(f"normfx: --device {device}: torch sees no CUDA device")
+
+
+def unchanged(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises OptionError if results in `path` are of another machine or other settings than now."""
+    different = [f"{key} was {then.get(key)!r}, is {now[key]!r}" for key in now if then.get(key) != now[key]]
+    if different:
+        raise OptionError(f"normfx: --resume: {path} was measured otherwise: {'; '.join(different)}")
+
+
+def console() -> Console:
+    found = Console()
+    return found if found.is_terminal else Console(width=120)  # else 80, which breaks the tables' lines
+
+
+def progress(shown: Console) -> Progress:
+    """A bar whose tasks have a field `stage`; nothing where the output is no terminal."""
+    columns = (*Progress.get_default_columns(), TimeElapsedColumn(), TextColumn("{task.fields[stage]}"))
+    return Progress(*columns, console=shown, disable=not shown.is_terminal)
