@@ -44,8 +44,10 @@ class Rival:
             return ""
         try:
             importlib.import_module(self.module)
-        except Exception as error:  # a package whose binaries are of another torch fails in ways of its own
+        except ModuleNotFoundError as error:
             return f"{failure_text(error)} (pip install {self.package})"
+        except Exception as error:  # a package whose binaries are of another torch fails in ways of its own
+            return failure_text(error)
         return ""
 
 
@@ -144,10 +146,10 @@ RIVALS = {
     "liger": Rival(_liger, "liger_kernel.transformers.functional", "liger-kernel"),
     "quack": Rival(_quack, "quack", "quack-kernels"),
     "flash_attn": Rival(_flash_attn, "flash_attn.ops.triton.layer_norm", "flash-attn"),
-    "cudnn": Rival(_cudnn, "cudnn.ops.norm", "nvidia-cudnn-frontend"),
+    "cudnn": Rival(_cudnn, "cudnn.ops.norm.rmsnorm", "nvidia-cudnn-frontend"),
 }
-"""By name; the signatures are those of liger-kernel 0.8.5, quack-kernels 0.6.5, flash-attn's main branch of 2026 and
-nvidia-cudnn-frontend 1.32."""
+"""By name. Liger's (0.8.5) and flash-attn's (main of August 2026) were run under Triton's interpreter, forward and
+backward; quack's (0.6.5) and cuDNN's (frontend 1.32) follow their sources and have not been run."""
 
 
 def present(names: Iterable[str]) -> tuple[list[str], dict[str, str]]:
