@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from normfx.bench import kernels, rivals
+from normfx.bench import command, kernels, rivals
 from normfx.bench.clock import Call, DeviceClock
 from normfx.bench.contest import measure
 from normfx.bench.kernel_report import Results, markdown
@@ -38,8 +38,8 @@ def test_results_are_checked(tmp_path: Path) -> None:
     rows that do not; every rival of wrong_rivals.py that is wrong is found out."""
     program = Path(__file__).with_name("wrong_rivals.py")
     arguments = ("--device", "cpu", "--check", "--shapes", "5x16,3x127", "--dtypes", "float32,bfloat16")
-    command = [sys.executable, program, "bench", "kernels", *arguments, "--rivals", NAMES, "--output", tmp_path]
-    run = subprocess.run(command, capture_output=True, text=True)
+    line = [sys.executable, program, "bench", "kernels", *arguments, "--rivals", NAMES, "--output", tmp_path]
+    run = subprocess.run(line, capture_output=True, text=True)
     assert run.returncode == 1, run.stderr
     results = json.loads((tmp_path / "kernels.json").read_text())
     cells = [(m["cell"]["op"], m["cell"]["task"], m["cell"]["dtype"], m["cell"]["width"]) for m in results["cells"]]
@@ -273,6 +273,15 @@ def test_without_a_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit) as exit:
         main(["bench", "kernels", "--output", str(tmp_path)])
     assert exit.value.code == 2 and "--device cuda: torch sees no CUDA device" in capsys.readouterr().err
+
+
+def test_the_current_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.cuda.set_device takes no device without a number."""
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for device in ("cpu", "cuda", "cuda:1"):
+        command.use(device)
+    assert chosen == [1]
 
 
 def test_options_in_front_of_the_name(capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,6 +34,13 @@ def check(rounds: int | None, device: str) -> None:
         raise OptionError(f"normfx: --device {device}: torch sees no CUDA device")
 
 
+def use(device: str) -> None:
+    """Make a CUDA device the current one. "cuda" is the current one already, and torch.cuda.set_device refuses it."""
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and chosen.index is not None:
+        torch.cuda.set_device(chosen.index)
+
+
 def unchanged(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises OptionError if results in `path` are of another machine or other settings than now."""
     different = [f"{key} was {then.get(key)!r}, is {now[key]!r}" for key in now if then.get(key) != now[key]]

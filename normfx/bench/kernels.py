@@ -137,8 +137,7 @@ def _check_device(parsed: argparse.Namespace) -> None:
     if cuda == interpreted:
         how = "unset TRITON_INTERPRET" if cuda else "set TRITON_INTERPRET=1"
         raise OptionError(f"normfx: --device {parsed.device}: {how} (Triton's interpreter is how kernels run on a CPU)")
-    if cuda:
-        torch.cuda.set_device(parsed.device)
+    command.use(parsed.device)
 
 
 def _results(parsed: argparse.Namespace, absent: dict[str, str]) -> Results:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normfx.bench import command
 from normfx.bench.models import make
 from normfx.bench.timing import Quartiles, interleaved, relative_error, seconds, speeds
 
@@ -96,8 +97,7 @@ class Settings:
     def apply(self, device: str) -> None:
         if self.threads:
             torch.set_num_threads(self.threads)
-        if torch.device(device).type == "cuda":
-            torch.cuda.set_device(device)
+        command.use(device)
 
 
 @dataclass
