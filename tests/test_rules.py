@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,9 +86,14 @@ def test_fold_formula_is_what_the_op_computes() -> None:
     )
 
 
+def _options(rule: Rule, example: Example) -> dict[str, Any]:
+    """The default rules, and this one."""
+    return {"fold": example.fold, "rules": f"default,+{rule.name}"}
+
+
 @pytest.mark.parametrize(("rule", "example"), CASES)
 def test_decision(rule: Rule, example: Example) -> None:
-    _, report = transformed(example.build().eval(), example.inputs(), {"fold": example.fold})
+    _, report = transformed(example.build().eval(), example.inputs(), _options(rule, example))
     sites = (*report.sites, *report.composed)
     codes = [r.code for site in sites for r in site.refusals if r.rule == rule.name]
     if example.code:
@@ -105,7 +111,10 @@ def test_float64(rule: Rule, example: Example) -> None:
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.3 * torch.randn_like(p))
-    assert_same_float64(model, example.inputs(), None if example.fold == "live" else {"fold": example.fold})
+    options = _options(rule, example)
+    if example.fold == "live":
+        del options["fold"]  # live, and kept folds too
+    assert_same_float64(model, example.inputs(), options)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: r.name)
@@ -131,8 +140,9 @@ def test_one_rule_alone(rule: Rule) -> None:
 def test_idempotent(rule: Rule) -> None:
     """A rewritten program holds nothing more to rewrite."""
     model, inputs = rule.example.build().eval(), rule.example.inputs()
-    once = rewrite(torch.export.export(model, inputs))
-    twice = rewrite(once)
+    options = _options(rule, rule.example)
+    once = rewrite(torch.export.export(model, inputs), options)
+    twice = rewrite(once, options)
     assert str(twice.graph) == str(once.graph)
 
 

@@ -33,8 +33,8 @@ def crms_norm(u: Any, eps: Any, d: int) -> Any:
 
 def compress(x: Any, basis: str, channel: int) -> Any:
     """The d − 1 entries that a row with Σx = 0 is stored as."""
-    kept = np.delete(x, channel)
-    return kept if basis == "drop" else kept + x[channel] / (sympy.sqrt(x.shape[0]) - 1)
+    kept, d = np.delete(x, channel), sympy.Integer(x.shape[0])
+    return kept if basis == "drop" else kept + x[channel] * (sympy.sqrt(d) + 1) / (d - 1)  # 1/(√d − 1), rationalised
 
 
 def compress_input(w: Any, basis: str, channel: int) -> Any:
@@ -42,7 +42,7 @@ def compress_input(w: Any, basis: str, channel: int) -> Any:
     kept, d = np.delete(w, channel), sympy.Integer(w.shape[0])
     if basis == "drop":
         return kept - w[channel]
-    return kept + w[channel] / sympy.sqrt(d) - kept.sum() / (d - sympy.sqrt(d))
+    return kept + w[channel] / sympy.sqrt(d) - kept.sum() * (1 + 1 / sympy.sqrt(d)) / (d - 1)  # 1/(d − √d)
 
 
 def layer_norm(x: Any, eps: Any) -> Any:
