@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from equivalence import LOW_PRECISION, EagerBackend, assert_same_float64
 from models import CASES, VISION
@@ -46,6 +47,22 @@ def test_derivative(op: Any, correction: int) -> None:
     tensors = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 4), (4,), (4,))]
     assert torch.autograd.gradcheck(lambda *t: op(*t, *form), tensors)
     assert torch.autograd.gradgradcheck(lambda *t: op(*t, *form), tensors)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_derivative_is_proved(n: int, compressed: bool) -> None:
+    """dx = rstd·(t − w·Σ(t u)·rstd²/d), w = u + Σu in a CRMSNorm and u else, for n = d − 1 stored entries."""
+    u, t = sympy.symbols(f"u:{n}", real=True), sympy.symbols(f"t:{n}", real=True)
+    eps, d = sympy.Symbol("eps", positive=True), sympy.Integer(n + 1)
+    total = sum(u) if compressed else sympy.Integer(0)
+    root = (sum(x**2 for x in u) + total**2) / d + eps
+    product = sum(a * b for a, b in zip(t, u, strict=True))
+    for own, grad in zip(u, t, strict=True):
+        formula = (grad - (own + total) * product / root / d) / sympy.sqrt(root)
+        assert (
+            sympy.simplify((sympy.diff(product / sympy.sqrt(root), own) - formula) * root ** sympy.Rational(3, 2)) == 0
+        )
 
 
 def _classifier(name: str) -> Callable[[], nn.Module]:

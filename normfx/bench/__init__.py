@@ -25,7 +25,7 @@ from normfx.bench.present import Results
 from normfx.errors import OptionError
 
 ALL_MODELS = tuple(name for name in MODELS if name != CHAIN)
-ALL_VARIANTS = tuple(name for name in VARIANTS if name != "normfx-no-rules")
+ALL_VARIANTS = tuple(name for name in VARIANTS if not VARIANTS[name].asked)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -31,11 +31,15 @@ _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 @dataclass(frozen=True)
 class Variant:
-    """A backend of torch.compile (None: eager) and its options; `trains` where a training step is among its uses."""
+    """A backend of torch.compile (None: eager) and its options; `trains` where a training step is among its uses.
+
+    asked: measured only when it is asked for
+    """
 
     backend: str | None
     options: Mapping[str, Any] = field(default_factory=dict)
     trains: bool = True
+    asked: bool = False
 
     def compile(self, model: nn.Module, name: str) -> Callable[..., Tensor]:
         if self.backend is None:
@@ -62,6 +66,8 @@ class Variant:
             yield
 
 
+_CRMS = {"strict": True, "rules": "default,+crms_norm"}
+
 # strict: a failure of normfx shall be a failure here, not the unchanged model's time
 VARIANTS = {
     "eager": Variant(None),
@@ -69,7 +75,14 @@ VARIANTS = {
     "inductor-freezing": Variant("inductor", {"freezing": True}, trains=False),
     "normfx": Variant("normfx", {"strict": True}),
     "normfx-frozen": Variant("normfx", {"strict": True, "fold": "frozen"}, trains=False),
-    "normfx-no-rules": Variant("normfx", {"strict": True, "rules": "none"}),
+    "normfx-no-rules": Variant("normfx", {"strict": True, "rules": "none"}, asked=True),
+    "normfx-live": Variant("normfx", {"strict": True, "fold": "live"}, asked=True),
+    "normfx-crms": Variant("normfx", _CRMS, asked=True),
+    "normfx-crms-drop": Variant("normfx", {**_CRMS, "crms_basis": "drop"}, asked=True),
+    "normfx-crms-padded": Variant("normfx", {**_CRMS, "crms_width": "padded"}, asked=True),
+    "normfx-crms-live": Variant("normfx", {**_CRMS, "fold": "live"}, asked=True),
+    "normfx-crms-drop-live": Variant("normfx", {**_CRMS, "crms_basis": "drop", "fold": "live"}, asked=True),
+    "normfx-crms-padded-live": Variant("normfx", {**_CRMS, "crms_width": "padded", "fold": "live"}, asked=True),
 }
 
 

@@ -13,6 +13,7 @@ chosen (normfx/compression.py). "orthonormal" keeps lengths: no entry carries th
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -52,22 +53,26 @@ class Compressed:
 
 
 def identity(symbols: Symbols, d: int) -> Iterable[tuple[Any, Any]]:
-    """Output and derivatives by every original parameter, of a writer, a skip, γ, β and a reader, for both bases."""
+    """Of a writer, a skip, γ, β and a reader, in both bases: the output, and its derivative by every parameter.
+
+    The output is N/√S + c. By the quotient rule its derivatives are equal where those of N·S − … are, polynomials.
+    """
     x, weight, bias = symbols("x", d), symbols("W", d), symbols("b", d)
-    gamma, beta, read, eps = symbols("g", d), symbols("h", d), symbols("R", d), symbols("eps", 1)[0]
-    a = symbols("a", 1)[0]
-    written = x + weight * a + bias
-    plain = (read * (gamma * algebra.layer_norm(written, eps) + beta)).sum()
-    centred = algebra.center(x) + algebra.center(weight) * a + algebra.center(bias)
-    for basis in ("drop", "orthonormal"):
-        for channel in sorted({0, d - 1}):
-            stored = algebra.compress(centred, basis, channel)
-            normal = algebra.crms_norm(stored, eps, d) if basis == "drop" else algebra.rms_norm_of(stored, eps, d)
-            folded = (algebra.compress_input(read * gamma, basis, channel) * normal).sum() + (read * beta).sum()
-            yield plain, folded
-            if d == 2:
-                for parameter in (x[0], weight[1], bias[0], gamma[1], beta[0], read[1], a):
-                    yield sympy.diff(plain, parameter), sympy.diff(folded, parameter)
+    gamma, beta, read = symbols("g", d), symbols("h", d), symbols("R", d)
+    a, eps = symbols("a", 1)[0], symbols("eps", 1)[0]
+    parameters = [a, *x, *weight, *bias, *gamma, *read] if d == 2 else []
+    plain = read * (gamma * algebra.layer_norm(x + weight * a + bias, eps) + beta)
+    row = algebra.center(x) + algebra.center(weight) * a + algebra.center(bias)
+    before = (read * gamma * row).sum(), (row * row).sum() / d + eps
+    for basis, channel in itertools.product(("drop", "orthonormal"), sorted({0, d - 1})):
+        stored = algebra.compress(row, basis, channel)
+        folded = algebra.compress_input(read * gamma, basis, channel)
+        norm = algebra.crms_norm if basis == "drop" else algebra.rms_norm_of
+        yield plain.sum(), (folded * norm(stored, eps, d)).sum() + (read * beta).sum()
+        squares = (stored * stored).sum() + (stored.sum() ** 2 if basis == "drop" else 0)
+        after = (folded * stored).sum(), squares / d + eps
+        for p in parameters:
+            yield tuple(sympy.diff(n, p) * root - n * sympy.diff(root, p) / 2 for n, root in (before, after))
 
 
 def candidates(sites: Sites) -> Iterable[Compressed]:
