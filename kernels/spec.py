@@ -45,7 +45,7 @@ class Spec:
                 raise ValueError(f"normfx kernels: {name} is {dtype!r}; there are kernels for {', '.join(DTYPES)}")
         wrong = [
             (self.width < 1 + self.compressed, f"width is {self.width}"),
-            (not 0 <= self.correction < self.width, f"correction is {self.correction} for a width of {self.width}"),
+            (self.correction >= self.width, f"correction is {self.correction} for a width of {self.width}"),
             (self.compressed and self.centre, "a compressed row is centred already"),
             (self.compressed and self.centre_output, "the output of a compressed row cannot be centred"),
             (self.sum is not None and self.residual is None, "there is no sum without a residual"),

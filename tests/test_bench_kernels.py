@@ -46,7 +46,7 @@ def test_results_are_checked(tmp_path: Path) -> None:
     assert set(cells) == set(itertools.product(OPS, PASSES, ("float32", "bfloat16"), (16, 127)))
     for measured in results["cells"]:
         op, dtype = measured["cell"]["op"], measured["cell"]["dtype"]
-        lacking = {"no-such-norm", "normfx-op"} if "crms" in op else {"no-such-norm"}
+        lacking = {"no-such-norm"}
         wrong = WRONG if "layer" in op or "crms" in op else WRONG - {"no-mean"}  # which is an RMSNorm
         assert set(measured["lacking"]) == lacking
         assert set(measured["failures"]) == wrong
@@ -68,7 +68,7 @@ def test_results_are_checked(tmp_path: Path) -> None:
     text = (tmp_path / "kernels.md").read_text()
     assert "| add_crms_norm backward bfloat16 3x127 | normfx | " in text
     assert "| layer_norm forward bfloat16 3x127 | no-mean | wrong | " in text
-    assert "- no crms_norm: normfx-op" in text and "graph µs" not in text
+    assert "- no crms_norm: no-such-norm" in text and "graph µs" not in text
     assert not (tmp_path / "kernels.png").exists()
 
 

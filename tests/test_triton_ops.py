@@ -15,7 +15,9 @@ from normfx.lower.norm_ops import NORM, Form
 
 
 def form(centre: bool, **other: Any) -> Form:
-    settings = dict(centre=centre, eps=1e-5, scale=1.0, correction=0, alpha=1.0, out_dtype=torch.float64)
+    settings = dict(
+        centre=centre, compressed=False, eps=1e-5, scale=1.0, correction=0, alpha=1.0, out_dtype=torch.float64
+    )
     return Form(**{**settings, **other})
 
 
@@ -44,10 +46,23 @@ def test_meaning(centre: bool, residual: bool, affine: bool) -> None:
         torch.testing.assert_close(rest[-1], s)
 
 
+@pytest.mark.parametrize("residual", [True, False])
+def test_meaning_of_compressed_rows(residual: bool) -> None:
+    """The entry that is not stored is what makes the sum 0; the divisor counts it."""
+    x, r, _, _ = inputs(residual, False)
+    out, *_ = NORM(x, r, None, None, *form(False, compressed=True, correction=-1))
+    s = x if r is None else x + r
+    row = torch.cat([s, -s.sum(-1, keepdim=True)], -1)
+    torch.testing.assert_close(out, F.rms_norm(row, (9,), None, 1e-5)[..., :8], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("compressed", [True, False])
 @pytest.mark.parametrize(("centre", "residual", "affine"), CASES)
-def test_derivative(centre: bool, residual: bool, affine: bool) -> None:
+def test_derivative(centre: bool, residual: bool, affine: bool, compressed: bool) -> None:
+    if centre and compressed:
+        pytest.skip("a compressed row is centred already")
     given = inputs(residual, affine)
-    settings = form(centre, alpha=0.5, scale=2.0, correction=1)
+    settings = form(centre, compressed=compressed, alpha=0.5, scale=2.0, correction=1)
 
     def run(*tensors: Tensor | None) -> list[Tensor]:
         found = NORM(*tensors, *settings)

@@ -69,12 +69,11 @@ def _inductor(mode: str | None = None) -> Callable[[Spec], Function]:
     return lambda spec: torch.compile(_eager(spec), fullgraph=True, dynamic=False, mode=mode)
 
 
-def _op(spec: Spec) -> Function | None:
-    if spec.compressed:
-        return None  # the op has no such form yet
-
+def _op(spec: Spec) -> Function:
     def function(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
-        found = NORM(x, residual, weight, bias, *Form(spec.centre, EPS, 1.0, 0, 1.0, x.dtype))
+        found = NORM(
+            x, residual, weight, bias, *Form(spec.centre, spec.compressed, EPS, 1.0, -spec.compressed, 1.0, x.dtype)
+        )
         return (found[0],) if residual is None else (found[0], found[-1])
 
     return function

@@ -21,9 +21,11 @@ _wrap: Callable[[Any], Any] = torch.library.wrap_triton
 
 
 class Form(NamedTuple):
-    """The arguments of a norm op behind its tensors, in the order of its schema. See kernels/spec.py."""
+    """The arguments of a norm op behind its tensors, in the order of its schema. See kernels/spec.py; the divisor is
+    the number of stored entries − correction."""
 
     centre: bool
+    compressed: bool
     eps: float
     scale: float
     correction: int
@@ -32,8 +34,9 @@ class Form(NamedTuple):
 
     def spec(self, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Spec:
         return Spec(
-            width=int(x.shape[-1]),
+            width=int(x.shape[-1]) + self.compressed,
             centre=self.centre,
+            compressed=self.compressed,
             x=_name(x),
             out=_dtype_name(self.out_dtype),
             weight=_name(weight) if weight is not None else None,
@@ -42,7 +45,7 @@ class Form(NamedTuple):
             sum=_name(x) if residual is not None else None,
             alpha=self.alpha,
             scale=self.scale,
-            correction=self.correction,
+            correction=self.correction + self.compressed,
         )
 
 
@@ -60,6 +63,7 @@ def _norm(
     weight: Tensor | None,
     bias: Tensor | None,
     centre: bool,
+    compressed: bool,
     eps: float,
     scale: float,
     correction: int,
@@ -68,7 +72,7 @@ def _norm(
 ) -> list[Tensor]:
     """[y, rstd, mean if `centre`, s if there is a residual]: s = x + alpha · residual in x's dtype, y the norm of s
     over its last dimension, rstd and mean of each row in float32 (float64 for float64)."""
-    form = Form(centre, eps, scale, correction, alpha, out_dtype)
+    form = Form(centre, compressed, eps, scale, correction, alpha, out_dtype)
     if x.is_cuda:
         found = run.forward(
             form.spec(x, residual, weight, bias), x, eps, residual, weight, bias, statistics=True, wrap=_wrap
@@ -91,6 +95,8 @@ def _statistics(s: Tensor, form: Form) -> tuple[Tensor, Tensor | None, Tensor]:
     mean = wide.mean(-1, keepdim=True) if form.centre else None
     centred = wide - mean if mean is not None else wide
     squares = centred.square().sum(-1, keepdim=True)
+    if form.compressed:
+        squares = squares + wide.sum(-1, keepdim=True).square()
     return wide, mean, torch.rsqrt(squares / (s.shape[-1] - form.correction) + form.eps)
 
 
@@ -104,6 +110,7 @@ def _norm_backward(
     sum_grad: Tensor | None,
     residual: bool,
     centre: bool,
+    compressed: bool,
     eps: float,
     scale: float,
     correction: int,
@@ -111,7 +118,7 @@ def _norm_backward(
     out_dtype: torch.dtype,
 ) -> list[Tensor]:
     """[ds, dγ if there is a weight, dβ if there is a bias]; saved: s. Source of the formula: ir/ops.py."""
-    form = Form(centre, eps, scale, correction, alpha, out_dtype)
+    form = Form(centre, compressed, eps, scale, correction, alpha, out_dtype)
     if saved.is_cuda:
         spec = form.spec(saved, saved if residual else None, weight, bias)
         found = run.backward(spec, grad, saved, rstd, mean, weight, sum_grad, wrap=_wrap)
@@ -121,7 +128,8 @@ def _norm_backward(
     normal = (wide - mean.unsqueeze(-1) if mean is not None else wide) * scales
     outer = grad.to(wide.dtype) * scale
     inner = outer if weight is None else outer * weight.to(wide.dtype)
-    dx = inner - normal * ((inner * normal).sum(-1, keepdim=True) / (saved.shape[-1] - correction))
+    normals = normal + normal.sum(-1, keepdim=True) if compressed else normal
+    dx = inner - normals * ((inner * normal).sum(-1, keepdim=True) / (saved.shape[-1] - correction))
     if centre:
         dx = dx - inner.mean(-1, keepdim=True)
     dx = dx * scales

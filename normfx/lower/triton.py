@@ -49,7 +49,7 @@ def lower_norms(gm: GraphModule, everywhere: bool) -> Lowered:
     order = {node: i for i, node in enumerate(graph.nodes)}
     kernels: dict[str, str] = {}
     found: dict[Node | None, str] = {}
-    for node in [n for n in graph.nodes if n.target in (ops.RMS_NORM, ops.LAYER_NORM)]:
+    for node in [n for n in graph.nodes if n.target in (ops.RMS_NORM, ops.LAYER_NORM, ops.CRMS_NORM)]:
         why = _objection(node)
         if why:
             if everywhere:
@@ -144,8 +144,8 @@ def _operands(node: Node, added: Node | None) -> tuple[tuple[Any, ...], Form]:
     if added is not None:
         given = arguments(added)
         x, residual, alpha = given["self"], given["other"], float(given["alpha"])
-    centre = node.target is ops.LAYER_NORM
-    form = Form(centre, canonical.eps, canonical.scale, canonical.correction, alpha, canonical.out_dtype)
+    kind = (node.target is ops.LAYER_NORM, node.target is ops.CRMS_NORM)
+    form = Form(*kind, canonical.eps, canonical.scale, canonical.correction, alpha, canonical.out_dtype)
     return (x, residual, weight, bias), form
 
 
