@@ -24,9 +24,13 @@ a register in local memory."""
 CHUNK = 4096
 """Entries read at a time of a wider row; what is read twice comes from a cache the second time."""
 
-WITH_SUMS = {2: (4096, 16, 16384), 4: (2048, 8, 12288)}
-"""By size of an entry: those read at a time beside running sums (8 a thread), warps, and how many sums a program keeps.
-More of them, or other threads, and ptxas for some target moves registers to local memory."""
+SUMS_IN_REGISTERS = 16384
+"""Running sums that a program of 512 threads keeps beside a chunk of bfloat16. With more, ptxas for some target moves
+registers to local memory, as it does for chunks of float32 with as many."""
+
+MOST_PARTS = 4
+"""Each part reads every row from the L2 cache once more. Were that twice as fast as memory, more parts would cost more
+than reading x and dy from memory twice, in a kernel of its own for the sums."""
 
 PROGRAM = 2048
 """Entries a program should have at least: with fewer, starting it costs as much as its work."""
@@ -64,17 +68,16 @@ def forward_launch(spec: Spec) -> Launch:
 
 
 def backward_launch(spec: Spec) -> Launch:
-    """Of dx, and of dγ and dβ in the same kernel."""
+    """Of dx, and if it is persistent of dγ and dβ in the same kernel."""
     sums = (spec.weight is not None) + (spec.bias is not None)
     if spec.entries <= (BACKWARD_IN_REGISTERS if sums else FORWARD_IN_REGISTERS):
         return _rows(spec, 32 if spec.entries > WIDE and sums == 1 else 8, sums > 0)
     reason = f"a row of {spec.entries} does not fit into registers"
-    if not sums:
-        return Launch("chunks", CHUNK, 1, 16, False, reason)
-    block, warps, most = WITH_SUMS[DTYPES[spec.x]]
-    parts = -(-spec.entries * sums // most)
+    parts = -(-spec.entries * sums // SUMS_IN_REGISTERS)
+    if not sums or parts > MOST_PARTS or DTYPES[spec.x] > 2:
+        return Launch("chunks", CHUNK, 1, 16, False, f"{reason}, nor do its sums" if sums else reason)
     held = "its sums do" if parts == 1 else f"its sums do in {parts} parts"
-    return Launch("chunks", block, 1, warps, True, f"{reason}, {held}", parts)
+    return Launch("chunks", CHUNK, 1, 16, True, f"{reason}, {held}", parts)
 
 
 def _rows(spec: Spec, per_thread: int, persistent: bool) -> Launch:

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from .build import build
-from .launch import backward_launch, forward_launch, programs
-from .source import SUM_COLUMNS, Source, backward_source, finalise_source, forward_source
+from .launch import Launch, backward_launch, forward_launch, programs
+from .source import SUM_COLUMNS, Source, backward_source, column_source, finalise_source, forward_source
 from .spec import Spec
 
 _source_of_forward = functools.cache(forward_source)
 _source_of_backward = functools.cache(backward_source)
+_source_of_columns = functools.cache(column_source)
 _source_of_sum = functools.cache(finalise_source)
 
 INTERPRETED = 4
@@ -108,13 +109,27 @@ def backward(
     sums = [name for name in ("weight", "bias") if getattr(spec, name)]
     partial = {}
     if rows:
-        count = programs(launch, rows, _processors(saved.device))
-        partial = {f"{name}_sums": saved.new_empty((count, spec.entries), dtype=torch.float32) for name in sums}
+        processors = _processors(saved.device)
+        count, fused = programs(launch, rows, processors), launch.persistent
+        parts, rows_each = _parts(rows, spec, launch, processors)
+        size = (count if fused else parts, spec.entries)
+        partial = {f"{name}_sums": saved.new_empty(size, dtype=torch.float32) for name in sums}
         tensors.update(partial)
         grid = (count, launch.parts)
         _start(wrap, _source_of_backward(spec, launch, sum_grad is not None), grid, tensors, rows=rows)
+        if sums and not fused:
+            grid = (parts, -(-spec.entries // launch.block))
+            _start(wrap, _source_of_columns(spec, launch), grid, tensors, rows=rows, rows_each=rows_each)
     grads = {name: _summed(wrap, partial.get(f"{name}_sums"), spec, name, saved) for name in sums}
     return Backward(x_grad, grads.get("weight"), grads.get("bias"))
+
+
+def _parts(rows: Any, spec: Spec, launch: Launch, processors: int) -> tuple[Any, Any]:
+    """Into how many parts the rows are cut for the sums over rows, and how many rows a part has."""
+    columns = -(-spec.entries // launch.block)
+    most = max(1, 2 * processors // columns)
+    rows_each = -(-rows // torch.sym_min(rows, most))
+    return -(-rows // rows_each), rows_each
 
 
 def _summed(wrap: Wrap, partial: Tensor | None, spec: Spec, name: str, like: Tensor) -> Tensor:

@@ -43,8 +43,8 @@ def forward_source(spec: Spec, launch: Launch, statistics: bool) -> Source:
 
 
 def backward_source(spec: Spec, launch: Launch, sum_grad: bool) -> Source:
-    """dx from dy, and from the gradient of the stored sum under `sum_grad`; dγ and dβ as one row of partial sums for
-    each program."""
+    """dx from dy, and from the gradient of the stored sum under `sum_grad`; where the launch says so dγ and dβ
+    too, as one row of partial sums for each program."""
     if spec.residual and not spec.sum:
         raise ValueError(f"normfx kernels: backward reads the sum again, and {spec} does not store it")
     tensors = [
@@ -55,12 +55,26 @@ def backward_source(spec: Spec, launch: Launch, sum_grad: bool) -> Source:
         ("rstd", True),
         ("sum_grad", sum_grad),
         ("x_grad", True),
-        ("weight_sums", spec.weight),
-        ("bias_sums", spec.bias),
+        ("weight_sums", launch.persistent and spec.weight),
+        ("bias_sums", launch.persistent and spec.bias),
     ]
     parameters = _parameters(tensors, ("out_grad", "saved", "sum_grad", "x_grad"))
     body = _backward_rows if launch.form == "rows" else _backward_chunks
     return _source(f"{spec.name}_backward", spec, launch, parameters, body(_Rows(spec, launch), sum_grad))
+
+
+def column_source(spec: Spec, launch: Launch) -> Source:
+    """Partial sums of dγ and dβ over rows, for rows too wide for the kernel of dx to keep them."""
+    tensors = [
+        ("out_grad", True),
+        ("saved", True),
+        ("mean", spec.centre),
+        ("rstd", True),
+        ("weight_sums", spec.weight),
+        ("bias_sums", spec.bias),
+    ]
+    parameters = [*_parameters(tensors, ("out_grad", "saved")), "rows_each"]
+    return _source(f"{spec.name}_columns", spec, launch, parameters, _columns(_Rows(spec, launch)))
 
 
 def finalise_source(width: int) -> Source:
@@ -381,3 +395,23 @@ def _chunk_grad(r: _Rows, sum_grad: bool) -> Iterator[str]:
     if sum_grad:
         yield f"dx += {r.entry('sum_grad')}"
     yield r.store_entry("x_grad", "dx")
+
+
+def _columns(r: _Rows) -> Iterator[str]:
+    """Each program: some columns, and every row of its part."""
+    spec, launch = r.spec, r.launch
+    sums = [name for name in ("weight", "bias") if getattr(spec, name)]
+    yield from r.columns(f"tl.program_id(1) * {launch.block} + ")
+    for name in sums:
+        yield f"{name}_total = tl.zeros([{launch.block}], tl.float32)"
+    yield "first = tl.program_id(0) * rows_each"
+    yield "for position in range(first, tl.minimum(first + rows_each, rows)):"
+    yield "    row = tl.cast(position, tl.int64)"
+    yield f"    dy = {r.scaled(r.entry('out_grad'))}"
+    if spec.weight:
+        mean = f" - {r.of_row('mean')}" if spec.centre else ""
+        yield f"    weight_total += dy * ({r.entry('saved')}{mean}) * {r.of_row('rstd')}"
+    if spec.bias:
+        yield "    bias_total += dy"
+    for name in sums:
+        yield r.store(f"{name}_sums", f"tl.program_id(0) * {spec.entries} + cols", f"{name}_total", r.column_mask)

@@ -99,6 +99,7 @@ def plain(width: int) -> nn.Module:
         (2048, 4096, plain, False),  # no dγ: Inductor reads x and dy once as well
         (8192, 1024, nn.RMSNorm, False),  # in the fusion's window
         (4096, 32768, nn.RMSNorm, True),  # too wide for it
+        (4096, 65536, nn.LayerNorm, False),  # the kernels read x and dy twice too
         (2048, 768, nn.RMSNorm, False),  # x and dy are still in the L2 cache
     ],
 )

@@ -14,7 +14,7 @@ from compiled_kernels import Code, amd_spills, nvidia_code
 
 from normfx.kernels.cost import STATISTIC, backward_cost, forward_cost
 from normfx.kernels.launch import backward_launch, forward_launch
-from normfx.kernels.source import Source, backward_source, finalise_source, forward_source
+from normfx.kernels.source import Source, backward_source, column_source, finalise_source, forward_source
 from normfx.kernels.spec import DTYPES, Spec
 
 NVIDIA = (80, 90, 100)
@@ -26,6 +26,8 @@ def sources(spec: Spec) -> Iterator[Source]:
     forward, backward = forward_launch(spec), backward_launch(spec)
     yield forward_source(spec, forward, True)
     yield backward_source(spec, backward, spec.sum is not None)
+    if spec.weight and not backward.persistent:
+        yield column_source(spec, backward)
     if spec.weight:
         yield finalise_source(spec.entries)
 

@@ -18,8 +18,9 @@ import sympy
 import torch
 from torch.fx import Node
 
-from normfx.ir.graph import bytes_of, entries, is_getitem, op_name, shape, size_hint
+from normfx.ir.graph import bytes_of, entries, is_getitem, op_name, shape, size_hint, total
 from normfx.kernels.cost import backward_cost, forward_cost
+from normfx.kernels.launch import backward_launch
 from normfx.kernels.spec import DTYPES, Spec
 
 TESTED: frozenset[str] = frozenset()
@@ -56,14 +57,15 @@ def objection(spec: Spec, norm: Node, added: Node | None, trains: bool, order: M
     order: places of the graph's nodes
     """
     rows = entries(shape(norm)[:-1])
-    hint = size_hint(rows, (norm,))
     both = forward_cost(spec, rows, statistics=trains).bytes
+    again = rows * spec.entries * (DTYPES[spec.out] + DTYPES[spec.saved])
+    alone, fused = (1 + trains) * total(_hidden(norm, added, order)), 0
     if trains:
-        both += backward_cost(spec, rows, spec.sum is not None, 0).bytes
-    alone = both + (1 + trains) * sum(_hidden(norm, added, order))
-    fused = both + (
-        spec.entries * rows * (DTYPES[spec.out] + DTYPES[spec.saved]) if trains and _rereads(spec, hint) else 0
-    )
+        both += backward_cost(spec, rows, spec.sum is not None, sympy.Integer(0)).bytes
+        sums, launch = spec.weight or spec.bias, backward_launch(spec)
+        alone += again if sums and not launch.persistent else 0
+        fused += again if sums and _rereads(spec, size_hint(rows, (norm,))) else 0
+    alone, fused = alone + both, fused + both
     kernel, inductor = size_hint(alone, (norm,)), size_hint(fused, (norm,))
     predicted = f"predicted {inductor:,} bytes, {kernel:,} on a kernel"
     if inductor <= kernel:
@@ -75,9 +77,9 @@ def objection(spec: Spec, norm: Node, added: Node | None, trains: bool, order: M
 
 
 def _rereads(spec: Spec, rows: int) -> bool:
-    """Whether Inductor's backward reads x and dy from memory twice."""
+    """Whether Inductor's backward with sums reads x and dy from memory twice."""
     config = torch._inductor.config  # torch 2.11 to 2.15
-    if (spec.weight is None and spec.bias is None) or rows * spec.entries < CACHED:
+    if rows * spec.entries < CACHED:
         return False
     fuses = config.triton.mix_order_reduction and not config.cpp_wrapper
     shaped = rows >= FUSED_ROWS and spec.entries <= FUSED_WIDTH and (_FLAT_TOO or rows >= 2 * spec.entries)
