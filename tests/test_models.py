@@ -39,7 +39,10 @@ def test_decisions_and_float64(case: Case) -> None:
     _assert_expected(case, report)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(torch.float32, marks=pytest.mark.slow, id="float32"), pytest.param(torch.bfloat16, id="bfloat16")],
+)
 def test_low_precision(case: Case, dtype: torch.dtype) -> None:
     assert_low_precision(case.make(), case.batches(), EagerBackend(), dtype)
 
