@@ -193,7 +193,7 @@ def _keep_folds(captured: Captured, settings: Options, packs: bool) -> Folding |
 
 def _count_folds(gm: GraphModule, weights: frozenset[Any]) -> tuple[int, int]:
     folds = live_folds(gm.graph, [n for n in gm.graph.nodes if n in weights])
-    centrings = [n for n in gm.graph.nodes if n.target is ops.CENTER and n not in folds]
+    centrings = [n for n in gm.graph.nodes if n.target in (ops.CENTER, ops.COMPRESS) and n not in folds]
     return len(folds), len(centrings)
 
 

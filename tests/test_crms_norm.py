@@ -125,6 +125,44 @@ def test_classifiers(name: str, norms: int) -> None:
     assert codes == (set() if norms else {"reader_not_linear"})
 
 
+class Mixed(nn.Module):
+    """The last norm reads the stream and an activation that does not pay to centre."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.places, self.down = nn.Embedding(10, 8), nn.Parameter(torch.randn(3, 8)), nn.Linear(6, 8)
+        self.norm1, self.norm2 = nn.LayerNorm(8), nn.LayerNorm(8)
+        self.up, self.head = nn.Linear(8, 6), nn.Linear(8, 3)
+
+    def forward(self, ids: Tensor, x: Tensor) -> Any:
+        h = self.table(ids) + self.places
+        h = h + self.down(torch.relu(self.up(self.norm1(h))))
+        return self.head(self.norm2(h + torch.relu(x)))
+
+
+def test_a_norm_that_stays_keeps_the_width() -> None:
+    """The first norm converts, the second does not, and reads what the first one's stream is made of."""
+    report = assert_same_float64(Mixed(), (torch.arange(6).reshape(2, 3), torch.randn(2, 3, 8)), CRMS)
+    first, second = report.sites
+    assert first.to_rms_norm and not second.to_rms_norm
+    assert "crms_norm" not in (*first.rules, *second.rules)
+    assert {r.code for r in first.refusals if r.rule == "crms_norm"} == {"fixed_width"}
+
+
+@pytest.mark.parametrize("fold", ["auto", "frozen"])
+def test_under_inductor(fold: str) -> None:
+    """Kept and frozen folds, a changed parameter, and rows of any number."""
+    model = Stack(d=16, layers=1)
+    options = {"rules": "default,+crms_norm", "strict": True, "fold": fold}
+    compiled = torch.compile(model, backend="normfx", fullgraph=True, dynamic=fold == "auto", options=options)
+    with torch.no_grad():
+        for rows in (2, 3, 5):
+            ids = torch.randint(0, 97, (rows, 16))
+            torch.testing.assert_close(compiled(ids), model(ids), rtol=1e-4, atol=1e-4)
+            model.norm.weight.mul_(1.5)
+            model.blocks[0].down.weight.add_(0.1)
+
+
 class Block(nn.Module):
     def __init__(self, d: int) -> None:
         super().__init__()

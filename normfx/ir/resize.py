@@ -10,7 +10,7 @@ import torch.utils._pytree as pytree
 from torch.fx import Graph, Node
 
 from normfx.errors import NormfxError
-from normfx.ir.graph import SHAPE_READS, arguments, is_getitem, op_name
+from normfx.ir.graph import SHAPE_READS, arguments, extent, is_getitem, op_name
 from normfx.ir.sites import Axis
 
 _SIZES = {
@@ -81,4 +81,4 @@ def resize(graph: Graph, widths: Mapping[Node, tuple[Axis, int]], fake: Callable
 
 
 def _shapes(val: Any) -> list[tuple[Any, ...]]:
-    return [tuple(leaf.shape) for leaf in pytree.tree_leaves(val) if isinstance(leaf, torch.Tensor)]
+    return [tuple(map(extent, leaf.shape)) for leaf in pytree.tree_leaves(val) if isinstance(leaf, torch.Tensor)]

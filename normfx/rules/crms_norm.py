@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from normfx.ir.graph import bytes_of, shape, total
+from normfx.ir.graph import SHAPE_READS, bytes_of, extent, op_name, shape, total
 from normfx.ir.resize import reads_size, resizable
 from normfx.ir.sites import Axis, Norm, Readers, Sites, Stream
 from normfx.rules import algebra, centring, fold_affine
@@ -101,8 +101,16 @@ def guard(site: Compressed) -> Iterator[tuple[str, str, tuple[Node, ...]]]:
     written = {norm.output for norm in site.stream.norms}  # anew
     rigid = [n for n, axis in site.values.items() if n not in written and not resizable(n, axis, site.size)]
     reads = [user for node, axis in site.values.items() for user in node.users if reads_size(user, axis)]
-    if rigid or reads:
-        yield "fixed_width", ", ".join(node.name for node in (*rigid, *reads)), (*rigid, *reads)
+    found = (*rigid, *reads, *_outside(site))
+    if found:
+        yield "fixed_width", ", ".join(node.name for node in found), found
+
+
+def _outside(site: Compressed) -> Iterator[Node]:
+    """Readers of the stream's values that keep the width: they feed norms for which centring did not pay."""
+    inside = {*site.values, *(node for norm in site.stream.norms for node in norm.nodes)}
+    for node in site.stream.axes:
+        yield from (user for user in node.users if user not in inside and op_name(user) not in SHAPE_READS)
 
 
 def _objections(readers: Readers) -> Iterator[tuple[str, str, tuple[Node, ...]]]:
@@ -121,7 +129,7 @@ def _objections(readers: Readers) -> Iterator[tuple[str, str, tuple[Node, ...]]]
 def _is_whole(node: Node, axis: Axis) -> bool:
     val = node.meta["val"]
     sizes = shape(node) if isinstance(val, torch.Tensor) else tuple(val[0].shape)
-    return axis.inner == 1 and bool(sizes[axis.dim] == axis.size)
+    return axis.inner == 1 and bool(extent(sizes[axis.dim]) == axis.size)
 
 
 def cost(site: Compressed) -> Cost:
