@@ -96,6 +96,7 @@ class Edit:
         self.store = store
         self.centres: dict[tuple[Norm, ...], list[Node]] = {}
         self.widths: dict[Node, tuple[Axis, int]] = {}
+        self.compressed: list[Node] = []
         self.graph = gm.graph
         self.norms: dict[Norm, NormState] = {}
         self.folded: dict[Node, torch.dtype] = {}
@@ -197,10 +198,12 @@ class Edit:
             x, dim, _, _, dtype = node.args
             node.target, node.args = ops.COMPRESS, (x, dim, *sizes, dtype)
             node.meta["val"] = self._fake(node.target, node.args)
+            self.compressed.append(node)
         for leaf in site.stream.leaves:
             if leaf.kind == "centred":
                 with self.graph.inserting_after(leaf.node):
                     copy = self._fold(ops.COMPRESS, (leaf.node, leaf.axis.dim, *sizes), leaf.node)
+                self.compressed.append(copy)
                 for user in leaf.users:
                     self._redirect(user, leaf.node, copy)
         for readers in site.readers:
@@ -273,7 +276,7 @@ class Edit:
             self._write_norm(norm, state)
         self.graph.eliminate_dead_code(_is_impure)
         if self.widths:
-            resize(self.graph, self.widths, self._fake)
+            resize(self.graph, self.widths, self.compressed, self._fake)
         self.graph.lint()
         self.gm.recompile()
 

@@ -13,9 +13,9 @@ UNFOLDED = ("detach", "frozen_write", "detached_scale")
 QUIET = dict(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
-def _check(steps: tuple[Step, ...]) -> None:
+def _check(steps: tuple[Step, ...], options: dict[str, str] | None = None) -> None:
     torch.manual_seed(len(steps))
-    report = assert_same_float64(Program(steps).eval(), (tokens(),), floor=1.0)
+    report = assert_same_float64(Program(steps).eval(), (tokens(),), options, floor=1.0)
     for site in report.sites:
         assert site.rules or site.refusals
 
@@ -25,6 +25,25 @@ def _check(steps: tuple[Step, ...]) -> None:
 @example((("post_norm", 0), ("number", 0), ("branch", 0)))  # a centring between a norm and its multiple
 def test_random_residual_networks(steps: tuple[Step, ...]) -> None:
     _check(steps)
+
+
+def _check_compressed(steps: tuple[Step, ...]) -> None:
+    basis = "orthonormal" if len(steps) % 2 else "drop"
+    _check(steps, {"rules": "default,+crms_norm", "crms_basis": basis, "fold": "live"})
+
+
+@settings(max_examples=15, **QUIET)
+@given(programs())
+@example((("branch", 0), ("head_write", 0), ("branch", 0)))  # a writer that reads a norm, and takes its γ
+def test_random_compressed_streams(steps: tuple[Step, ...]) -> None:
+    _check_compressed(steps)
+
+
+@pytest.mark.slow
+@settings(max_examples=200, **QUIET)
+@given(programs(14))
+def test_many_random_compressed_streams(steps: tuple[Step, ...]) -> None:
+    _check_compressed(steps)
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -54,30 +54,28 @@ def reads_size(user: Node, axis: Axis) -> bool:
     return name in SHAPE_READS and not (name == "aten::sym_size.int" and user.args[1] != axis.dim)
 
 
-def resize(graph: Graph, widths: Mapping[Node, tuple[Axis, int]], fake: Callable[..., Any]) -> None:
-    """Give values another number of entries along an axis, in place. Their sources have it already; fakes are computed
-    anew, `fake(op, args, kwargs)`, of everything that follows.
+def resize(
+    graph: Graph, widths: Mapping[Node, tuple[Axis, int]], sources: Iterable[Node], fake: Callable[..., Any]
+) -> None:
+    """Give values another number of entries along an axis, in place; `sources` have it already. Fakes of everything that
+    follows are computed anew: `fake(op, args, kwargs)`.
 
     Raises NormfxError where the new width would leave the graph.
     """
-    changed = {node for node in widths if node.op == "call_function"}
-    sources = {source for node in changed for source in node.all_input_nodes}
+    ready = set(sources)
+    changed = ready | {node for node in widths if node.op == "call_function"}
     for node in graph.nodes:
-        if node not in changed and not any(source in changed for source in node.all_input_nodes):
+        if node in ready or (node not in changed and changed.isdisjoint(node.all_input_nodes)):
             continue
         if node.op == "output":
             found = ", ".join(source.name for source in node.all_input_nodes if source in changed)
-            raise NormfxError(
-                f"normfx: values of another width leave the graph: {', '.join(found)}; please report this"
-            )
+            raise NormfxError(f"normfx: values of another width leave the graph: {found}; please report this")
         if node in widths:
             axis, size = widths[node]
             node.args = resized(node, axis, size)
         before, node.meta["val"] = node.meta["val"], fake(node.target, node.args, node.kwargs)
         if _shapes(before) != _shapes(node.meta["val"]):
             changed.add(node)
-        elif node not in sources:
-            changed.discard(node)
 
 
 def _shapes(val: Any) -> list[tuple[Any, ...]]:
