@@ -57,8 +57,8 @@ def reads_size(user: Node, axis: Axis) -> bool:
 def resize(
     graph: Graph, widths: Mapping[Node, tuple[Axis, int]], sources: Iterable[Node], fake: Callable[..., Any]
 ) -> None:
-    """Give values another number of entries along an axis, in place; `sources` have it already. Fakes of everything that
-    follows are computed anew: `fake(op, args, kwargs)`.
+    """Give values another number of entries along an axis, in place; `sources` have it already. Fakes are computed
+    anew of everything that follows: `fake(op, args, kwargs)`.
 
     Raises NormfxError where the new width would leave the graph.
     """
