@@ -15,7 +15,7 @@ DEFAULT_RULES = tuple(name for name in RULE_NAMES if name != "crms_norm")
 FOLDS = ("auto", "live", "cached", "frozen")
 LOWERINGS = ("auto", "triton", "inductor")
 BASES = ("orthonormal", "drop")
-WIDTHS = ("exact", "padded")
+WIDTHS = ("auto", "exact", "padded")
 KEYS = ("rules", "fold", "lowering", "crms_basis", "crms_width", "strict", "verify", "inductor", "mode")
 
 
@@ -28,9 +28,10 @@ class Options:
                is needed and renews them when a parameter changed; "frozen" adds a variant with constants; "auto":
                frozen where Inductor's `freezing` is on, else cached on the CPU and live elsewhere
     lowering:  "inductor" hands every norm to Inductor; "triton" runs norms on generated kernels where there are any
-               (on CUDA); "auto" chooses (today: inductor)
+               (on CUDA); "auto" where they are predicted to move fewer bytes and were tested
     crms_basis: in which basis crms_norm stores rows: "orthonormal" or "drop" (see rules/crms_norm.py)
-    crms_width: "exact": d − 1 entries; "padded": zeros behind them up to a multiple of 8
+    crms_width: "exact": d − 1 entries; "padded": zeros behind them up to a multiple of 8; "auto": padded where
+               gradients are recorded and on CUDA
     strict:    raise when a stage of normfx fails, in place of compiling the untouched graph
     verify:    on the first call also run the original graph and compare
     mode:      Inductor's mode ("reduce-overhead", "max-autotune", …), as torch.compile's `mode=`
@@ -43,7 +44,7 @@ class Options:
     fold: str = "auto"
     lowering: str = "auto"
     crms_basis: str = "orthonormal"
-    crms_width: str = "exact"
+    crms_width: str = "auto"
     strict: bool = False
     verify: bool = False
     mode: str | None = None

@@ -15,9 +15,9 @@ from models import CASES, VISION
 from torch import Tensor, nn
 
 from normfx.ir import ops
-from normfx.options import BASES, WIDTHS
+from normfx.options import BASES
 
-CRMS = {"rules": "default,+crms_norm", "fold": "live"}
+CRMS = {"rules": "default,+crms_norm", "fold": "live", "crms_width": "exact"}
 D, CHANNELS = 6, (0, 2, 5)
 
 
@@ -90,7 +90,7 @@ STREAMS = {
 }  # fmt: skip
 """Norms on a compressed stream; BLOOM's first one starts the stream."""
 
-ALL = [(name, basis, width, n) for name, n in STREAMS.items() for basis in BASES for width in WIDTHS]
+ALL = [(name, basis, width, n) for name, n in STREAMS.items() for basis in BASES for width in ("exact", "padded")]
 
 
 def _check(name: str, basis: str, width: str, norms: int) -> None:
@@ -239,6 +239,16 @@ def test_which_channel_goes() -> None:
     assert _chosen(outlier(3, 1000, 1), "drop") == 3
     assert _chosen(outlier(3, 100, 100), "drop") != 3
     assert _chosen(outlier(255, 1000, 1), "orthonormal") != 255
+
+
+@pytest.mark.parametrize(("training", "width"), [(True, 16), (False, 15)])
+def test_width(training: bool, width: int) -> None:
+    """By default padded to a multiple of 8 where gradients are recorded."""
+    backend = EagerBackend({"rules": "default,+crms_norm", "fold": "live"})
+    with torch.set_grad_enabled(training):
+        torch.compile(Stack(d=16), backend=backend, fullgraph=True)(torch.zeros(1, 16, dtype=torch.int64))
+    widths = {n.args[4] for n in backend.modules[0].graph.nodes if n.target in (ops.COMPRESS, ops.COMPRESS_INPUT)}
+    assert widths == {width}
 
 
 TEXT = "the stream is centred, so one entry of each row follows from all others. " * 20

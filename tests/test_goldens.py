@@ -100,7 +100,7 @@ class Residual(nn.Module):
 def _compressed(**options: str) -> str:
     torch.manual_seed(0)
     model, inputs = Residual(), (torch.arange(6).reshape(2, 3),)
-    given = {"rules": "default,+crms_norm", "fold": "live", **options}
+    given = {"rules": "default,+crms_norm", "fold": "live", "crms_width": "exact", **options}
     assert_same_float64(model, inputs, given)
     report = transformed(model, inputs, given)[1]
     assert all("crms_norm" in site.rules for site in report.sites)

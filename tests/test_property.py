@@ -29,7 +29,7 @@ def test_random_residual_networks(steps: tuple[Step, ...]) -> None:
 
 def _check_compressed(steps: tuple[Step, ...]) -> None:
     basis = "orthonormal" if len(steps) % 2 else "drop"
-    _check(steps, {"rules": "default,+crms_norm", "crms_basis": basis, "fold": "live"})
+    _check(steps, {"rules": "default,+crms_norm", "crms_basis": basis, "crms_width": "exact", "fold": "live"})
 
 
 @settings(max_examples=15, **QUIET)
