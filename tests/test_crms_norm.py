@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import sympy
 import torch
-from equivalence import LOW_PRECISION, EagerBackend, assert_same_float64
+from equivalence import LOW_PRECISION, EagerBackend, assert_same_float64, exact
 from models import CASES, VISION
 from torch import Tensor, nn
 
@@ -302,3 +302,25 @@ def test_training_under_autocast() -> None:
     curves = [torch.tensor(run(m, call)) for m, call in ((start, start), (moved, moved), (own, compiled))]
     eager, other, compressed = (curve.unfold(0, 20, 20).mean(1) for curve in curves)
     assert (compressed - eager).abs().max() <= 2 * (other - eager).abs().max() + 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@pytest.mark.parametrize("name", STREAMS)
+def test_low_precision_of_models(name: str, dtype: torch.dtype) -> None:
+    """float32, and bfloat16 under autocast: the error over all outputs of all batches beside eager's own."""
+    case = next(c for c in CASES if c.name == name)
+    if not case.available:
+        pytest.skip(f"{case.package} is not installed")
+    model = case.make()
+    true, compiled = exact(copy.deepcopy(model).double()), torch.compile(model, backend=EagerBackend(CRMS))
+    errors = [0.0, 0.0]
+    for inputs in case.batches():
+        wide = [x.double() if x.is_floating_point() else x for x in inputs]
+        with torch.no_grad():
+            want = true(*wide)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+                for i, call in enumerate((compiled, model)):
+                    errors[i] += (call(*inputs).double() - want).square().sum().item()
+    own, eager = (e**0.5 for e in errors)
+    assert own <= LOW_PRECISION[dtype] * eager, f"{own:.3g} against eager's {eager:.3g}"
