@@ -59,8 +59,12 @@ def test_next_call_after_a_write(name: str) -> None:
     check(call, model)
 
 
+QUICK = {"gpt2", "torchvision vit", "whisper", "llama"}
+SOME = [pytest.param(c, id=c.name.replace(" ", "-"), marks=[] if c.name in QUICK else pytest.mark.slow) for c in CASES]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name.replace(" ", "-"))
+@pytest.mark.parametrize("case", SOME)
 def test_low_precision(case: Case, dtype: torch.dtype) -> None:
     """As the live folds are judged, in tests/test_models.py."""
     if not case.available:
