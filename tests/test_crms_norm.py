@@ -149,6 +149,27 @@ def test_a_norm_that_stays_keeps_the_width() -> None:
     assert {r.code for r in first.refusals if r.rule == "crms_norm"} == {"fixed_width"}
 
 
+class Packed(nn.Module):
+    """A norm without γ and β, read by a linear whose weight is stored in int8."""
+
+    packed: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.norm = nn.Embedding(10, 8), nn.LayerNorm(8, elementwise_affine=False)
+        self.places = nn.Parameter(torch.randn(3, 8))
+        self.register_buffer("packed", torch.arange(24, dtype=torch.int8).reshape(3, 8))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return nn.functional.linear(self.norm(self.table(ids) + self.places), self.packed.to(self.places.dtype) * 0.1)
+
+
+def test_packed_readers_stay_packed() -> None:
+    report = assert_same_float64(Packed(), (torch.arange(6).reshape(2, 3),), CRMS)
+    (site,) = report.sites
+    assert [r.code for r in site.refusals if r.rule == "crms_norm"] == ["packed_weight"]
+
+
 @pytest.mark.parametrize("fold", ["auto", "frozen"])
 def test_under_inductor(fold: str) -> None:
     """Kept and frozen folds, a changed parameter, and rows of any number."""

@@ -91,10 +91,10 @@ def guard(site: Compressed) -> Iterator[tuple[str, str, tuple[Node, ...]]]:
     if objections:
         yield "not_centred", ", ".join(dict.fromkeys(code for code, _, _ in objections)), objections[0][2]
         return
-    whole = {node: axis for node, axis in site.values.items() if not _is_whole(node, axis)}
-    split = [leaf.node for leaf in site.stream.leaves if not _is_whole(leaf.node, leaf.axis)]
-    if whole or split:
-        yield "split_features", ", ".join(node.name for node in (*whole, *split)), (*whole, *split)
+    places = [*site.values.items(), *((leaf.node, leaf.axis) for leaf in site.stream.leaves)]
+    split = tuple(node for node, axis in places if not _is_whole(node, axis))
+    if split:
+        yield "split_features", ", ".join(node.name for node in split), split
         return
     for readers in site.readers:
         yield from _objections(readers)
@@ -117,13 +117,15 @@ def _objections(readers: Readers) -> Iterator[tuple[str, str, tuple[Node, ...]]]
     if readers.others:
         yield "reader_not_linear", ", ".join(node.name for node in readers.others), readers.others
         return
-    if readers.norm.weight is None and readers.norm.bias is None:
-        narrow = tuple(fold_affine.narrow_readers(readers))
-        if narrow:
-            yield "rounded_weight", ", ".join(node.name for node in narrow), narrow
-        return
+    for code, found in (
+        ("packed_weight", fold_affine.packed_readers(readers)),
+        ("rounded_weight", fold_affine.narrow_readers(readers)),
+    ):
+        if found:
+            yield code, ", ".join(node.name for node in found), found
     for code, detail, nodes in fold_affine.guard(readers):
-        yield ("rounded_weight" if code == "rounded_weight" else "affine_stays"), detail or code, nodes
+        if code not in ("no_affine", "packed_weight", "rounded_weight"):
+            yield "affine_stays", detail or code, nodes
 
 
 def _is_whole(node: Node, axis: Axis) -> bool:
@@ -213,6 +215,7 @@ RULE = Rule(
             "γ and β cannot be folded into the norm's readers, and they act on d entries",
             "see the refusal of fold_affine",
         ),
+        "packed_weight": fold_affine.PACKED,
         "rounded_weight": fold_affine.ROUNDED,
         "fixed_width": Code(
             "an op on the way takes the width from elsewhere, or something reads it",

@@ -65,7 +65,7 @@ def guard(site: Readers) -> Iterator[tuple[str, str, tuple[Node, ...]]]:
         yield "reader_not_linear", ", ".join(node.name for node in others), others
     if site.shared:
         yield "shared_weight", ", ".join(node.name for node in site.shared), site.shared
-    packed = tuple(linear.node for linear, _, _ in site.linears if packed_sources(linear.weight))
+    packed = packed_readers(site)
     if packed:
         yield "packed_weight", ", ".join(node.name for node in packed), packed
 
@@ -79,6 +79,11 @@ def guard(site: Readers) -> Iterator[tuple[str, str, tuple[Node, ...]]]:
         weights = size_hint(total(entries(shape(linear.weight)) for linear in live), sizes)
         detail = f"{weights} entries of weights, {size_hint(entries(shape(site.norm.output)), sizes)} normalised"
         yield "live_weights", detail, tuple(linear.node for linear in live)
+
+
+def packed_readers(site: Readers) -> tuple[Node, ...]:
+    """Readers whose weight is computed from integers: folded, it would be stored unpacked."""
+    return tuple(linear.node for linear, _, _ in site.linears if packed_sources(linear.weight))
 
 
 def narrow_readers(site: Readers) -> tuple[Node, ...]:
@@ -149,6 +154,9 @@ def _input() -> tuple[torch.Tensor, ...]:
     return (torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0)),)
 
 
+PACKED = Code(
+    "a reader's weight is computed from packed or quantised integers", "none needed: γ and β stay in the norm"
+)
 ROUNDED = Code(
     "a reader's weight is stored in half precision: W·γ would have to be rounded again",
     "keep the weights in float32 and run under autocast",
@@ -162,9 +170,7 @@ RULE = Rule(
         "opaque_norm": centring.CODES["opaque_norm"],
         "several_axes": centring.CODES["several_axes"],
         "live_weights": centring.CODES["live_weights"],
-        "packed_weight": Code(
-            "a reader's weight is computed from packed or quantised integers", "none needed: γ and β stay in the norm"
-        ),
+        "packed_weight": PACKED,
         "shared_weight": Code(
             "a reader's weight is shared with a reader behind a norm of other γ or β: each would need a copy of it",
             "none needed: γ and β stay in the norm",
