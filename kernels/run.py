@@ -24,7 +24,7 @@ INTERPRETED = 4
 
 
 Wrap = Callable[[Any], Any]
-"""What a kernel goes through before it is launched; `torch.library.wrap_triton` lets a compiler see the launch."""
+"""What a kernel goes through before it is launched; torch's `wrap_triton` lets a compiler see the launch."""
 
 
 def _as_it_is(kernel: Any) -> Any:

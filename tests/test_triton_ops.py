@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 pytest.importorskip("triton")
 
@@ -56,11 +56,10 @@ def test_meaning_of_compressed_rows(residual: bool) -> None:
     torch.testing.assert_close(out, F.rms_norm(row, (9,), None, 1e-5)[..., :8], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("compressed", [True, False])
-@pytest.mark.parametrize(("centre", "residual", "affine"), CASES)
-def test_derivative(centre: bool, residual: bool, affine: bool, compressed: bool) -> None:
-    if centre and compressed:
-        pytest.skip("a compressed row is centred already")
+@pytest.mark.parametrize(("centre", "compressed"), [(True, False), (False, False), (False, True)])
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+def test_derivative(centre: bool, compressed: bool, residual: bool, affine: bool) -> None:
     given = inputs(residual, affine)
     settings = form(centre, compressed=compressed, alpha=0.5, scale=2.0, correction=1)
 
@@ -73,4 +72,4 @@ def test_derivative(centre: bool, residual: bool, affine: bool, compressed: bool
 
 @pytest.mark.parametrize(("centre", "residual", "affine"), [(True, True, True), (False, False, False)])
 def test_opcheck(centre: bool, residual: bool, affine: bool) -> None:
-    torch.library.opcheck(NORM, (*inputs(residual, affine), *form(centre)))
+    library.opcheck(NORM, (*inputs(residual, affine), *form(centre)))

@@ -14,9 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, library
 
-_library: Callable[[str, str], Any] = library.Library  # torch leaves it and its methods untyped
-_OPS = _library("normfx", "DEF")
-
 _NORM_ARGS = (
     "(Tensor x, Tensor? weight, Tensor? bias, int dim, float eps, str eps_place, int correction, float scale, "
     "ScalarType compute_dtype, ScalarType out_dtype) -> Tensor"
@@ -286,37 +283,33 @@ def _tile(vector: Tensor, n: int, size: int, inner: int) -> Tensor:
     return flat.reshape(1, size, 1).expand(n // (size * inner), size, inner).reshape(n)
 
 
-def _define(schema: str, body: object) -> None:
-    name = schema[: schema.index("(")]
-    _OPS.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _OPS.impl(name, body, "CompositeImplicitAutograd")
+def define(
+    schema: str, body: Callable[..., object], runs: str = "CompositeImplicitAutograd", tags: tuple[torch.Tag, ...] = ()
+) -> torch._ops.OpOverload:
+    """The op of a schema, in the namespace normfx. runs: the dispatch key or device that `body` is for."""
+    name, arguments = schema[: schema.index("(")], schema[schema.index("(") :]
+    library.define(f"normfx::{name}", arguments, tags=(torch.Tag.pt2_compliant_tag, *tags))
+    library.impl(f"normfx::{name}", runs, body)
+    op: torch._ops.OpOverload = getattr(torch.ops.normfx, name).default
+    return op
 
 
-_define("rms_norm" + _NORM_ARGS, _kernel())
-_define("layer_norm" + _NORM_ARGS, _kernel(centre=True))
-_define("crms_norm" + _NORM_ARGS, _kernel(compressed=True))
-_define("center(Tensor x, int dim, int size, int inner, ScalarType dtype) -> Tensor", center)
-_define(
+RMS_NORM = define("rms_norm" + _NORM_ARGS, _kernel())
+LAYER_NORM = define("layer_norm" + _NORM_ARGS, _kernel(centre=True))
+CRMS_NORM = define("crms_norm" + _NORM_ARGS, _kernel(compressed=True))
+CENTER = define("center(Tensor x, int dim, int size, int inner, ScalarType dtype) -> Tensor", center)
+SCALE_FEATURES = define(
     "scale_features(Tensor weight, Tensor gamma, int dim, int size, int inner, ScalarType dtype) -> Tensor",
     scale_features,
 )
-_define(
+FOLD_SHIFT = define(
     "fold_shift(Tensor weight, Tensor beta, Tensor? bias, float factor, int dim, int size, int inner, "
     "ScalarType dtype) -> Tensor",
     fold_shift,
 )
 _BASIS_ARGS = "int dim, str basis, int channel, int width, ScalarType dtype) -> Tensor"
-_define(f"compress(Tensor x, {_BASIS_ARGS}", compress)
-_define(f"compress_input(Tensor weight, {_BASIS_ARGS}", compress_input)
-
-RMS_NORM = torch.ops.normfx.rms_norm.default
-LAYER_NORM = torch.ops.normfx.layer_norm.default
-CRMS_NORM = torch.ops.normfx.crms_norm.default
-CENTER = torch.ops.normfx.center.default
-SCALE_FEATURES = torch.ops.normfx.scale_features.default
-FOLD_SHIFT = torch.ops.normfx.fold_shift.default
-COMPRESS = torch.ops.normfx.compress.default
-COMPRESS_INPUT = torch.ops.normfx.compress_input.default
+COMPRESS = define(f"compress(Tensor x, {_BASIS_ARGS}", compress)
+COMPRESS_INPUT = define(f"compress_input(Tensor weight, {_BASIS_ARGS}", compress_input)
 FOLDS = frozenset({CENTER, SCALE_FEATURES, FOLD_SHIFT, COMPRESS, COMPRESS_INPUT})
 """Ops that make folded weights, or the centred copies of activations."""
 BODIES = {

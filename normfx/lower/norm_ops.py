@@ -10,14 +10,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from normfx.ir.ops import accumulation_dtype
 from normfx.kernels import run
 from normfx.kernels.spec import Spec
 
-_triton_op: Callable[..., Any] = torch.library.triton_op  # torch leaves these untyped
-_wrap: Callable[[Any], Any] = torch.library.wrap_triton
+_triton_op: Callable[..., Any] = library.triton_op  # torch leaves these untyped
+_wrap: Callable[[Any], Any] = library.wrap_triton
 
 
 class Form(NamedTuple):

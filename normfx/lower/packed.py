@@ -7,15 +7,15 @@ one entry at a fixed address; the packed tensor behind it is found in weights/ha
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.fx import GraphModule, Node
 
 from normfx.ir.aliasing import escaping, storages_of
 from normfx.ir.graph import BAKED, arguments, op_name, parameter_only, value
+from normfx.ir.ops import define
 from normfx.ir.regions import is_autocast
 from normfx.lower.gemm import packed_is_faster
 from normfx.weights.handles import behind
@@ -31,14 +31,6 @@ COPIES = 2**29
 """Bytes of a graph's weights that may be packed without being folded. A folded weight is kept in any case, packed or
 not; of another one the packed form is a second copy."""
 
-_library: Callable[[str, str], Any] = torch.library.Library  # torch leaves it and its methods untyped
-_OPS = _library("normfx", "FRAGMENT")
-_OPS.define("pack(Tensor weight, int out) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_OPS.define(
-    "packed_linear(Tensor x, Tensor handle, Tensor? bias, int features) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
-)
-_fake: Callable[..., Any] = torch.library.register_fake  # untyped as well
 _multiply: Any = torch.ops.mkldnn._linear_pointwise.default
 
 
@@ -53,15 +45,16 @@ def _packed_linear(x: Tensor, handle: Tensor, bias: Tensor | None, features: int
     return result
 
 
-_OPS.impl("pack", _pack, "CPU")
-_OPS.impl("packed_linear", _packed_linear, "CPU")
-PACK = torch.ops.normfx.pack.default
-PACKED_LINEAR = torch.ops.normfx.packed_linear.default
-
-
+PACK = define("pack(Tensor weight, int out) -> Tensor", _pack, "CPU")
+PACKED_LINEAR = define(
+    "packed_linear(Tensor x, Tensor handle, Tensor? bias, int features) -> Tensor",
+    _packed_linear,
+    "CPU",
+    (torch.Tag.flexible_layout,),
+)
 # what a graph is given in place of a packed weight is its handle
-_fake(PACK, lambda weight, out: weight.new_empty(1, dtype=torch.int64))
-_fake(PACKED_LINEAR, lambda x, handle, bias, features: x.new_empty((*x.shape[:-1], features)))
+library.register_fake(PACK, lambda weight, out: weight.new_empty(1, dtype=torch.int64))
+library.register_fake(PACKED_LINEAR, lambda x, handle, bias, features: x.new_empty((*x.shape[:-1], features)))
 
 
 class Product(NamedTuple):
