@@ -15,7 +15,7 @@ import torch.utils._pytree as pytree
 from torch.fx import GraphModule, Node
 
 from normfx.ir import ops
-from normfx.ir.graph import BAKED, arguments, op_name, value
+from normfx.ir.graph import BAKED, arguments, op_name, shape, tensor, value
 from normfx.ir.resize import resize
 from normfx.ir.sites import Axis, Linear, Norm
 from normfx.plan import Plan
@@ -175,7 +175,7 @@ class Edit:
     def _fold(self, op: torch._ops.OpOverload, args: tuple[Any, ...], like: Node) -> Node:
         """A fold with the dtype of what it folds. A fold of a fold is rounded once, last: the inner one stays wide."""
         operand = args[0]
-        dtype = self.folded.get(operand, value(operand).dtype)  # type: ignore[union-attr]
+        dtype = self.folded.get(operand, tensor(operand).dtype)
         if operand in self.folded:
             operand.args = (*operand.args[:-1], ops.accumulation_dtype(dtype))
             operand.meta["val"] = self._fake(operand.target, operand.args)
@@ -346,8 +346,8 @@ class Edit:
     @staticmethod
     def _fake(op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Any:
         fakes, named = torch.fx.node.map_arg((args, dict(kwargs or {})), lambda n: n.meta["val"])
-        tensors = (leaf for leaf in pytree.tree_leaves((fakes, named)) if isinstance(leaf, torch.Tensor))
-        with next(tensors).fake_mode, torch.no_grad():  # type: ignore[attr-defined]  # all are fakes
+        leaves: list[Any] = [leaf for leaf in pytree.tree_leaves((fakes, named)) if isinstance(leaf, torch.Tensor)]
+        with leaves[0].fake_mode, torch.no_grad():  # every value of a graph is a fake
             return op(*fakes, **named)
 
 
@@ -355,7 +355,7 @@ def _output_dims(linear: Node) -> dict[str, int]:
     """Arguments of a linear or convolution that run over its output features, with that dimension."""
     args = arguments(linear)
     if "mat1" in args:
-        return {"mat2": 1, "self": value(args["self"]).ndim - 1}  # type: ignore[union-attr]
+        return {"mat2": 1, "self": len(shape(args["self"])) - 1}
     if "weight" not in args:
         return {"mat2" if "mat2" in args else "other": 1}
     target = linear.target.name()  # type: ignore[union-attr]

@@ -11,7 +11,7 @@ import pytest
 import sympy
 import torch
 from equivalence import LOW_PRECISION, EagerBackend, assert_same_float64, exact
-from models import CASES, VISION
+from models import VISION, named
 from torch import Tensor, nn
 
 from normfx.ir import ops
@@ -94,12 +94,9 @@ ALL = [(name, basis, width, n) for name, n in STREAMS.items() for basis in BASES
 
 
 def _check(name: str, basis: str, width: str, norms: int) -> None:
-    case = next(c for c in CASES if c.name == name)
-    if not case.available:
-        pytest.skip(f"{case.package} is not installed")
-    promoted = name in {"gpt_neox parallel", "gpt_neox serial", "bloom", "falcon"}
+    case = named(name)
     options = {**CRMS, "crms_basis": basis, "crms_width": width}
-    report = assert_same_float64(case.make(), case.inputs(), options, promoted=promoted)
+    report = assert_same_float64(case.make(), case.inputs(), options, promoted=case.promoted)
     assert sum("crms_norm" in site.rules for site in report.sites) == norms
 
 
@@ -330,9 +327,7 @@ def test_training_under_autocast() -> None:
 @pytest.mark.parametrize("name", STREAMS)
 def test_low_precision_of_models(name: str, dtype: torch.dtype) -> None:
     """float32, and bfloat16 under autocast: the error over all outputs of all batches beside eager's own."""
-    case = next(c for c in CASES if c.name == name)
-    if not case.available:
-        pytest.skip(f"{case.package} is not installed")
+    case = named(name)
     model = case.make()
     true, compiled = exact(copy.deepcopy(model).double()), torch.compile(model, backend=EagerBackend(CRMS))
     errors = [0.0, 0.0]

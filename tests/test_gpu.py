@@ -16,7 +16,7 @@ from torch import Tensor, nn
 pytest.importorskip("triton")
 
 from equivalence import LOW_PRECISION, assert_low_precision, exact
-from models import CASES
+from models import named
 from test_kernels import DTYPES, WIDTHS, check, forms, spec
 
 from normfx.backend import listening, normfx
@@ -68,9 +68,7 @@ NAMES = ["gpt2", "vit", "llama", "gpt_neox parallel", "encoder", "bloom"]
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 @pytest.mark.parametrize("name", NAMES)
 def test_models(name: str, dtype: torch.dtype) -> None:
-    case = next(c for c in CASES if c.name == name)
-    if not case.available:
-        pytest.skip(f"{case.package} is not installed")
+    case = named(name)
     batches = [tuple(x.cuda() if isinstance(x, Tensor) else x for x in inputs) for inputs in case.batches()]
     graphs: list[GraphReport] = []
     with listening(graphs.append):
@@ -81,9 +79,7 @@ def test_models(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients(name: str) -> None:
     """Of all parameters as one vector, in float32."""
-    case = next(c for c in CASES if c.name == name)
-    if not case.available:
-        pytest.skip(f"{case.package} is not installed")
+    case = named(name)
     model = case.make().cuda()
     inputs = tuple(x.cuda() if isinstance(x, Tensor) else x for x in case.inputs())
     wide = copy.deepcopy(model).double()

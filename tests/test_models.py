@@ -5,20 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from equivalence import EagerBackend, assert_low_precision, assert_same_float64, transformed
-from models import CASES, Case
+from models import CASES, Case, named
 
 from normfx.backend import listening
 from normfx.report import GraphReport, Report
-
-PROMOTED = {"llama", "gemma2", "t5", "opt", "falcon", "phi", "gptj", "gpt_neox parallel", "gpt_neox serial", "bloom"}
-"""Models that ask for float32 by name: norms, softmax or rotary tables."""
 
 
 @pytest.fixture(params=CASES, ids=lambda c: c.name.replace(" ", "-"))
 def case(request: pytest.FixtureRequest) -> Case:
     found: Case = request.param
-    if not found.available:
-        pytest.skip(f"{found.package} is not installed")
     return found
 
 
@@ -35,7 +30,7 @@ def _assert_expected(case: Case, report: Report) -> None:
 
 
 def test_decisions_and_float64(case: Case) -> None:
-    report = assert_same_float64(case.make(), case.inputs(), promoted=case.name in PROMOTED)
+    report = assert_same_float64(case.make(), case.inputs(), promoted=case.promoted)
     _assert_expected(case, report)
 
 
@@ -50,7 +45,7 @@ def test_low_precision(case: Case, dtype: torch.dtype) -> None:
 def test_training_with_dropout_is_decided_and_right() -> None:
     """GPT-2 in training with dropout 0.1: each norm is refused with M12's reason, and the same numbers are drawn."""
     pytest.importorskip("transformers")
-    case = next(c for c in CASES if c.name == "gpt2")
+    case = named("gpt2")
     model = case.make().double().train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -66,7 +61,7 @@ def test_training_with_dropout_is_decided_and_right() -> None:
 def test_generate_token_by_token() -> None:
     """Greedy generation with a growing KV cache, compiled with dynamic shapes: the same tokens, norms converted."""
     pytest.importorskip("transformers")
-    model = next(c for c in CASES if c.name == "gpt2").make().double().model
+    model = named("gpt2").make().double().model
     ids = torch.randint(1, 100, (2, 5), generator=torch.Generator().manual_seed(1))
     kwargs = dict(max_new_tokens=8, do_sample=False, use_cache=True, pad_token_id=0, eos_token_id=None)
     torch._dynamo.reset()
@@ -83,7 +78,7 @@ def test_generate_token_by_token() -> None:
 def test_dynamic_lengths(name: str) -> None:
     """One graph for all lengths, the same decisions as with static shapes."""
     pytest.importorskip("transformers")
-    case = next(c for c in CASES if c.name == name)
+    case = named(name)
     model, backend = case.make(), EagerBackend()
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)

@@ -67,8 +67,6 @@ SOME = [pytest.param(c, id=c.name.replace(" ", "-"), marks=[] if c.name in QUICK
 @pytest.mark.parametrize("case", SOME)
 def test_low_precision(case: Case, dtype: torch.dtype) -> None:
     """As the live folds are judged, in tests/test_models.py."""
-    if not case.available:
-        pytest.skip(f"{case.package} is not installed")
     backend = EagerBackend({"fold": "cached"})
     assert_low_precision(case.make(), case.batches(), backend, dtype)
     assert count(backend) > 0 or not case.to_rms  # else the graph may be untouched

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 pytest.importorskip("triton")
 
 from equivalence import EagerBackend, assert_same_float64
-from models import CASES
+from models import named
 
 from normfx.lower import inductor
 from normfx.lower import triton as lowering
@@ -37,12 +37,8 @@ ADDS = {
 @pytest.mark.parametrize(("name", "adds"), ADDS.items())
 def test_float64(name: str, adds: int) -> None:
     """Output and every gradient; residual adds are taken into the op, and their sums out of it."""
-    case = next(c for c in CASES if c.name == name)
-    if not case.available:
-        pytest.skip(f"{case.package} is not installed")
-    report = assert_same_float64(
-        case.make(), case.inputs(), TRITON, promoted=name in {"llama", "gpt_neox parallel", "bloom"}
-    )
+    case = named(name)
+    report = assert_same_float64(case.make(), case.inputs(), TRITON, promoted=case.promoted)
     kernels = [site.lowering for site in report.sites]
     assert all(k.startswith("triton: ") for k in kernels)
     assert sum(k.startswith("triton: add_") for k in kernels) == adds
@@ -54,7 +50,7 @@ def test_float64(name: str, adds: int) -> None:
 @pytest.mark.parametrize("basis", ["orthonormal", "drop"])
 def test_compressed_streams(basis: str) -> None:
     """All norms and adds of a stream of width d − 1, in either basis."""
-    case = next(c for c in CASES if c.name == "gpt2")
+    case = named("gpt2")
     options = {**TRITON, "rules": "default,+crms_norm", "crms_basis": basis, "crms_width": "exact"}
     report = assert_same_float64(case.make(), case.inputs(), options)
     kind = "crms_norm_32" if basis == "drop" else "rms_norm_31"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -22,8 +23,8 @@ from normfx.kernels.spec import Spec
 
 
 def right(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, spec: Spec) -> Tensor:
-    given = [None if t is None else t.float() for t in (x, residual, weight, bias)]
-    return definition(spec, *given)[0].to(x.dtype)  # type: ignore[arg-type]
+    wide_residual, wide_weight, wide_bias = (None if t is None else t.float() for t in (residual, weight, bias))
+    return definition(spec, x.float(), wide_residual, wide_weight, wide_bias)[0].to(x.dtype)
 
 
 def spoiled(spoil: Callable[[Tensor], Tensor]) -> Callable[[Spec], Function]:
@@ -67,13 +68,13 @@ def writes_into_grad(spec: Spec) -> Function:
 
     class Rms(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, y):  # type: ignore[no-untyped-def, override]
-            return y.clone()
+        def forward(ctx: Any, *args: Any) -> Any:
+            return args[0].clone()
 
         @staticmethod
-        def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
-            kept = grad.clone()
-            grad.zero_()
+        def backward(ctx: Any, *grads: Any) -> Any:
+            kept = grads[0].clone()
+            grads[0].zero_()
             return kept
 
     return spoiled(Rms.apply)(spec)

@@ -37,10 +37,15 @@ def value(node: object) -> torch.Tensor | None:
     return val if isinstance(val, torch.Tensor) else None
 
 
-def shape(node: Node) -> tuple[int | torch.SymInt, ...]:
+def tensor(node: object) -> torch.Tensor:
+    """The fake tensor of a node that stands for one."""
     val = value(node)
     assert val is not None, f"{node} is not a tensor"
-    return tuple(val.shape)
+    return val
+
+
+def shape(node: Node) -> tuple[int | torch.SymInt, ...]:
+    return tuple(tensor(node).shape)
 
 
 def parameter_only(graph: Graph, parameters: Iterable[Node]) -> frozenset[Node]:
@@ -142,9 +147,7 @@ def entries(dims: Iterable[int | torch.SymInt]) -> sympy.Expr:
 
 def bytes_of(node: Node) -> sympy.Expr:
     """Bytes of a tensor's entries as a sympy expression."""
-    val = value(node)
-    assert val is not None, f"{node} is not a tensor"
-    return entries(val.shape) * val.element_size()
+    return entries(shape(node)) * tensor(node).element_size()
 
 
 def total(sizes: Iterable[sympy.Expr]) -> sympy.Expr:

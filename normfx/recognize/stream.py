@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import networkx
 from torch.fx import Graph, Node
 
-from normfx.ir.graph import SHAPE_READS, arguments, occurrences, op_name, packed_sources, value
+from normfx.ir.graph import SHAPE_READS, arguments, occurrences, op_name, packed_sources, shape, value
 from normfx.ir.sites import Axis, Leaf, LeafKind, Norm, Stream
 from normfx.recognize.flow import LINEARS, Flow, constant_along, flow
 
@@ -232,10 +232,10 @@ def _scaled_writer(
         if scale not in region.parameters or source in region.parameters or value(source) is None:
             continue
         fake = value(scale)
-        ndim = value(node).ndim  # type: ignore[union-attr]
+        ndim = len(shape(node))
         if fake is None or fake.numel() != axis.size or constant_along(scale, ndim, axis):
             continue
-        if value(source).shape != value(node).shape:  # type: ignore[union-attr]
+        if shape(source) != shape(node):
             continue
         inside, path = axis, []
         mode = region.modes[node]
@@ -243,7 +243,7 @@ def _scaled_writer(
             if op_name(source) == "aten::detach" or region.modes[source] != mode:
                 break  # λ would lose or gain a gradient
             step = flow(source, inside)
-            if step is None or inside.inner != 1 or value(source).shape[inside.dim] != axis.size:  # type: ignore[union-attr]
+            if step is None or inside.inner != 1 or shape(source)[inside.dim] != axis.size:
                 break
             path.append((source, inside))
             if op_name(source) in LINEARS:

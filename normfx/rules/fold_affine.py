@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from normfx.ir.graph import bytes_of, entries, packed_sources, shape, size_hint, total, value
+from normfx.ir.graph import bytes_of, entries, packed_sources, shape, size_hint, tensor, total
 from normfx.ir.sites import Linear, Norm, Readers, Sites
 from normfx.rules import centring
 from normfx.rules.rule import Code, Cost, Example, Rule, Symbols
@@ -88,7 +88,7 @@ def packed_readers(site: Readers) -> tuple[Node, ...]:
 
 def narrow_readers(site: Readers) -> tuple[Node, ...]:
     """Readers whose weight is stored in half precision: folded, it would be rounded once more."""
-    return tuple(linear.node for linear, _, _ in site.linears if value(linear.weight).dtype in _NARROW)  # type: ignore[union-attr]
+    return tuple(linear.node for linear, _, _ in site.linears if tensor(linear.weight).dtype in _NARROW)
 
 
 _NARROW = (torch.bfloat16, torch.float16)
