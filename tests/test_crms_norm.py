@@ -220,26 +220,30 @@ def outlier(channel: int, scale: float, gamma: float) -> Stack:
 
 
 OUTLIERS = [(3, 1, 1), (3, 100, 0.01), (255, 100, 1), (3, 1000, 1), (255, 1000, 5)]
-AMPLIFIED = OUTLIERS[-1]
-"""Under "drop" 2.1 times eager's error in float32: all others pay for the outlier, or the readers for dropping it."""
+AMPLIFIED = pytest.param(
+    "drop", torch.float32, OUTLIERS[-1],
+    marks=pytest.mark.xfail(reason="all others pay for the outlier, or the readers for dropping it", strict=True),
+)  # fmt: skip
+HARD = [
+    *((basis, dtype, found) for basis in BASES for dtype in LOW_PRECISION for found in OUTLIERS[:-1]),
+    *(("orthonormal", dtype, OUTLIERS[-1]) for dtype in LOW_PRECISION),
+    ("drop", torch.bfloat16, OUTLIERS[-1]),
+    AMPLIFIED,
+]
 
 
-@pytest.mark.parametrize("basis", BASES)
-@pytest.mark.parametrize("dtype", LOW_PRECISION)
-def test_outliers(dtype: torch.dtype, basis: str) -> None:
+@pytest.mark.parametrize(("basis", "dtype", "found"), HARD)
+def test_outliers(basis: str, dtype: torch.dtype, found: tuple[int, float, float]) -> None:
     """The error against float64 beside eager's own: float32, and bfloat16 under autocast. Anywhere, on every row."""
     ids = torch.randint(0, 97, (16, 16), generator=torch.Generator().manual_seed(1))
-    for channel, scale, gamma in OUTLIERS:
-        if basis == "drop" and (channel, scale, gamma) == AMPLIFIED:
-            continue
-        model = outlier(channel, scale, gamma)
-        torch._dynamo.reset()
-        compiled = torch.compile(model, backend=EagerBackend({**CRMS, "crms_basis": basis}), fullgraph=True)
-        with torch.no_grad():
-            want = copy.deepcopy(model).double()(ids)
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-                own, eager = ((call(ids).double() - want).norm().item() for call in (compiled, model))
-        assert own <= LOW_PRECISION[dtype] * eager, f"channel {channel} at {scale}, γ {gamma}: {own / eager:.2f}"
+    model = outlier(*found)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=EagerBackend({**CRMS, "crms_basis": basis}), fullgraph=True)
+    with torch.no_grad():
+        want = copy.deepcopy(model).double()(ids)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            own, eager = ((call(ids).double() - want).norm().item() for call in (compiled, model))
+    assert own <= LOW_PRECISION[dtype] * eager, f"{own / eager:.2f}"
 
 
 def _chosen(model: nn.Module, basis: str) -> int:

@@ -14,6 +14,8 @@ FLOORS = (
     ("options",),
     ("kernels.spec",),
     ("kernels.launch", "kernels.cost"),
+    ("kernels.rows",),
+    ("kernels.forward", "kernels.backward"),
     ("kernels.source",),
     ("kernels.build",),
     ("kernels.run",),

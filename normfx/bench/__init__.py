@@ -14,13 +14,12 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from normfx.bench import command, kernels, machine, present
 from normfx.bench.command import words
 from normfx.bench.measure import BASE, TASKS, VARIANTS, Cell, Measured, Settings, failure_text, measure
 from normfx.bench.models import CHAIN, DTYPES, MODELS, factory
-from normfx.bench.output import has_matplotlib
+from normfx.bench.output import has_matplotlib, show
 from normfx.bench.present import Results
 from normfx.errors import OptionError
 
@@ -132,12 +131,7 @@ def _warm_up(device: str) -> None:
 
 def _show(results: Results, console: Console) -> None:
     console.print(present.table(results))
-    header, rows = present.summary(results.cells)
-    if rows:
-        total = Table(*header, title="speed relative to inductor, all cells")
-        for row in rows:
-            total.add_row(*row)
-        console.print(total)
+    show(console, "speed relative to inductor, all cells", *present.summary(results.cells))
     for line in present.remarks(results.cells):
         console.print(line, highlight=False, markup=False)
     if not has_matplotlib():

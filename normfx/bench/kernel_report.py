@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import statistics
 from collections.abc import Iterable, Sequence
@@ -12,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from rich.text import Text
 
 from normfx.bench.contest import COPY, Measured, Result
 from normfx.bench.norms import Cell
 from normfx.bench.output import (
+    grouped_table,
     has_matplotlib,
     machine_line,
     markdown_table,
@@ -76,15 +75,8 @@ def write(results: Results, folder: Path, picture: bool) -> None:
 
 
 def table(results: Results) -> Table:
-    header, rows = _rows(results.cells)
     caption = "medians and quartiles of the rounds; of copy: the time of a device copy of as many bytes over its own"
-    shown = Table(*header[1:], caption=None if results.settings.check else caption)
-    for cell, group in itertools.groupby(rows, key=lambda row: row[0]):
-        shown.add_section()
-        shown.add_row(Text(cell, style="bold"))
-        for _, *row in group:
-            shown.add_row(*row)
-    return shown
+    return grouped_table(*_rows(results.cells), None if results.settings.check else caption)
 
 
 def _rows(cells: Iterable[Measured]) -> tuple[list[str], list[list[str]]]:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from normfx.bench import command, kernel_report, machine, rivals
 from normfx.bench.clock import Clock, DeviceClock
@@ -23,7 +22,7 @@ from normfx.bench.contest import ROUNDS, Measured, measure
 from normfx.bench.kernel_report import Results, Settings
 from normfx.bench.measure import failure_text
 from normfx.bench.norms import OPS, PASSES, Cell
-from normfx.bench.output import has_matplotlib, no_matplotlib
+from normfx.bench.output import has_matplotlib, no_matplotlib, show
 from normfx.bench.rivals import OURS, RIVALS
 from normfx.errors import OptionError
 from normfx.kernels.spec import DTYPES
@@ -170,12 +169,7 @@ def _measured(
 
 def _show(results: Results, console: Console) -> None:
     console.print(kernel_report.table(results))
-    header, rows = kernel_report.against_best(results.cells)
-    if rows:
-        best = Table(*header, title="normfx against the best rival")
-        for row in rows:
-            best.add_row(*row)
-        console.print(best)
+    show(console, "normfx against the best rival", *kernel_report.against_best(results.cells))
     for line in kernel_report.remarks(results):
         console.print(line, highlight=False, markup=False)
     if not results.settings.check and not has_matplotlib():

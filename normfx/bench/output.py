@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from normfx.bench.timing import Quartiles
 
@@ -38,6 +43,26 @@ def where(machine: Mapping[str, Any]) -> str:
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+
+
+def grouped_table(header: Sequence[str], rows: Iterable[Sequence[str]], caption: str | None) -> Table:
+    """A section for each run of rows that begin alike, under that beginning."""
+    shown = Table(*header[1:], caption=caption)
+    for first, group in itertools.groupby(rows, key=lambda row: row[0]):
+        shown.add_section()
+        shown.add_row(Text(first, style="bold"))
+        for _, *row in group:
+            shown.add_row(*row)
+    return shown
+
+
+def show(console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table, if there are rows."""
+    if rows:
+        shown = Table(*header, title=title)
+        for row in rows:
+            shown.add_row(*row)
+        console.print(shown)
 
 
 def three_digits(q: Quartiles) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import statistics
 from collections.abc import Iterable
@@ -12,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from rich.text import Text
 
 from normfx.bench.measure import BASE, VARIANTS, Cell, Measured, Result, Settings
 from normfx.bench.models import CHAIN, CHAIN_PARAMETERS
 from normfx.bench.output import (
+    grouped_table,
     has_matplotlib,
     machine_line,
     markdown_table,
@@ -64,14 +63,8 @@ def write(results: Results, folder: Path) -> None:
 
 
 def table(results: Results) -> Table:
-    header, rows = _rows(results.cells)
-    shown = Table(*header[1:], caption="medians and quartiles of the rounds; speed: times as fast as inductor")
-    for cell, group in itertools.groupby(rows, key=lambda row: row[0]):
-        shown.add_section()
-        shown.add_row(Text(cell, style="bold"))
-        for _, *row in group:
-            shown.add_row(*row)
-    return shown
+    caption = "medians and quartiles of the rounds; speed: times as fast as inductor"
+    return grouped_table(*_rows(results.cells), caption)
 
 
 def markdown(results: Results) -> str:

@@ -17,10 +17,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from normfx.errors import OptionError
 from normfx.ir import ops
 from normfx.ir.ops import BODIES
-from normfx.kernels import launch, run, source, spec
+from normfx.kernels import backward, forward, launch, rows, run, source, spec
 from normfx.lower import norm_ops
 
-MEANING = (ops, norm_ops, spec, launch, source, run)
+MEANING = (ops, norm_ops, spec, launch, rows, forward, backward, source, run)
 """The modules that say what a graph with normfx's ops compiles to."""
 
 

@@ -1,0 +1,102 @@
+"""How the lines of a kernel spell the entries of its program: one row as a vector, or several as a matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .launch import Launch
+from .spec import Spec
+
+
+class Rows:
+    """Of one kernel."""
+
+    def __init__(self, spec: Spec, launch: Launch) -> None:
+        self.spec, self.launch = spec, launch
+        self.several = launch.rows > 1
+        self.cut = launch.block != spec.entries  # some columns of the block lie outside of the row
+
+    @property
+    def row_mask(self) -> str:
+        """Of the rows: those there are. A program of one row is not started, or does not loop, for others."""
+        return "row < rows" if self.several else ""
+
+    @property
+    def column_mask(self) -> str:
+        return "real" if self.cut else ""
+
+    @property
+    def mask(self) -> str:
+        """Of the entries: those inside."""
+        return "inside" if self.row_mask and self.cut else self.row_mask or self.column_mask
+
+    def columns(self, start: str = "") -> Iterator[str]:
+        shape = "[None, :]" if self.several else ""
+        yield f"cols = {start}tl.arange(0, {self.launch.block}){shape}"
+        if self.cut:
+            yield f"real = cols < {self.spec.entries}"
+
+    def row(self, group: str) -> Iterator[str]:
+        if self.several:
+            yield f"row = tl.cast({group}, tl.int64) * {self.launch.rows} + tl.arange(0, {self.launch.rows})[:, None]"
+        else:
+            yield f"row = tl.cast({group}, tl.int64)"
+        if self.mask == "inside":
+            yield "inside = (row < rows) & real"
+
+    def load(self, name: str, offset: str, mask: str) -> str:
+        masked = f", mask={mask}, other=0.0" if mask else ""
+        return f"tl.load({name}_ptr + {offset}{masked}).to(tl.float32)"
+
+    def entry(self, name: str) -> str:
+        return self.load(name, f"row * {name}_stride + cols", self.mask)
+
+    def of_row(self, name: str) -> str:
+        return self.load(name, "row", self.row_mask)
+
+    def of_column(self, name: str) -> str:
+        return self.load(name, "cols", self.column_mask)
+
+    def store(self, name: str, offset: str, value: str, mask: str) -> str:
+        return f"tl.store({name}_ptr + {offset}, {value}{f', mask={mask}' if mask else ''})"
+
+    def store_entry(self, name: str, value: str) -> str:
+        return self.store(name, f"row * {name}_stride + cols", value, self.mask)
+
+    def sum(self, value: str) -> str:
+        return f"tl.sum({value}, 1, keep_dims=True)" if self.several else f"tl.sum({value}, 0)"
+
+    def inside(self, value: str) -> str:
+        """0 outside. Outer rows of a block are never stored, so only columns count."""
+        return f"tl.where(real, {value}, 0.0)" if self.cut else value
+
+    @property
+    def gamma(self) -> str:
+        weight = self.of_column("weight")
+        return f"(1.0 + {weight})" if self.spec.unit_offset else weight
+
+    def scaled(self, value: str) -> str:
+        return f"{value} * {self.spec.scale}" if self.spec.scale != 1.0 else value
+
+    @property
+    def divisor(self) -> int:
+        return self.spec.width - self.spec.correction
+
+    def normalised(self) -> Iterator[str]:
+        """y from x̂, in place."""
+        yield f"y = x * ({self.scaled('rstd')})" if self.spec.scale != 1.0 else "y = x * rstd"
+        if self.spec.weight:
+            yield f"y *= {self.gamma}"
+        if self.spec.bias:
+            yield f"y += {self.scaled(self.of_column('bias'))}"
+
+    def read(self) -> Iterator[str]:
+        """s, with the residual, stored if it is wanted."""
+        spec = self.spec
+        yield f"x = {self.entry('x')}"
+        if spec.residual:
+            yield f"x += {f'{spec.alpha} * ' if spec.alpha != 1.0 else ''}{self.entry('residual')}"
+        if spec.sum:
+            yield f"rounded = x.to(tl.{spec.sum})  # the norm is of the sum that is stored"
+            yield self.store_entry("sum", "rounded")
+            yield "x = rounded.to(tl.float32)"
