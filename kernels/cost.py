@@ -33,8 +33,14 @@ def forward_cost(spec: Spec, rows: sympy.Expr, statistics: bool) -> Cost:
     vectors = (spec.weight is not None) + (spec.bias is not None) + spec.unit_offset
     # a square and its sum, times rstd; a sum and a difference for each mean that is subtracted
     operations = 3 + 2 * spec.centre + 2 * spec.centre_output + spec.compressed + residual + vectors
+    inner, inner_vectors = spec.inner, 0
+    if inner is not None:
+        kept += STATISTIC * (1 + inner.centre) if statistics else 0
+        operations += 3 + 2 * inner.centre + 2 * inner.centre_output + bool(inner.weight) + bool(inner.bias)
+        inner_vectors = _size(inner.weight) + _size(inner.bias)
+    vector_bytes = _size(spec.weight) + _size(spec.bias) + inner_vectors
     return Cost(
-        entries * (_size(spec.x) + _size(spec.residual)) + spec.entries * (_size(spec.weight) + _size(spec.bias)),
+        entries * (_size(spec.x) + _size(spec.residual)) + spec.entries * vector_bytes,
         entries * (_size(spec.out) + _size(spec.sum)) + rows * kept,
         entries * operations,
     )

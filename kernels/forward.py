@@ -28,6 +28,9 @@ def forward_rows(r: Rows, statistics: bool) -> Iterator[str]:
         yield r.store("mean", "row", "mean", r.row_mask)
     if statistics:
         yield r.store("rstd", "row", "rstd", r.row_mask)
+    if statistics and spec.inner is not None:
+        kept = ("inner_mean", "inner_rstd") if spec.inner.centre else ("inner_rstd",)
+        yield from (r.store(name, "row", name, r.row_mask) for name in kept)
 
 
 def forward_chunks(r: Rows, statistics: bool) -> Iterator[str]:

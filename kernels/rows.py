@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .launch import Launch
-from .spec import Spec
+from .spec import Inner, Spec
 
 
 class Rows:
@@ -90,10 +90,27 @@ class Rows:
         if self.spec.bias:
             yield f"y += {self.scaled(self.of_column('bias'))}"
 
+    def inner(self, norm: Inner) -> Iterator[str]:
+        """norm(x), in place."""
+        if norm.centre:
+            yield f"inner_mean = {self.sum('x')} / {self.spec.width}"
+            yield f"x = {self.inside('x - inner_mean')}"
+        yield f"inner_rstd = tl.rsqrt({self.sum('x * x')} / {self.spec.width - norm.correction} + inner_eps)"
+        yield f"x *= inner_rstd * {norm.scale}" if norm.scale != 1.0 else "x *= inner_rstd"
+        if norm.weight:
+            yield f"x *= {self.of_column('inner_weight')}"
+        if norm.bias:
+            yield f"x += {self.of_column('inner_bias')}{f' * {norm.scale}' if norm.scale != 1.0 else ''}"
+        if norm.centre_output:
+            yield f"inner_shift = {self.sum('x')} / {self.spec.width}"
+            yield f"x = {self.inside('x - inner_shift')}"
+
     def read(self) -> Iterator[str]:
         """s, with the residual, stored if it is wanted."""
         spec = self.spec
         yield f"x = {self.entry('x')}"
+        if spec.inner is not None:
+            yield from self.inner(spec.inner)
         if spec.residual:
             yield f"x += {f'{spec.alpha} * ' if spec.alpha != 1.0 else ''}{self.entry('residual')}"
         if spec.sum:

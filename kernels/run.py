@@ -32,12 +32,15 @@ def _as_it_is(kernel: Any) -> Any:
 
 
 class Forward(NamedTuple):
-    """out; sum: None unless the spec stores it; mean, rstd: float32, one a row, None where they are not kept."""
+    """out; sum: None unless the spec stores it; mean, rstd: float32, one a row, None where they are not kept; those of
+    the inner norm likewise."""
 
     out: Tensor
     sum: Tensor | None
     mean: Tensor | None
     rstd: Tensor | None
+    inner_mean: Tensor | None = None
+    inner_rstd: Tensor | None = None
 
 
 class Backward(NamedTuple):
@@ -57,8 +60,12 @@ def forward(
     bias: Tensor | None = None,
     statistics: bool = True,
     wrap: Wrap = _as_it_is,
+    inner: tuple[Tensor | None, Tensor | None, float] = (None, None, 0.0),
 ) -> Forward:
-    """The norm over the last dimension of x, of spec.entries entries; any number of other dimensions."""
+    """The norm over the last dimension of x, of spec.entries entries; any number of other dimensions.
+
+    inner: weight, bias and ε of the spec's inner norm
+    """
     shape, matrix = x.shape, _rows(x, spec)
     rows = matrix.shape[0]
     out = x.new_empty(shape, dtype=getattr(torch, spec.out))
@@ -76,10 +83,20 @@ def forward(
         "mean": mean,
         "rstd": rstd,
     }
+    inner_weight, inner_bias, inner_eps = inner
+    inner_rstd = torch.empty_like(rstd) if rstd is not None and spec.inner is not None else None
+    inner_mean = torch.empty_like(rstd) if rstd is not None and spec.inner is not None and spec.inner.centre else None
+    tensors |= {
+        "inner_weight": _vector(inner_weight),
+        "inner_bias": _vector(inner_bias),
+        "inner_mean": inner_mean,
+        "inner_rstd": inner_rstd,
+    }
     if rows:
         grid = (programs(launch, rows, _processors(x.device)),)
-        _start(wrap, _source_of_forward(spec, launch, statistics), grid, tensors, rows=rows, eps=eps)
-    return Forward(out, total, mean, rstd)
+        source = _source_of_forward(spec, launch, statistics)
+        _start(wrap, source, grid, tensors, rows=rows, eps=eps, inner_eps=inner_eps)
+    return Forward(out, total, mean, rstd, inner_mean, inner_rstd)
 
 
 def backward(

@@ -28,7 +28,7 @@ class Source:
 
 def forward_source(spec: Spec, launch: Launch, statistics: bool) -> Source:
     """y, the sum if it is stored, and under `statistics` what backward needs: rstd of each row, and its mean."""
-    tensors = [
+    tensors: list[tuple[str, object]] = [
         ("x", True),
         ("residual", spec.residual),
         ("weight", spec.weight),
@@ -38,8 +38,15 @@ def forward_source(spec: Spec, launch: Launch, statistics: bool) -> Source:
         ("mean", statistics and spec.centre),
         ("rstd", statistics),
     ]
+    if spec.inner is not None:
+        tensors += [
+            ("inner_weight", spec.inner.weight),
+            ("inner_bias", spec.inner.bias),
+            ("inner_mean", statistics and spec.inner.centre),
+            ("inner_rstd", statistics),
+        ]
     by_row = ("x", "residual", "sum", "out")
-    parameters = [*_parameters(tensors, by_row), "eps"]
+    parameters = [*_parameters(tensors, by_row), "eps", *(["inner_eps"] if spec.inner is not None else [])]
     body = forward_chunks if launch.form == "chunks" else forward_rows
     return _source(f"{spec.name}_forward", spec, launch, parameters, body(Rows(spec, launch), statistics))
 
@@ -47,6 +54,8 @@ def forward_source(spec: Spec, launch: Launch, statistics: bool) -> Source:
 def backward_source(spec: Spec, launch: Launch, sum_grad: bool) -> Source:
     """dx from dy, and from the gradient of the stored sum under `sum_grad`; where the launch says so dγ and dβ
     too, as one row of partial sums for each program."""
+    if spec.inner is not None:
+        raise ValueError("normfx kernels: backward of two norms is that of `last` and then that of `first`")
     if spec.residual and not spec.sum:
         raise ValueError(f"normfx kernels: backward reads the sum again, and {spec} does not store it")
     tensors = [
@@ -99,8 +108,9 @@ def _parameters(tensors: Iterable[tuple[str, object]], by_row: tuple[str, ...]) 
 
 
 def _source(name: str, spec: Spec, launch: Launch, parameters: list[str], lines: Iterator[str]) -> Source:
-    if spec.centre_output and launch.form == "chunks":
-        raise ValueError(f"normfx kernels: none centres the output of rows of {spec.entries}: {launch.reason}")
+    if launch.form == "chunks" and (spec.centre_output or spec.inner is not None):
+        what = "centres the output" if spec.centre_output else "has a norm before the add"
+        raise ValueError(f"normfx kernels: none {what} of rows of {spec.entries}: {launch.reason}")
     return _module(name, parameters, launch.warps, f"{spec}\n\n{launch.reason}; {launch.warps} warps.", lines)
 
 

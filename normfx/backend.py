@@ -20,13 +20,14 @@ from normfx.compression import stored
 from normfx.errors import NormfxError, NormfxWarning, StageError, stage_warning
 from normfx.ir import ops
 from normfx.ir.aliasing import functionalize_local, mutated
+from normfx.ir.fusion import centres_output
 from normfx.ir.names import module_path, source_line
 from normfx.ir.printer import print_graph
-from normfx.ir.sites import Norm
 from normfx.ir.verify import verify
 from normfx.lower import choice
 from normfx.lower.folded import Compiled, Folding, compile_folded, hoist, is_frozen
 from normfx.lower.inductor import compile_graph, inductor_options
+from normfx.lower.native import use_native_norms
 from normfx.lower.packed import PACK, pack_linears
 from normfx.lower.triton import Lowered, lower_norms
 from normfx.lower.verified import verified
@@ -34,7 +35,7 @@ from normfx.options import Options
 from normfx.plan import Plan, make_plan
 from normfx.recognize import recognize
 from normfx.report import FoldReport, GraphReport, Report, graph_report
-from normfx.rewrite import rewrite
+from normfx.rewrite import Rewritten, rewrite
 from normfx.specialize import specialize_epsilons
 from normfx.weights.kept import keepable, kept_values
 from normfx.weights.live import live_folds
@@ -151,20 +152,26 @@ def transform_canonical(
         "plan", make_plan, sites, settings.rules, not by_inductor, by_kernels or (choice.is_open() and not by_inductor)
     )
     before = print_graph(graph, names, weights, module_path)
-    written: dict[Norm, Node] = {}
-    lowered = Lowered()
+    done, lowered = Rewritten(), Lowered()
     if plan.changes:
         store = partial(stored, basis=settings.crms_basis, width=settings.crms_width, values=values or {})
-        written = stages.run("rewrite", rewrite, canonical, plan, store)
+        done = stages.run("rewrite", rewrite, canonical, plan, store)
         _check(settings, canonical, "rewrite")
-    if plan.changes and not by_inductor:
-        lowered = stages.run("lower", lower_norms, canonical, by_kernels)
+    if plan.changes:
+        lowered = stages.run("lower", _lower, canonical, settings.lowering)
         _check(settings, canonical, "lower")
     after = print_graph(graph, names, weights, module_path) if plan.changes else before
     report = graph_report(plan, before, after, module_path, _count_folds(canonical, weights), stages.seconds)
-    report = report.with_lowering([lowered.of.get(written.get(norm)) for norm in plan.norms], lowered.kernels)
+    report = report.with_lowering([lowered.of.get(done.written.get(norm)) for norm in plan.norms], lowered.kernels)
+    report = report.with_shared([done.shared.get(norm) for norm in plan.norms])
     _log(report, plan, settings)
     return plan.changes, report
+
+
+def _lower(gm: GraphModule, lowering: str) -> Lowered:
+    lowered = Lowered() if lowering == "inductor" else lower_norms(gm, lowering == "triton")
+    use_native_norms(gm)
+    return lowered
 
 
 def _values(captured: Captured, example_inputs: Sequence[Any]) -> dict[Node, torch.Tensor]:
@@ -194,7 +201,7 @@ def _keep_folds(captured: Captured, settings: Options, packs: bool) -> Folding |
 def _count_folds(gm: GraphModule, weights: frozenset[Any]) -> tuple[int, int]:
     folds = live_folds(gm.graph, [n for n in gm.graph.nodes if n in weights])
     centrings = [n for n in gm.graph.nodes if n.target in (ops.CENTER, ops.COMPRESS) and n not in folds]
-    return len(folds), len(centrings)
+    return len(folds), len(centrings) + sum(map(centres_output, gm.graph.nodes))
 
 
 def _check(settings: Options, gm: GraphModule, stage: str) -> None:

@@ -32,7 +32,9 @@ def rewrite(exported_program: ExportedProgram, options: Mapping[str, Any] | None
             "export the model first: torch.export.export(model, args)"
         )
     captured = capture_exported(exported_program)
-    changed, _ = transform_canonical(captured, replace(Options.parse(options), fold="live", lowering="inductor"))
+    settings = Options.parse(options)
+    kept = tuple(name for name in settings.rules if name != "fuse_residual_norm")  # its op would be written out again
+    changed, _ = transform_canonical(captured, replace(settings, rules=kept, fold="live", lowering="inductor"))
     if not changed:
         return exported_program
     rewritten = captured.graph_module

@@ -9,7 +9,9 @@ from typing import Any
 
 from normfx.errors import OptionError
 
-RULE_NAMES = ("pre_rms_norm", "linear_norm", "fold_scale", "fold_affine", "bake_weights", "crms_norm")
+RULE_NAMES = (
+    "pre_rms_norm", "linear_norm", "fold_scale", "fold_affine", "fuse_residual_norm", "bake_weights", "crms_norm",
+)  # fmt: skip
 """Every rule of this version, in the order in which they are decided."""
 DEFAULT_RULES = tuple(name for name in RULE_NAMES if name != "crms_norm")
 FOLDS = ("auto", "live", "cached", "frozen")

@@ -9,6 +9,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch.fx import Node
 
 from normfx.ir.graph import entries, shape, size_hint, value
 from normfx.ir.sites import Composed, Norm, Sites
@@ -107,14 +108,17 @@ LARGE = 2**20
 `aten.layer_norm` and one of its spelled form; while the rows fit in the cache both take the same time."""
 
 
-def _faster_spelled(norm: Norm) -> bool:
-    """Whether the spelled form is the same function, and faster: on a CPU, with gradients (its backward reads the rows
-    less often) or on large float32 activations. The measurements are in docs/design-notes.md."""
-    fake = value(norm.output)
-    if norm.kind != "LayerNorm" or not _spellable(norm) or fake is None or fake.device.type != "cpu":
+def faster_spelled(out: Node, records: bool) -> bool:
+    """Whether a LayerNorm is faster in two passes than as `aten.layer_norm`: on a CPU, with gradients recorded (its
+    backward reads the rows less often) or of large float32 activations. Measurements: docs/design-notes.md."""
+    fake = value(out)
+    if fake is None or fake.device.type != "cpu":
         return False
-    large = fake.dtype == torch.float32 and size_hint(entries(shape(norm.output)), (norm.output,)) >= LARGE
-    return large or torch.is_grad_enabled()
+    return records or (fake.dtype == torch.float32 and size_hint(entries(shape(out)), (out,)) >= LARGE)
+
+
+def _faster_spelled(norm: Norm) -> bool:
+    return norm.kind == "LayerNorm" and _spellable(norm) and faster_spelled(norm.output, torch.is_grad_enabled())
 
 
 def _for_a_kernel(norm: Norm) -> bool:

@@ -35,6 +35,7 @@ class SiteReport:
     lowering: on a CUDA device, and everywhere under lowering="triton", "triton: ", the kernel and the bytes it must
               move, or "inductor: " and why there is no kernel, or why Inductor is ahead of it; else "two-pass" where a
               norm that stays is spelled out, "inductor" where it is not
+    shares:   an earlier norm of the same value whose result is also this one's ("" if there is none)
     """
 
     name: str
@@ -43,6 +44,7 @@ class SiteReport:
     refusals: tuple[RefusalReport, ...]
     source: str
     lowering: str = "inductor"
+    shares: str = ""
 
     @property
     def to_rms_norm(self) -> bool:
@@ -98,6 +100,11 @@ class GraphReport:
         sites = (replace(site, lowering=own or site.lowering) for site, own in zip(self.sites, lowering, strict=True))
         return replace(self, sites=tuple(sites), kernels=dict(kernels))
 
+    def with_shared(self, shared: Iterable[Norm | None]) -> GraphReport:
+        """The same, with the norm that each site shares its result with."""
+        pairs = zip(self.sites, shared, strict=True)
+        return replace(self, sites=tuple(replace(site, shares=norm.name if norm else "") for site, norm in pairs))
+
 
 _KINDS = {
     "LayerNorm": "layer_norm",
@@ -143,7 +150,8 @@ class Report:
         width = max((len(site.name) for site in self.sites), default=0)
         said: dict[tuple[str, str, str], str] = {}
         for site in (*self.sites, *(w for w in self.composed if w.rules)):
-            lines.append(f"{site.name:{width}}  {site.kind:9}  {', '.join(site.rules) or '-'}")
+            shares = f" (computed by {site.shares})" if site.shares else ""
+            lines.append(f"{site.name:{width}}  {site.kind:9}  {', '.join(site.rules) or '-'}{shares}")
             for r in site.refusals:
                 first = said.setdefault((r.rule, r.code, r.detail), site.name)
                 reason = r.detail if first == site.name else f"as for {first}"

@@ -7,7 +7,7 @@ or gradient-mode region. Rules describe their edits through `Edit`; norms are wr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,9 +15,10 @@ import torch.utils._pytree as pytree
 from torch.fx import GraphModule, Node
 
 from normfx.ir import ops
+from normfx.ir.fusion import Fusion
 from normfx.ir.graph import BAKED, arguments, op_name, shape, tensor, value
 from normfx.ir.resize import resize
-from normfx.ir.sites import Axis, Linear, Norm
+from normfx.ir.sites import Axis, Linear, Norm, Residual
 from normfx.plan import Plan
 from normfx.recognize.flow import LINEARS
 
@@ -45,8 +46,17 @@ class Stored:
     width: int
 
 
-def rewrite(gm: GraphModule, plan: Plan, store: Callable[[Any], Stored] | None = None) -> dict[Norm, Node]:
-    """Apply all decisions of a plan in place. Returns the canonical op of each norm that was written anew.
+@dataclass(frozen=True)
+class Rewritten:
+    """written: the canonical op of each norm that was written anew; shared: norms that have become the same function of
+    the same value as an earlier one, with that one"""
+
+    written: Mapping[Norm, Node] = field(default_factory=dict)
+    shared: Mapping[Norm, Norm] = field(default_factory=dict)
+
+
+def rewrite(gm: GraphModule, plan: Plan, store: Callable[[Any], Stored] | None = None) -> Rewritten:
+    """Apply all decisions of a plan in place.
 
     store: how to store the rows of a stream of crms_norm
     """
@@ -57,7 +67,7 @@ def rewrite(gm: GraphModule, plan: Plan, store: Callable[[Any], Stored] | None =
         edit.norm(norm)
     if edit.norms or plan.changes:
         edit.finish()
-    return edit.written
+    return Rewritten(edit.written, edit.shared)
 
 
 def feed(gm: GraphModule, nodes: Sequence[Node], prefix: str) -> tuple[Node, ...]:
@@ -102,6 +112,8 @@ class Edit:
         self.folded: dict[Node, torch.dtype] = {}
         self.replaced: dict[Node, Node] = {}
         self.written: dict[Norm, Node] = {}
+        self.shared: dict[Norm, Norm] = {}
+        self.fused: list[Residual] = []
         calls = {getattr(node.target, "__name__", "") for node in gm.graph.nodes}
         self.switches_grad = "_set_grad_enabled" in calls
         self.linears = {node: arguments(node) for node in gm.graph.nodes if op_name(node) in LINEARS}
@@ -110,6 +122,12 @@ class Edit:
         if norm not in self.norms:
             self.norms[norm] = NormState(norm.input, norm.output, norm.out_dtype)
         return self.norms[norm]
+
+    def fuse(self, site: Residual) -> None:
+        """The norm and the sum it reads become one op (ir/fusion.py), when all norms are written."""
+        for norm in site.norms:
+            self.norm(norm)
+        self.fused.append(site)
 
     def absorb(self, norm: Norm, node: Node) -> None:
         """The norm now also computes `node`, a multiple of its output.
@@ -214,7 +232,7 @@ class Edit:
                 self._set(linear.node, linear.weight_arg, folded)
         for norm in site.stream.norms:
             self.norm(norm).stored = stored
-        self.widths.update({self._now(node): (axis, stored.width) for node, axis in site.values.items()})
+        self.widths.update({node: (axis, stored.width) for node, axis in site.values.items()})
 
     def fold_output_scale(self, linear: Node, scale: Node, product: Node) -> None:
         """scale ⊙ linear → the linear with λ in weight and bias; readers of the product read its other operand."""
@@ -276,7 +294,14 @@ class Edit:
             self._write_norm(norm, state)
         self.graph.eliminate_dead_code(_is_impure)
         if self.widths:
-            resize(self.graph, self.widths, self.compressed, self._fake)
+            widths = {self._now(node): width for node, width in self.widths.items()}
+            resize(self.graph, widths, self.compressed, self._fake)
+        fusion = Fusion(self.graph, self.written, self._call)
+        fusion.centre_outputs()
+        fusion.share()
+        for site in self.fused:
+            fusion.fuse(site)
+        self.written, self.shared = fusion.written, fusion.shared
         self.graph.lint()
         self.gm.recompile()
 
@@ -291,7 +316,7 @@ class Edit:
             correction += state.stored.width - state.stored.size
         args = (self._now(state.input), weight, bias, dim, norm.eps, norm.eps_place, correction, state.scale)
         with self.graph.inserting_before(norm.output):  # in the norm's own gradient mode
-            new = self._call(op, (*args, norm.compute_dtype, state.out_dtype), norm.output)
+            new = self._call(op, (*args, norm.compute_dtype, state.out_dtype, False), norm.output)
         self._replace(state.output, new)
         self.written[norm] = new
 

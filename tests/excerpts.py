@@ -6,8 +6,8 @@ from __future__ import annotations
 import re
 
 OPS = (
-    "rms_norm crms_norm layer_norm center compress compress_input scale_features fold_shift linear addmm add embedding "
-    "conv2d cat dropout sub"
+    "rms_norm crms_norm layer_norm add_rms_norm add_crms_norm add_layer_norm norm_add_norm center compress "
+    "compress_input scale_features fold_shift linear addmm add embedding conv2d cat dropout sub"
 )
 SHOWN = re.compile(rf" = ({OPS.replace(' ', '|')})\(|^return")
 

@@ -38,28 +38,33 @@ def exact(
     """Outputs and gradients in float64, by autograd from the definition."""
     wide = {name: t.detach().double().requires_grad_() for name, t in tensors.items()}
     s = wide["x"]
+    if spec.inner is not None:
+        s = normalised(spec.first, s, eps, wide.get("inner_weight"), wide.get("inner_bias"))
     if "residual" in wide:
         s = s + spec.alpha * wide["residual"]
     unrounded = s.detach()
     if stored is not None:  # the norm is of the sum as it was stored
         s = s + (stored.double() - unrounded)
+    y = normalised(spec, s, eps, wide.get("weight"), wide.get("bias"))
+    loss = (y * out_grad.double()).sum() + ((s * sum_grad.double()).sum() if sum_grad is not None else 0)
+    wanted = [name for name in ("x", "weight", "bias", "inner_weight", "inner_bias") if name in wide]
+    grads = torch.autograd.grad(loss, [wide[name] for name in wanted])
+    results = {"out": y.detach(), **{f"{name}_grad": g for name, g in zip(wanted, grads, strict=True)}}
+    return {**results, "sum": unrounded} if stored is not None else results
+
+
+def normalised(spec: Spec, s: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     z = s - s.mean(-1, keepdim=True) if spec.centre else s
     squares = z.square().sum(-1, keepdim=True)
     if spec.compressed:
         squares = squares + z.sum(-1, keepdim=True).square()
     y = z * torch.rsqrt(squares / (spec.width - spec.correction) + eps)
-    if "weight" in wide:
-        y = y * (1 + wide["weight"] if spec.unit_offset else wide["weight"])
-    if "bias" in wide:
-        y = y + wide["bias"]
+    if weight is not None:
+        y = y * (1 + weight if spec.unit_offset else weight)
+    if bias is not None:
+        y = y + bias
     y = y * spec.scale
-    if spec.centre_output:
-        y = y - y.mean(-1, keepdim=True)
-    loss = (y * out_grad.double()).sum() + ((s * sum_grad.double()).sum() if sum_grad is not None else 0)
-    wanted = [name for name in ("x", "weight", "bias") if name in wide]
-    grads = torch.autograd.grad(loss, [wide[name] for name in wanted])
-    results = {"out": y.detach(), **{f"{name}_grad": g for name, g in zip(wanted, grads, strict=True)}}
-    return {**results, "sum": unrounded} if stored is not None else results
+    return y - y.mean(-1, keepdim=True) if spec.centre_output else y
 
 
 def inputs(spec: Spec, shape: list[int], shift: float, kind: str) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:

@@ -51,13 +51,12 @@ class Goldens(TestCase):
 %8 = compress(down.weight, dim=0, basis=orthonormal, channel=2, width=7): f32[7, 6]
 %9 = compress(down.bias, dim=0, basis=orthonormal, channel=2, width=7): f32[7]
 %10 = linear(%11, %8, %9): f32[6, 7]
-%12 = add(%3, %10): f32[6, 7]
-%13 = rms_norm(%12, dim=1, eps=1e-05, correction=-1): f32[6, 7]  # final
-%14 = fold_shift(head.weight, final.bias, bias=head.bias, dim=1): f32[3]
-%15 = scale_features(head.weight, final.weight, dim=1): f32[3, 8]
-%16 = compress_input(%15, dim=1, basis=orthonormal, channel=2, width=7): f32[3, 7]
-%17 = linear(%13, %16, %14): f32[6, 3]
-return [%17]
+%12 = add_rms_norm(%3, %10, dim=1, eps=1e-05, correction=-1): f32[6, 7]  # final
+%13 = fold_shift(head.weight, final.bias, bias=head.bias, dim=1): f32[3]
+%14 = scale_features(head.weight, final.weight, dim=1): f32[3, 8]
+%15 = compress_input(%14, dim=1, basis=orthonormal, channel=2, width=7): f32[3, 7]
+%16 = linear(%12, %15, %13): f32[6, 3]
+return [%16]
 """,
         )
 
@@ -75,12 +74,11 @@ return [%17]
 %8 = compress(down.weight, dim=0, basis=drop, channel=5, width=8): f32[8, 6]
 %9 = compress(down.bias, dim=0, basis=drop, channel=5, width=8): f32[8]
 %10 = linear(%11, %8, %9): f32[6, 8]
-%12 = add(%3, %10): f32[6, 8]
-%13 = crms_norm(%12, dim=1, eps=1e-05): f32[6, 8]  # final
-%14 = fold_shift(head.weight, final.bias, bias=head.bias, dim=1): f32[3]
-%15 = scale_features(head.weight, final.weight, dim=1): f32[3, 8]
-%16 = compress_input(%15, dim=1, basis=drop, channel=5, width=8): f32[3, 8]
-%17 = linear(%13, %16, %14): f32[6, 3]
-return [%17]
+%12 = add_crms_norm(%3, %10, dim=1, eps=1e-05): f32[6, 8]  # final
+%13 = fold_shift(head.weight, final.bias, bias=head.bias, dim=1): f32[3]
+%14 = scale_features(head.weight, final.weight, dim=1): f32[3, 8]
+%15 = compress_input(%14, dim=1, basis=drop, channel=5, width=8): f32[3, 8]
+%16 = linear(%12, %15, %13): f32[6, 3]
+return [%16]
 """,
         )

@@ -77,13 +77,13 @@ class Goldens(TestCase):
         self.assertExpectedInline(
             str(_report(gpt2())),
             """\
-layer_norm: 5, rms_norm: 0, to_rms_norm: 5, fold_affine: 5, pre_rms_norm: 5, centrings: 0, folds: 20, graphs: 1, graph_breaks: 0
+layer_norm: 5, rms_norm: 0, to_rms_norm: 5, fold_affine: 5, fuse_residual_norm: 4, pre_rms_norm: 5, centrings: 0, folds: 20, graphs: 1, graph_breaks: 0
 model.transformer.h.0.ln_1  LayerNorm  pre_rms_norm, fold_affine
-model.transformer.h.0.ln_2  LayerNorm  pre_rms_norm, fold_affine
-model.transformer.h.1.ln_1  LayerNorm  pre_rms_norm, fold_affine
-model.transformer.h.1.ln_2  LayerNorm  pre_rms_norm, fold_affine
-model.transformer.ln_f      LayerNorm  pre_rms_norm, fold_affine
-graph 0: predicted bytes a call: pre_rms_norm 46,080 to 35,328, fold_affine 15,360 to 0""",
+model.transformer.h.0.ln_2  LayerNorm  pre_rms_norm, fold_affine, fuse_residual_norm
+model.transformer.h.1.ln_1  LayerNorm  pre_rms_norm, fold_affine, fuse_residual_norm
+model.transformer.h.1.ln_2  LayerNorm  pre_rms_norm, fold_affine, fuse_residual_norm
+model.transformer.ln_f      LayerNorm  pre_rms_norm, fold_affine, fuse_residual_norm
+graph 0: predicted bytes a call: pre_rms_norm 46,080 to 35,328, fold_affine 15,360 to 0, fuse_residual_norm 12,288 to 0""",
         )
 
     def test_gpt2_graph(self) -> None:
@@ -104,8 +104,7 @@ graph 0: predicted bytes a call: pre_rms_norm 46,080 to 35,328, fold_affine 15,3
 %15 = center(model.transformer.h.0.attn.c_proj.weight, dim=1): f32[32, 32]
 %16 = addmm(%14, %17, %15): f32[24, 32]
 %18 = dropout(%19, 0, False): f32[2, 12, 32]
-%20 = add(%18, %8): f32[2, 12, 32]
-%21 = rms_norm(%20, dim=2, eps=1e-05): f32[2, 12, 32]  # model.transformer.h.0.ln_2
+%20, %21 = add_rms_norm(%18, %8, dim=2, eps=1e-05): f32[2, 12, 32], f32[2, 12, 32]  # model.transformer.h.0.ln_2
 %22 = fold_shift(model.transformer.h.0.mlp.c_fc.weight, model.transformer.h.0.ln_2.bias, bias=model.transformer.h.0.mlp.c_fc.bias, dim=0): f32[128]
 %23 = scale_features(model.transformer.h.0.mlp.c_fc.weight, model.transformer.h.0.ln_2.weight, dim=0): f32[32, 128]
 %24 = addmm(%22, %25, %23): f32[24, 128]
@@ -115,8 +114,7 @@ graph 0: predicted bytes a call: pre_rms_norm 46,080 to 35,328, fold_affine 15,3
 %32 = center(model.transformer.h.0.mlp.c_proj.weight, dim=1): f32[128, 32]
 %33 = addmm(%31, %34, %32): f32[24, 32]
 %35 = dropout(%36, 0, False): f32[2, 12, 32]
-%37 = add(%20, %35): f32[2, 12, 32]
-%38 = rms_norm(%37, dim=2, eps=1e-05): f32[2, 12, 32]  # model.transformer.h.1.ln_1
+%37, %38 = add_rms_norm(%21, %35, dim=2, eps=1e-05): f32[2, 12, 32], f32[2, 12, 32]  # model.transformer.h.1.ln_1
 %39 = fold_shift(model.transformer.h.1.attn.c_attn.weight, model.transformer.h.1.ln_1.bias, bias=model.transformer.h.1.attn.c_attn.bias, dim=0): f32[96]
 %40 = scale_features(model.transformer.h.1.attn.c_attn.weight, model.transformer.h.1.ln_1.weight, dim=0): f32[32, 96]
 %41 = addmm(%39, %42, %40): f32[24, 96]
@@ -124,8 +122,7 @@ graph 0: predicted bytes a call: pre_rms_norm 46,080 to 35,328, fold_affine 15,3
 %44 = center(model.transformer.h.1.attn.c_proj.weight, dim=1): f32[32, 32]
 %45 = addmm(%43, %46, %44): f32[24, 32]
 %47 = dropout(%48, 0, False): f32[2, 12, 32]
-%49 = add(%47, %37): f32[2, 12, 32]
-%50 = rms_norm(%49, dim=2, eps=1e-05): f32[2, 12, 32]  # model.transformer.h.1.ln_2
+%49, %50 = add_rms_norm(%47, %38, dim=2, eps=1e-05): f32[2, 12, 32], f32[2, 12, 32]  # model.transformer.h.1.ln_2
 %51 = fold_shift(model.transformer.h.1.mlp.c_fc.weight, model.transformer.h.1.ln_2.bias, bias=model.transformer.h.1.mlp.c_fc.bias, dim=0): f32[128]
 %52 = scale_features(model.transformer.h.1.mlp.c_fc.weight, model.transformer.h.1.ln_2.weight, dim=0): f32[32, 128]
 %53 = addmm(%51, %54, %52): f32[24, 128]
@@ -135,12 +132,11 @@ graph 0: predicted bytes a call: pre_rms_norm 46,080 to 35,328, fold_affine 15,3
 %61 = center(model.transformer.h.1.mlp.c_proj.weight, dim=1): f32[128, 32]
 %62 = addmm(%60, %63, %61): f32[24, 32]
 %64 = dropout(%65, 0, False): f32[2, 12, 32]
-%66 = add(%49, %64): f32[2, 12, 32]
-%67 = rms_norm(%66, dim=2, eps=1e-05): f32[2, 12, 32]  # model.transformer.ln_f
-%68 = fold_shift(model.transformer.wte.weight, model.transformer.ln_f.bias, dim=1): f32[100]
-%69 = scale_features(model.transformer.wte.weight, model.transformer.ln_f.weight, dim=1): f32[100, 32]
-%70 = linear(%71, %69, %68): f32[2, 12, 100]
-return [%70]
+%66 = add_rms_norm(%50, %64, dim=2, eps=1e-05): f32[2, 12, 32]  # model.transformer.ln_f
+%67 = fold_shift(model.transformer.wte.weight, model.transformer.ln_f.bias, dim=1): f32[100]
+%68 = scale_features(model.transformer.wte.weight, model.transformer.ln_f.weight, dim=1): f32[100, 32]
+%69 = linear(%70, %68, %67): f32[2, 12, 100]
+return [%69]
 """,
         )
 
@@ -148,12 +144,12 @@ return [%70]
         self.assertExpectedInline(
             str(_report(vit())),
             """\
-layer_norm: 3, rms_norm: 0, to_rms_norm: 3, fold_affine: 2, pre_rms_norm: 3, centrings: 0, folds: 16, graphs: 1, graph_breaks: 0
+layer_norm: 3, rms_norm: 0, to_rms_norm: 3, fold_affine: 2, fuse_residual_norm: 2, pre_rms_norm: 3, centrings: 0, folds: 16, graphs: 1, graph_breaks: 0
 model.layers.0.layernorm_before  LayerNorm  pre_rms_norm, fold_affine
-model.layers.0.layernorm_after   LayerNorm  pre_rms_norm, fold_affine
-model.layernorm                  LayerNorm  pre_rms_norm
+model.layers.0.layernorm_after   LayerNorm  pre_rms_norm, fold_affine, fuse_residual_norm
+model.layernorm                  LayerNorm  pre_rms_norm, fuse_residual_norm
   fold_affine refused (returned): the norm's output leaves the graph
-graph 0: predicted bytes a call: pre_rms_norm 39,168 to 26,112, fold_affine 8,704 to 0""",
+graph 0: predicted bytes a call: pre_rms_norm 39,168 to 26,112, fold_affine 8,704 to 0, fuse_residual_norm 8,704 to 0""",
         )
 
     def test_vit_graph(self) -> None:
@@ -182,18 +178,16 @@ graph 0: predicted bytes a call: pre_rms_norm 39,168 to 26,112, fold_affine 8,70
 %21 = center(model.layers.0.attention.o_proj.bias, dim=0): f32[32]
 %22 = linear(%23, %20, %21): f32[2, 17, 32]
 %24 = dropout(%22, 0, False): f32[2, 17, 32]
-%25 = add(%24, %9): f32[2, 17, 32]
-%26 = rms_norm(%25, dim=2, eps=1e-12): f32[2, 17, 32]  # model.layers.0.layernorm_after
+%25, %26 = add_rms_norm(%24, %9, dim=2, eps=1e-12): f32[2, 17, 32], f32[2, 17, 32]  # model.layers.0.layernorm_after
 %27 = fold_shift(model.layers.0.mlp.fc1.weight, model.layers.0.layernorm_after.bias, bias=model.layers.0.mlp.fc1.bias, dim=1): f32[64]
 %28 = scale_features(model.layers.0.mlp.fc1.weight, model.layers.0.layernorm_after.weight, dim=1): f32[64, 32]
-%29 = linear(%26, %28, %27): f32[2, 17, 64]
+%29 = linear(%25, %28, %27): f32[2, 17, 64]
 %30 = center(model.layers.0.mlp.fc2.weight, dim=0): f32[32, 64]
 %31 = center(model.layers.0.mlp.fc2.bias, dim=0): f32[32]
 %32 = linear(%33, %30, %31): f32[2, 17, 32]
 %34 = dropout(%32, 0, False): f32[2, 17, 32]
-%35 = add(%34, %25): f32[2, 17, 32]
-%36 = rms_norm(%35, model.layernorm.weight, bias=model.layernorm.bias, dim=2, eps=1e-12): f32[2, 17, 32]  # model.layernorm
-return [%36]
+%35 = add_rms_norm(%34, %26, model.layernorm.weight, bias=model.layernorm.bias, dim=2, eps=1e-12): f32[2, 17, 32]  # model.layernorm
+return [%35]
 """,
         )
 
@@ -201,11 +195,11 @@ return [%36]
         self.assertExpectedInline(
             str(_report((Observed(), (torch.arange(6).reshape(2, 3),)))),
             """\
-layer_norm: 2, rms_norm: 0, to_rms_norm: 1, fold_affine: 2, pre_rms_norm: 1, centrings: 0, folds: 5, graphs: 1, graph_breaks: 0
+layer_norm: 2, rms_norm: 0, to_rms_norm: 1, fold_affine: 2, fuse_residual_norm: 1, pre_rms_norm: 1, centrings: 0, folds: 5, graphs: 1, graph_breaks: 0
 norm   LayerNorm  pre_rms_norm, fold_affine
-final  LayerNorm  fold_affine
+final  LayerNorm  fold_affine, fuse_residual_norm
   pre_rms_norm refused (observed): the stream's mean is read by something other than a LayerNorm over the same features: add is read by output
-graph 0: predicted bytes a call: pre_rms_norm 576 to 576, fold_affine 384 to 0""",
+graph 0: predicted bytes a call: pre_rms_norm 576 to 576, fold_affine 384 to 0, fuse_residual_norm 192 to 0""",
         )
 
     def test_refusal_graph(self) -> None:
@@ -220,12 +214,11 @@ ids: i64[2, 3]
 %3 = fold_shift(write.weight, norm.bias, bias=write.bias, dim=1): f32[8]
 %4 = scale_features(write.weight, norm.weight, dim=1): f32[8, 8]
 %5 = linear(%2, %4, %3): f32[2, 3, 8]
-%6 = add(%0, %5): f32[2, 3, 8]
-%7 = layer_norm(%6, dim=2, eps=1e-05): f32[2, 3, 8]  # final
+%6, %7 = add_layer_norm(%0, %5, dim=2, eps=1e-05): f32[2, 3, 8], f32[2, 3, 8]  # final
 %8 = fold_shift(head.weight, final.bias, bias=head.bias, dim=1): f32[3]
 %9 = scale_features(head.weight, final.weight, dim=1): f32[3, 8]
-%10 = linear(%7, %9, %8): f32[2, 3, 3]
-return [%10, %6]
+%10 = linear(%6, %9, %8): f32[2, 3, 3]
+return [%10, %7]
 """,
         )
 
@@ -234,18 +227,18 @@ return [%10, %6]
         self.assertExpectedInline(
             str(_report(gpt2(0.1), training=True)),
             """\
-layer_norm: 5, rms_norm: 0, to_rms_norm: 0, fold_affine: 5, centrings: 0, folds: 10, graphs: 1, graph_breaks: 0
+layer_norm: 5, rms_norm: 0, to_rms_norm: 0, fold_affine: 5, fuse_residual_norm: 4, centrings: 0, folds: 10, graphs: 1, graph_breaks: 0
 model.transformer.h.0.ln_1  LayerNorm  fold_affine
   pre_rms_norm refused (uncentred_input): a value enters the stream that can only be centred while the model runs, and that costs more than it saves: dropout_1 (an activation or graph input), dropout (an activation or graph input), dropout_2 (an activation or graph input), dropout_3 (an activation or graph input), dropout_4 (an activation or graph input)
-model.transformer.h.0.ln_2  LayerNorm  fold_affine
+model.transformer.h.0.ln_2  LayerNorm  fold_affine, fuse_residual_norm
   pre_rms_norm refused (uncentred_input): as for model.transformer.h.0.ln_1
-model.transformer.h.1.ln_1  LayerNorm  fold_affine
+model.transformer.h.1.ln_1  LayerNorm  fold_affine, fuse_residual_norm
   pre_rms_norm refused (uncentred_input): as for model.transformer.h.0.ln_1
-model.transformer.h.1.ln_2  LayerNorm  fold_affine
+model.transformer.h.1.ln_2  LayerNorm  fold_affine, fuse_residual_norm
   pre_rms_norm refused (uncentred_input): as for model.transformer.h.0.ln_1
-model.transformer.ln_f      LayerNorm  fold_affine
+model.transformer.ln_f      LayerNorm  fold_affine, fuse_residual_norm
   pre_rms_norm refused (uncentred_input): as for model.transformer.h.0.ln_1
-graph 0: predicted bytes a call: fold_affine 15,360 to 0""",
+graph 0: predicted bytes a call: fold_affine 15,360 to 0, fuse_residual_norm 12,288 to 0""",
         )
 
     def test_training_graph(self) -> None:
@@ -262,8 +255,7 @@ graph 0: predicted bytes a call: fold_affine 15,360 to 0""",
 %10 = addmm(%8, %11, %9): f32[24, 96]
 %12 = addmm(model.transformer.h.0.attn.c_proj.bias, %13, model.transformer.h.0.attn.c_proj.weight): f32[24, 32]
 %14 = dropout(%15, 0.1, True): f32[2, 12, 32]
-%16 = add(%14, %6): f32[2, 12, 32]
-%17 = layer_norm(%16, dim=2, eps=1e-05): f32[2, 12, 32]  # model.transformer.h.0.ln_2
+%16, %17 = add_layer_norm(%14, %6, dim=2, eps=1e-05): f32[2, 12, 32], f32[2, 12, 32]  # model.transformer.h.0.ln_2
 %18 = fold_shift(model.transformer.h.0.mlp.c_fc.weight, model.transformer.h.0.ln_2.bias, bias=model.transformer.h.0.mlp.c_fc.bias, dim=0): f32[128]
 %19 = scale_features(model.transformer.h.0.mlp.c_fc.weight, model.transformer.h.0.ln_2.weight, dim=0): f32[32, 128]
 %20 = addmm(%18, %21, %19): f32[24, 128]
@@ -271,15 +263,13 @@ graph 0: predicted bytes a call: fold_affine 15,360 to 0""",
 %25 = add(%26, 1): f32[2, 12, 128]
 %27 = addmm(model.transformer.h.0.mlp.c_proj.bias, %28, model.transformer.h.0.mlp.c_proj.weight): f32[24, 32]
 %29 = dropout(%30, 0.1, True): f32[2, 12, 32]
-%31 = add(%16, %29): f32[2, 12, 32]
-%32 = layer_norm(%31, dim=2, eps=1e-05): f32[2, 12, 32]  # model.transformer.h.1.ln_1
+%31, %32 = add_layer_norm(%17, %29, dim=2, eps=1e-05): f32[2, 12, 32], f32[2, 12, 32]  # model.transformer.h.1.ln_1
 %33 = fold_shift(model.transformer.h.1.attn.c_attn.weight, model.transformer.h.1.ln_1.bias, bias=model.transformer.h.1.attn.c_attn.bias, dim=0): f32[96]
 %34 = scale_features(model.transformer.h.1.attn.c_attn.weight, model.transformer.h.1.ln_1.weight, dim=0): f32[32, 96]
 %35 = addmm(%33, %36, %34): f32[24, 96]
 %37 = addmm(model.transformer.h.1.attn.c_proj.bias, %38, model.transformer.h.1.attn.c_proj.weight): f32[24, 32]
 %39 = dropout(%40, 0.1, True): f32[2, 12, 32]
-%41 = add(%39, %31): f32[2, 12, 32]
-%42 = layer_norm(%41, dim=2, eps=1e-05): f32[2, 12, 32]  # model.transformer.h.1.ln_2
+%41, %42 = add_layer_norm(%39, %32, dim=2, eps=1e-05): f32[2, 12, 32], f32[2, 12, 32]  # model.transformer.h.1.ln_2
 %43 = fold_shift(model.transformer.h.1.mlp.c_fc.weight, model.transformer.h.1.ln_2.bias, bias=model.transformer.h.1.mlp.c_fc.bias, dim=0): f32[128]
 %44 = scale_features(model.transformer.h.1.mlp.c_fc.weight, model.transformer.h.1.ln_2.weight, dim=0): f32[32, 128]
 %45 = addmm(%43, %46, %44): f32[24, 128]
@@ -287,12 +277,11 @@ graph 0: predicted bytes a call: fold_affine 15,360 to 0""",
 %50 = add(%51, 1): f32[2, 12, 128]
 %52 = addmm(model.transformer.h.1.mlp.c_proj.bias, %53, model.transformer.h.1.mlp.c_proj.weight): f32[24, 32]
 %54 = dropout(%55, 0.1, True): f32[2, 12, 32]
-%56 = add(%41, %54): f32[2, 12, 32]
-%57 = layer_norm(%56, dim=2, eps=1e-05): f32[2, 12, 32]  # model.transformer.ln_f
-%58 = fold_shift(model.transformer.wte.weight, model.transformer.ln_f.bias, dim=1): f32[100]
-%59 = scale_features(model.transformer.wte.weight, model.transformer.ln_f.weight, dim=1): f32[100, 32]
-%60 = linear(%61, %59, %58): f32[2, 12, 100]
-return [%60]
+%56 = add_layer_norm(%42, %54, dim=2, eps=1e-05): f32[2, 12, 32]  # model.transformer.ln_f
+%57 = fold_shift(model.transformer.wte.weight, model.transformer.ln_f.bias, dim=1): f32[100]
+%58 = scale_features(model.transformer.wte.weight, model.transformer.ln_f.weight, dim=1): f32[100, 32]
+%59 = linear(%60, %58, %57): f32[2, 12, 100]
+return [%59]
 """,
         )
 
@@ -315,10 +304,9 @@ normfx_fold_7: f32[5, 16]
 %2 = linear(%1, normfx_fold_3, normfx_fold_2): f32[3, 16]
 %3 = tanh(%2): f32[3, 16]
 %4 = linear(%3, normfx_fold_5, normfx_fold_4): f32[3, 16]
-%5 = add(%0, %4): f32[3, 16]
-%6 = rms_norm(%5, dim=1, eps=1e-05): f32[3, 16]
-%7 = linear(%6, normfx_fold_7, normfx_fold_6): f32[3, 5]
-return [%7]
+%5 = add_rms_norm(%0, %4, dim=1, eps=1e-05): f32[3, 16]
+%6 = linear(%5, normfx_fold_7, normfx_fold_6): f32[3, 5]
+return [%6]
 
 (1) v0 = normfx.center.default(a0, 0, 16, 1, torch.float32){}
 (1) v0 = normfx.center.default(a0, 0, 16, 1, torch.float32){}

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, library
 
-_NORM_ARGS = (
-    "(Tensor x, Tensor? weight, Tensor? bias, int dim, float eps, str eps_place, int correction, float scale, "
-    "ScalarType compute_dtype, ScalarType out_dtype) -> Tensor"
+FORM_ARGS = (
+    "int dim, float eps, str eps_place, int correction, float scale, ScalarType compute_dtype, ScalarType out_dtype, "
+    "bool centre_output"
 )
+_NORM_ARGS = f"(Tensor x, Tensor? weight, Tensor? bias, {FORM_ARGS}=False) -> Tensor"
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -34,6 +35,7 @@ class Form(NamedTuple):
     """The arguments of a norm op behind its tensors, in the order of its schema (see Norm in ir/sites.py).
 
     eps_place: "inside" or "outside" of the root; correction: c of the divisor d − c; scale: k
+    centre_output: the output is P y in place of y (maths M9)
     """
 
     dim: int
@@ -43,6 +45,7 @@ class Form(NamedTuple):
     scale: float
     compute_dtype: torch.dtype
     out_dtype: torch.dtype
+    centre_output: bool = False
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *form: Any) -> Tensor:
@@ -84,12 +87,18 @@ def _normalise(
         rstd = (mean_square.sqrt() + form.eps).reciprocal()
     else:
         rstd = torch.rsqrt(mean_square + form.eps)
-    out = wide * (rstd * k if k != 1.0 else rstd)
+    factor = rstd * k if k != 1.0 else rstd
+    out = wide * factor
     if weight is not None:
-        out = out * _along(weight, x.ndim, dim).to(wide.dtype)
+        gamma = _along(weight, x.ndim, dim).to(wide.dtype)
+        out = out * gamma
+    if form.centre_output:  # γ·x/d in the pass over the row that sums its squares
+        products = wide if weight is None else wide * gamma
+        out = out - products.mean(dim, keepdim=True) * factor
     if bias is not None:
         shift = _along(bias, x.ndim, dim).to(wide.dtype)
-        out = out + (shift * k if k != 1.0 else shift)
+        shift = shift * k if k != 1.0 else shift
+        out = out + (shift - shift.mean() if form.centre_output else shift)
     return out.to(form.out_dtype), mean, rstd
 
 
@@ -105,7 +114,8 @@ class _Normalise(torch.autograd.Function):
 
         x̂ = (x − μ)·rstd,  t = γ ⊙ k·dy,  dx = rstd·(t − mean t − x̂·d/(d − c)·mean(t x̂)),  dγ = Σ k·dy ⊙ x̂,  dβ = Σ k·dy
 
-    without the means of x and t for an RMSNorm; in a CRMSNorm dx has x̂ + Σx̂ in place of x̂. Source: "Layer
+    without the means of x and t for an RMSNorm; in a CRMSNorm dx has x̂ + Σx̂ in place of x̂; with a centred output P dy
+    in place of dy. Source: "Layer
     Normalization" (Ba et al. 2016), differentiated.
     """
 
@@ -136,6 +146,8 @@ class _Normalise(torch.autograd.Function):
         outer = grad.to(form.compute_dtype)
         if form.scale != 1.0:
             outer = outer * form.scale
+        if form.centre_output:
+            outer = outer - outer.mean(dim, keepdim=True)
         inner = outer if weight is None else outer * _along(weight, x.ndim, dim).to(form.compute_dtype)
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         weight_grad = _summed(outer * normal, weight, dim) if needs_weight else None
@@ -168,7 +180,7 @@ def _summed(rows: Tensor, like: Tensor, dim: int) -> Tensor:
 _differentiated: Callable[..., tuple[Tensor, ...]] = _Normalise.apply
 
 
-def _kernel(centre: bool = False, compressed: bool = False) -> Callable[..., Tensor]:
+def norm_body(centre: bool = False, compressed: bool = False) -> Callable[..., Tensor]:
     """The body; where gradients are recorded, and functorch does not act, with its derivative written out."""
 
     def run(x: Tensor, weight: Tensor | None, bias: Tensor | None, *form: Any) -> Tensor:
@@ -294,9 +306,9 @@ def define(
     return op
 
 
-RMS_NORM = define("rms_norm" + _NORM_ARGS, _kernel())
-LAYER_NORM = define("layer_norm" + _NORM_ARGS, _kernel(centre=True))
-CRMS_NORM = define("crms_norm" + _NORM_ARGS, _kernel(compressed=True))
+RMS_NORM = define("rms_norm" + _NORM_ARGS, norm_body())
+LAYER_NORM = define("layer_norm" + _NORM_ARGS, norm_body(centre=True))
+CRMS_NORM = define("crms_norm" + _NORM_ARGS, norm_body(compressed=True))
 CENTER = define("center(Tensor x, int dim, int size, int inner, ScalarType dtype) -> Tensor", center)
 SCALE_FEATURES = define(
     "scale_features(Tensor weight, Tensor gamma, int dim, int size, int inner, ScalarType dtype) -> Tensor",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from normfx.ir.graph import arguments, op_name, shape, value
+from normfx.ir.graph import arguments, is_getitem, op_name, shape, value
 
 _DTYPES = {
     torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.int64: "i64",
@@ -39,18 +39,29 @@ def print_graph(
                 lines.append(f"{text[node]}: {describe(node.meta.get('val'))}")
         elif node.op == "output":
             lines.append(f"return {_argument(node.args[0], text)}")
-        else:
-            text[node] = f"%{count}"
-            count += 1
+        elif node not in text:
+            parts = _parts(node)
+            named = [f"%{count + i}" for i in range(len(parts) or 1)]
+            count += len(named)
+            text[node] = ", ".join(named)
+            text.update(zip(parts, named, strict=False))
             lines.append(_line(node, text, module_path))
     return "\n".join(lines) + "\n"
+
+
+def _parts(node: Node) -> list[Node]:
+    """The results of a normfx op that has several, as far as they are read."""
+    if not op_name(node).startswith("normfx::") or not isinstance(node.meta.get("val"), (tuple, list)):
+        return []
+    found: list[Any] = [user for user in node.users if is_getitem(user)]
+    return sorted(found, key=lambda user: user.args[1])
 
 
 def _line(node: Node, text: Mapping[Node, str], module_path: Callable[[Node], str]) -> str:
     name = op_name(node)
     short = name.split("::")[-1].split(".")[0] if name else getattr(node.target, "__name__", str(node.target))
     line = f"{text[node]} = {short}({_arguments(node, name, text)})"
-    kind = describe(node.meta.get("val"))
+    kind = ", ".join(filter(None, map(describe, [n.meta.get("val") for n in _parts(node) or [node]])))
     path = module_path(node) if "norm" in short else ""
     return line + (f": {kind}" if kind else "") + (f"  # {path}" if path else "")
 
@@ -71,13 +82,23 @@ def _canonical_arguments(node: Node, name: str, text: Mapping[Node, str]) -> lis
         length = shape(first)[args["dim"]]
         if length == args["size"]:
             del args["size"], args["inner"]
-    usual = {"eps_place": "inside", "correction": 0, "scale": 1.0, "factor": 1.0, "inner": 1}
-    hidden = {"compute_dtype", "out_dtype", "dtype"}
-    shown = {k: v for k, v in args.items() if k not in hidden and usual.get(k) != v}
+    shown = {k: v for k, v in args.items() if not _is_usual(k.removeprefix("inner_"), v)}
+    if shown.get("inner_dim") == shown.get("dim"):
+        shown.pop("inner_dim", None)
     return [
         _argument(v, text) if isinstance(v, Node) and k != "bias" else f"{k}={_argument(v, text)}"
         for k, v in shown.items()
     ]
+
+
+_USUAL = {
+    "eps_place": "inside", "correction": 0, "scale": 1.0, "factor": 1.0, "inner": 1, "centre_output": False,
+    "alpha": 1.0,
+}  # fmt: skip
+
+
+def _is_usual(name: str, arg: object) -> bool:
+    return name in ("compute_dtype", "out_dtype", "dtype") or (name in _USUAL and arg == _USUAL[name])
 
 
 def _argument(arg: Any, text: Mapping[Node, str]) -> str:

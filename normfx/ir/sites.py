@@ -110,6 +110,7 @@ class Leaf:
     scale: Node | None = None
     linear: Node | None = None
     path: tuple[tuple[Node, Axis], ...] = ()
+    alone: bool = False
     obstacle: str = ""
 
     @property
@@ -197,6 +198,31 @@ class Readers:
 
 
 @dataclass(frozen=True, eq=False)
+class Residual:
+    """A norm and the sum of two activations that it reads: s = x + alpha·residual.
+
+    node:     the add
+    argument: of the add that is the residual
+    alpha:    its factor in the add; scaled: a product with a number before that, read by the add alone
+    inner:    the norm whose output is x, read by the add alone
+    obstacle: code of what forbids one op for all of it ("" when nothing does), with a detail
+    """
+
+    norm: Norm
+    node: Node
+    argument: Literal["self", "other"]
+    alpha: float
+    scaled: Node | None = None
+    inner: Norm | None = None
+    obstacle: str = ""
+    detail: str = ""
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        return (self.norm,) if self.inner is None else (self.inner, self.norm)
+
+
+@dataclass(frozen=True, eq=False)
 class Composed:
     """A weight that the graph computes from parameters alone.
 
@@ -219,4 +245,5 @@ class Sites:
     streams: tuple[Stream, ...] = ()
     readers: Mapping[Norm, Readers] = field(default_factory=dict)
     scaled: Mapping[Norm, Scaled] = field(default_factory=dict)
+    residuals: tuple[Residual, ...] = ()
     composed: tuple[Composed, ...] = ()

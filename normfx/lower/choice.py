@@ -18,7 +18,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from normfx.ir.graph import bytes_of, entries, is_getitem, op_name, shape, size_hint, total
+from normfx.ir.graph import bytes_of, entries, is_getitem, op_name, shape, size_hint, tensor, total
 from normfx.kernels.cost import backward_cost, forward_cost
 from normfx.kernels.launch import backward_launch
 from normfx.kernels.spec import DTYPES, Spec
@@ -50,27 +50,27 @@ def is_open() -> bool:
     return bool(TESTED)
 
 
-def objection(spec: Spec, norm: Node, added: Node | None, trains: bool, order: Mapping[Node, int]) -> str:
+def objection(spec: Spec, norm: Node, trains: bool, order: Mapping[Node, int]) -> str:
     """Why Inductor should run a norm that a kernel could run; "" where the kernel should.
 
-    added: the residual add that the kernel would take in
     order: places of the graph's nodes
     """
-    rows = entries(shape(norm)[:-1])
+    rows = entries(shape(norm.all_input_nodes[0])[:-1])
     both = forward_cost(spec, rows, statistics=trains).bytes
     again = rows * spec.entries * (DTYPES[spec.out] + DTYPES[spec.saved])
-    alone, fused = (1 + trains) * total(_hidden(norm, added, order)), 0
-    if trains:
-        both += backward_cost(spec, rows, spec.sum is not None, sympy.Integer(0)).bytes
-        sums, launch = spec.weight or spec.bias, backward_launch(spec)
+    alone, fused = (1 + trains) * total(_hidden(norm, spec, order)), 0
+    sized = (norm.all_input_nodes[0],)
+    for part in () if not trains else (spec,) if spec.inner is None else (spec.last, spec.first):
+        both += backward_cost(part, rows, part.sum is not None, sympy.Integer(0)).bytes
+        sums, launch = part.weight or part.bias, backward_launch(part)
         alone += again if sums and not launch.persistent else 0
-        fused += again if sums and _rereads(spec, size_hint(rows, (norm,))) else 0
+        fused += again if sums and _rereads(part, size_hint(rows, sized)) else 0
     alone, fused = alone + both, fused + both
-    kernel, inductor = size_hint(alone, (norm,)), size_hint(fused, (norm,))
+    kernel, inductor = size_hint(alone, sized), size_hint(fused, sized)
     predicted = f"predicted {inductor:,} bytes, {kernel:,} on a kernel"
     if inductor <= kernel:
         return predicted
-    architecture = _architecture(norm.meta["val"].device)
+    architecture = _architecture(tensor(sized[0]).device)
     if architecture in TESTED:
         return ""
     return f"{predicted}, but the kernels were not tested on {architecture}: lowering='triton' uses them"
@@ -86,17 +86,17 @@ def _rereads(spec: Spec, rows: int) -> bool:
     return not (fuses and shaped)
 
 
-def _hidden(norm: Node, added: Node | None, order: Mapping[Node, int]) -> Iterator[sympy.Expr]:
+def _hidden(norm: Node, spec: Spec, order: Mapping[Node, int]) -> Iterator[sympy.Expr]:
     """Bytes forward that neighbours move because they are not computed in the norm's kernel."""
-    first = added or norm
-    for producer in first.all_input_nodes[: 2 if added else 1]:
+    for producer in norm.all_input_nodes[: 2 if spec.residual else 1]:
         source = _behind_views(producer)
-        if _fusible(source) and not _product_between(source, first, order):
+        if _fusible(source) and not _product_between(source, norm, order):
             yield bytes_of(producer) * (2 if len(source.users) == 1 else 1)
-    readers = _readers(norm)
+    out = next((user for user in norm.users if user.args[1] == 0), None) if spec.residual else norm
+    readers = [] if out is None else _readers(out)
     fusible = [reader for reader in readers if _fusible(reader)]
-    if fusible:
-        yield bytes_of(norm) * (2 if len(fusible) == len(readers) else 1)
+    if out is not None and fusible:
+        yield bytes_of(out) * (2 if len(fusible) == len(readers) else 1)
 
 
 def _product_between(source: Node, last: Node, order: Mapping[Node, int]) -> bool:

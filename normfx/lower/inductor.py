@@ -15,13 +15,14 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from normfx.errors import OptionError
-from normfx.ir import ops
-from normfx.ir.ops import BODIES
+from normfx.ir import fused_ops, ops
 from normfx.kernels import backward, forward, launch, rows, run, source, spec
-from normfx.lower import norm_ops
+from normfx.lower import norm_ops, two_norms
 
-MEANING = (ops, norm_ops, spec, launch, rows, forward, backward, source, run)
+MEANING = (ops, fused_ops, norm_ops, two_norms, spec, launch, rows, forward, backward, source, run)
 """The modules that say what a graph with normfx's ops compiles to."""
+
+BODIES: dict[Any, Any] = {**ops.BODIES, **fused_ops.BODIES}
 
 
 def inductor_options(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,18 +72,23 @@ def inline_canonical_ops(gm: GraphModule) -> GraphModule:
 
         def body(*values: torch.Tensor, node: torch.fx.Node = node, tensors: list[torch.fx.Node] = tensors) -> Any:
             given = dict(zip(tensors, values, strict=True))
-            return BODIES[node.target](*[given.get(a, a) if isinstance(a, torch.fx.Node) else a for a in node.args])  # type: ignore[operator,index]
+            return BODIES[node.target](*[given.get(a, a) if isinstance(a, torch.fx.Node) else a for a in node.args])
 
         traced = make_fx(body, pre_dispatch=True)(*[t.meta["val"] for t in tensors])
         inside = dict(zip(traced.graph.find_nodes(op="placeholder"), tensors, strict=True))
         with gm.graph.inserting_before(node):
             out = gm.graph.graph_copy(traced.graph, inside)
-        assert isinstance(out, torch.fx.Node)
         for new in inside.values():
             for key in ("stack_trace", "nn_module_stack"):
                 if new not in tensors and key in node.meta:
                     new.meta.setdefault(key, node.meta[key])
-        node.replace_all_uses_with(out)
+        if isinstance(out, torch.fx.Node):
+            node.replace_all_uses_with(out)
+        else:
+            assert isinstance(out, (tuple, list))
+            for part in list(node.users):
+                part.replace_all_uses_with(out[part.args[1]])  # type: ignore[index]  # a getitem
+                gm.graph.erase_node(part)
         gm.graph.erase_node(node)
     gm.recompile()
     return gm

@@ -16,8 +16,8 @@ from normfx.ir.ops import accumulation_dtype
 from normfx.kernels import run
 from normfx.kernels.spec import Spec
 
-_triton_op: Callable[..., Any] = library.triton_op  # torch leaves these untyped
-_wrap: Callable[[Any], Any] = library.wrap_triton
+triton_op: Callable[..., Any] = library.triton_op  # torch leaves these untyped
+wrap: Callable[[Any], Any] = library.wrap_triton
 
 
 class Form(NamedTuple):
@@ -31,6 +31,7 @@ class Form(NamedTuple):
     correction: int
     alpha: float
     out_dtype: torch.dtype
+    centre_output: bool = False
 
     def spec(self, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Spec:
         return Spec(
@@ -46,6 +47,7 @@ class Form(NamedTuple):
             alpha=self.alpha,
             scale=self.scale,
             correction=self.correction + self.compressed,
+            centre_output=self.centre_output,
         )
 
 
@@ -69,25 +71,35 @@ def _norm(
     correction: int,
     alpha: float,
     out_dtype: torch.dtype,
+    centre_output: bool,
 ) -> list[Tensor]:
     """[y, rstd, mean if `centre`, s if there is a residual]: s = x + alpha · residual in x's dtype, y the norm of s
     over its last dimension, rstd and mean of each row in float32 (float64 for float64)."""
-    form = Form(centre, compressed, eps, scale, correction, alpha, out_dtype)
+    form = Form(centre, compressed, eps, scale, correction, alpha, out_dtype, centre_output)
     if x.is_cuda:
         found = run.forward(
-            form.spec(x, residual, weight, bias), x, eps, residual, weight, bias, statistics=True, wrap=_wrap
+            form.spec(x, residual, weight, bias), x, eps, residual, weight, bias, statistics=True, wrap=wrap
         )
         results = (found.out, found.rstd, found.mean, found.sum)
         return [t for t in results if t is not None]
     s = x if residual is None else x + alpha * residual
+    out, mean, rstd = normalised(s, weight, bias, form)
+    given = (mean.squeeze(-1) if mean is not None else None, s if residual is not None else None)
+    return [out.to(out_dtype), rstd.squeeze(-1), *(t for t in given if t is not None)]
+
+
+def normalised(
+    s: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The norm of s, not rounded, and the mean and rstd of each row, kept as a dimension."""
     wide, mean, rstd = _statistics(s, form)
     out = (wide - mean if mean is not None else wide) * rstd
     if weight is not None:
         out = out * weight.to(out.dtype)
     if bias is not None:
         out = out + bias.to(out.dtype)
-    given = (mean.squeeze(-1) if mean is not None else None, s if residual is not None else None)
-    return [(out * scale).to(out_dtype), rstd.squeeze(-1), *(t for t in given if t is not None)]
+    out = out * form.scale
+    return out - out.mean(-1, keepdim=True) if form.centre_output else out, mean, rstd
 
 
 def _statistics(s: Tensor, form: Form) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -116,17 +128,20 @@ def _norm_backward(
     correction: int,
     alpha: float,
     out_dtype: torch.dtype,
+    centre_output: bool,
 ) -> list[Tensor]:
     """[ds, dγ if there is a weight, dβ if there is a bias]; saved: s. Source of the formula: ir/ops.py."""
-    form = Form(centre, compressed, eps, scale, correction, alpha, out_dtype)
+    form = Form(centre, compressed, eps, scale, correction, alpha, out_dtype, centre_output)
     if saved.is_cuda:
         spec = form.spec(saved, saved if residual else None, weight, bias)
-        found = run.backward(spec, grad, saved, rstd, mean, weight, sum_grad, wrap=_wrap)
+        found = run.backward(spec, grad, saved, rstd, mean, weight, sum_grad, wrap=wrap)
         return [t for t in found if t is not None]
     wide = saved.to(rstd.dtype)
     scales = rstd.unsqueeze(-1)
     normal = (wide - mean.unsqueeze(-1) if mean is not None else wide) * scales
     outer = grad.to(wide.dtype) * scale
+    if centre_output:
+        outer = outer - outer.mean(-1, keepdim=True)
     inner = outer if weight is None else outer * weight.to(wide.dtype)
     normals = normal + normal.sum(-1, keepdim=True) if compressed else normal
     dx = inner - normals * ((inner * normal).sum(-1, keepdim=True) / (saved.shape[-1] - correction))
@@ -172,6 +187,6 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     return (ds, residual_grad, weight_grad, bias_grad, *(None for _ in form))
 
 
-_triton_op("normfx::norm_backward", mutates_args=())(_norm_backward)
-_triton_op("normfx::norm", mutates_args=())(_norm).register_autograd(_backward, setup_context=_setup)
+triton_op("normfx::norm_backward", mutates_args=())(_norm_backward)
+triton_op("normfx::norm", mutates_args=())(_norm).register_autograd(_backward, setup_context=_setup)
 NORM = torch.ops.normfx.norm.default

@@ -12,16 +12,16 @@ import sympy
 import torch
 from torch.fx import GraphModule, Node
 
-from normfx.ir import ops
-from normfx.ir.aliasing import mutated
-from normfx.ir.graph import arguments, entries, grad_modes, op_name, shape, value
+from normfx.ir.fused_ops import ADDS, BODIES, KINDS, NORM_ADD_NORM, AddNorm, NormAddNorm
+from normfx.ir.graph import entries, grad_modes, shape, tensor, total, value
 from normfx.ir.ops import Form as Canonical
 from normfx.kernels.cost import backward_cost, forward_cost
-from normfx.kernels.launch import backward_launch, forward_launch
+from normfx.kernels.launch import BACKWARD_IN_REGISTERS, backward_launch, forward_launch
 from normfx.kernels.source import Source, backward_source, forward_source
 from normfx.kernels.spec import DTYPES, Spec
 from normfx.lower.choice import objection
 from normfx.lower.norm_ops import NORM, Form
+from normfx.lower.two_norms import TWO_NORMS, Forms
 
 _FLOATS = {getattr(torch, name) for name in DTYPES}
 
@@ -40,32 +40,30 @@ def has_kernels(fake: torch.Tensor) -> bool:
 
 
 def lower_norms(gm: GraphModule, everywhere: bool) -> Lowered:
-    """Let canonical norms run as `normfx::norm`, in place, together with the residual add they read.
+    """Let canonical norms run as `normfx::norm` or `normfx::two_norms`, in place.
 
     everywhere: wherever there is a kernel, not only where it is predicted to be ahead of Inductor
     """
     graph = gm.graph
-    written, modes = mutated(graph), grad_modes(graph)
+    modes = grad_modes(graph)
     order = {node: i for i, node in enumerate(graph.nodes)}
     kernels: dict[str, str] = {}
     found: dict[Node | None, str] = {}
-    for node in [n for n in graph.nodes if n.target in (ops.RMS_NORM, ops.LAYER_NORM, ops.CRMS_NORM)]:
-        why = _objection(node)
+    for node in [n for n in graph.nodes if n.target in KINDS or n.target in BODIES]:
+        call = parse(node)
+        why = _objection(node, call)
         if why:
             if everywhere:
                 found[node] = f"inductor: {why}"
             continue
-        added = _residual(node, order)
-        if added is not None and (added in written or modes[added] != modes[node]):
-            added = None
-        spec = _spec(node, added)
-        why = "" if everywhere else objection(spec, node, added, modes[node], order)
+        spec = _spec(call)
+        why = "" if everywhere else objection(spec, node, modes[node], order)
         if why:
             found[node] = f"inductor: {why}"
             continue
-        new = _replace(gm, node, added)
-        order.update(dict.fromkeys((new, *new.users), order[node if added is None else added]))
-        rows = entries(shape(node)[:-1])
+        new = _replace(gm, node, call)
+        order.update(dict.fromkeys((new, *new.users), order[node]))
+        rows = entries(shape(call.x)[:-1])
         found[node] = f"triton: {spec.name}, {_bytes(spec, rows, modes[node])}"
         for source in _sources(spec, modes[node]):
             kernels[source.name] = source.text
@@ -78,7 +76,8 @@ def lower_norms(gm: GraphModule, everywhere: bool) -> Lowered:
 def _sources(spec: Spec, trains: bool) -> list[Source]:
     found = [forward_source(spec, forward_launch(spec), True)]
     if trains:
-        found.append(backward_source(spec, backward_launch(spec), spec.sum is not None))
+        parts = (spec,) if spec.inner is None else (spec.last, spec.first)
+        found += [backward_source(part, backward_launch(part), part.sum is not None) for part in parts]
     return found
 
 
@@ -87,34 +86,71 @@ def _bytes(spec: Spec, rows: sympy.Expr, trains: bool) -> str:
     forward = sympy.simplify(forward_cost(spec, rows, statistics=True).bytes)
     if not trains:
         return f"{forward} bytes"
-    backward = sympy.simplify(backward_cost(spec, rows, spec.sum is not None, sympy.Integer(0)).bytes)
-    return f"{forward} bytes forward, {backward} backward"
+    parts = (spec,) if spec.inner is None else (spec.last, spec.first)
+    backward = total(backward_cost(part, rows, part.sum is not None, sympy.Integer(0)).bytes for part in parts)
+    return f"{forward} bytes forward, {sympy.simplify(backward)} backward"
 
 
-def _form(node: Node) -> Canonical:
-    given: tuple[Any, ...] = node.args[3:]
-    return Canonical(*given)
+@dataclass(frozen=True)
+class Call:
+    """A canonical norm. first: weight, bias, kind and form of the norm before the add."""
+
+    kind: str
+    x: Node
+    residual: Node | None
+    weight: Node | None
+    bias: Node | None
+    alpha: float
+    form: Canonical
+    first: tuple[Node | None, Node | None, str, Canonical] | None = None
+
+    @property
+    def vectors(self) -> tuple[Node | None, ...]:
+        return (self.weight, self.bias, *(self.first[:2] if self.first else ()))
+
+    @property
+    def forms(self) -> tuple[Canonical, ...]:
+        return (self.form, *(self.first[3:] if self.first else ()))
 
 
-def _objection(node: Node) -> str:
+def parse(node: Node) -> Call:
+    """What a canonical norm computes, with or without an add."""
+    args: tuple[Any, ...] = node.args
+    if node.target in KINDS:
+        return Call(KINDS[node.target], args[0], None, args[1], args[2], 1.0, Canonical(*args[3:]))
+    if node.target is NORM_ADD_NORM:
+        count, half = len(NormAddNorm._fields), len(Canonical._fields)
+        given, forms = NormAddNorm(*args[:count]), args[count:]
+        first = (given.inner_weight, given.inner_bias, given.inner, Canonical(*forms[:half]))
+        own = (given.weight, given.bias, given.alpha, Canonical(*forms[half:]))
+        return Call(given.outer, given.x, given.residual, *own, first)
+    plain = next(op for op, added in ADDS.items() if added is node.target)
+    count = len(AddNorm._fields)
+    return Call(KINDS[plain], *AddNorm(*args[:count]), Canonical(*args[count:]))
+
+
+def _objection(node: Node, call: Call) -> str:
     """Why there is no kernel for a canonical norm; "" when there is one."""
-    x, weight, bias = (value(a) for a in node.args[:3])
-    form = _form(node)
-    assert x is not None
+    x = tensor(call.x)
     if not has_kernels(x):
         return f"there are no kernels for {x.dtype} on {x.device.type}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     width = x.shape[-1] if x.ndim else 0
-    if form.dim % max(x.ndim, 1) != x.ndim - 1 or not isinstance(width, int):
-        return "it does not run over the last dimension, of a fixed size"
-    if form.eps_place != "inside":
-        return "ε is added to the root"
-    if form.compute_dtype not in (torch.float32, x.dtype) or not _has_kernel(x, form.out_dtype):
-        return f"it is computed in {form.compute_dtype} and returned as {form.out_dtype}"
-    for vector in (weight, bias):
+    for form in call.forms:
+        if form.dim % max(x.ndim, 1) != x.ndim - 1 or not isinstance(width, int):
+            return "it does not run over the last dimension, of a fixed size"
+        if form.eps_place != "inside":
+            return "ε is added to the root"
+        if form.compute_dtype not in (torch.float32, x.dtype) or not _has_kernel(x, form.out_dtype):
+            return f"it is computed in {form.compute_dtype} and returned as {form.out_dtype}"
+    for vector in (value(v) for v in call.vectors):
         if vector is not None and (tuple(vector.shape) != (width,) or not _has_kernel(x, vector.dtype)):
             return f"its weight or bias is {vector.dtype} of shape {list(vector.shape)}"
+    if (call.first or any(form.centre_output for form in call.forms)) and width > BACKWARD_IN_REGISTERS:
+        return f"a row of {width} does not fit into registers, as it must to be centred or normalised twice"
+    if call.first and (call.first[3].out_dtype != x.dtype or "crms_norm" in (call.kind, call.first[2])):
+        return "the norm before the add changes the dtype, or rows are compressed"
     return ""
 
 
@@ -122,58 +158,44 @@ def _has_kernel(x: torch.Tensor, dtype: torch.dtype) -> bool:
     return dtype in _FLOATS or dtype == x.dtype
 
 
-def _residual(node: Node, order: Mapping[Node, int]) -> Node | None:
-    """The add whose result this norm reads, where both can be one op at the place of the add."""
-    add = node.args[0]
-    if not isinstance(add, Node) or op_name(add) != "aten::add.Tensor":
-        return None
-    given = arguments(add)
-    terms = [value(given["self"]), value(given["other"])]
-    total = value(add)
-    same = all(t is not None and total is not None and (t.shape, t.dtype) == (total.shape, total.dtype) for t in terms)
-    if not same or not isinstance(given["alpha"], int | float):
-        return None
-    vectors = [a for a in node.args[1:3] if isinstance(a, Node)]
-    return add if all(order.get(v, len(order)) < order[add] for v in vectors) else None
+def _operands(call: Call) -> tuple[tuple[Node | None, ...], Form | Forms]:
+    """Tensors and other arguments of the op."""
+    f = call.form
+    centre, compressed = call.kind == "layer_norm", call.kind == "crms_norm"
+    own: tuple[Any, ...] = (f.eps, f.scale, f.correction, call.alpha, f.out_dtype, f.centre_output)
+    if call.first is None:
+        return (call.x, call.residual, call.weight, call.bias), Form(centre, compressed, *own)
+    weight, bias, kind, g = call.first
+    first = (kind == "layer_norm", g.eps, g.scale, g.correction, g.centre_output)
+    return (call.x, call.residual, weight, bias, call.weight, call.bias), Forms(*first, centre, *own)
 
 
-def _operands(node: Node, added: Node | None) -> tuple[tuple[Any, ...], Form]:
-    """x, residual, γ, β, and the other arguments of the op."""
-    x, weight, bias = node.args[:3]
-    canonical, residual, alpha = _form(node), None, 1.0
-    if added is not None:
-        given = arguments(added)
-        x, residual, alpha = given["self"], given["other"], float(given["alpha"])
-    kind = (node.target is ops.LAYER_NORM, node.target is ops.CRMS_NORM)
-    form = Form(*kind, canonical.eps, canonical.scale, canonical.correction, alpha, canonical.out_dtype)
-    return (x, residual, weight, bias), form
-
-
-def _spec(node: Node, added: Node | None) -> Spec:
+def _spec(call: Call) -> Spec:
     """What the kernel of a norm computes. float64, which has none, is shown as float32: only in tests, where the op
     runs as ATen."""
-    operands, form = _operands(node, added)
+    operands, form = _operands(call)
     shown = {torch.float64: torch.float32}
-    x, *others = (
+    tensors: list[Any] = [
         None if t is None else torch.empty_like(t, dtype=shown.get(t.dtype, t.dtype), device="meta")
         for t in map(value, operands)
-    )
-    assert x is not None
-    return form._replace(out_dtype=shown.get(form.out_dtype, form.out_dtype)).spec(x, *others)
+    ]
+    return form._replace(out_dtype=shown.get(form.out_dtype, form.out_dtype)).spec(*tensors)
 
 
-def _replace(gm: GraphModule, node: Node, add: Node | None) -> Node:
-    """Write the op; `add` is computed by it."""
-    operands, form = _operands(node, add)
-    with gm.graph.inserting_before(add or node):
-        new = _call(gm, node, NORM, (*operands, *form))
-        out = _call(gm, node, operator.getitem, (new, 0))
-        total = _call(gm, add, operator.getitem, (new, len(new.meta["val"]) - 1)) if add is not None else None
-    node.replace_all_uses_with(out)
+def _replace(gm: GraphModule, node: Node, call: Call) -> Node:
+    """Write the op; parts of its result replace those of the canonical one."""
+    operands, form = _operands(call)
+    with gm.graph.inserting_before(node):
+        new = _call(gm, node, NORM if call.first is None else TWO_NORMS, (*operands, *form))
+        place = 1 if call.first else len(new.meta["val"]) - 1  # of the sum
+        parts = [_call(gm, node, operator.getitem, (new, i)) for i in (0, place)]
+    if node.target in KINDS:
+        node.replace_all_uses_with(parts[0])
+    for old in list(node.users):
+        index: Any = old.args[1]
+        old.replace_all_uses_with(parts[index])
+        gm.graph.erase_node(old)
     gm.graph.erase_node(node)
-    if add is not None and total is not None:
-        add.replace_all_uses_with(total)
-        gm.graph.erase_node(add)
     return new
 
 
@@ -181,6 +203,7 @@ def _call(gm: GraphModule, like: Node, target: Any, args: tuple[Any, ...]) -> No
     new = gm.graph.call_function(target, args)
     new.meta = {k: v for k, v in like.meta.items() if k != "val"}
     fakes: Any = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
-    with like.meta["val"].fake_mode:
+    first: Any = fakes[0][0] if target is operator.getitem else fakes[0]
+    with first.fake_mode:
         new.meta["val"] = target(*fakes)
     return new

@@ -12,6 +12,7 @@ from normfx.ir.sites import Sites
 from normfx.recognize.composed import find_composed
 from normfx.recognize.norms import find_norms
 from normfx.recognize.readers import find_all_readers, find_scaled
+from normfx.recognize.residual import find_residuals
 from normfx.recognize.stream import find_streams
 
 
@@ -42,6 +43,7 @@ def recognize(
         streams=tuple(replace(stream, live=priced) for stream in streams),
         readers={norm: replace(found, live=priced) for norm, found in readers.items()},
         scaled={found.norm: found for found in scaled},
+        residuals=tuple(find_residuals(norms, parameters, mutated, modes)),
         composed=tuple(find_composed(graph, parameters, weights if live is None else priced)),
     )
 

@@ -208,7 +208,8 @@ def _leaf(key: tuple[Node, Axis], users: list[Node | Norm], region: _Region) -> 
             kind, (path, scale) = "scaled", scaled
             linear = path[-1][0]
     obstacle = _leaf_obstacle(node, kind, region)
-    return Leaf(node, axis, kind, tuple(users), region.witness.get(node), scale, linear, path, obstacle)
+    alone = set(node.users) <= _graph_users(users)
+    return Leaf(node, axis, kind, tuple(users), region.witness.get(node), scale, linear, path, alone, obstacle)
 
 
 def _leaf_obstacle(node: Node, kind: LeafKind, region: _Region) -> str:

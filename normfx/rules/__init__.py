@@ -1,6 +1,6 @@
 """RULES: the ordered table of rewrite rules. Adding a rule is one file and one line here."""
 
-from normfx.rules import bake_weights, crms_norm, fold_affine, fold_scale, linear_norm, pre_rms_norm
+from normfx.rules import bake_weights, crms_norm, fold_affine, fold_scale, fuse_residual_norm, linear_norm, pre_rms_norm
 from normfx.rules.rule import Rule
 
 RULES: tuple[Rule, ...] = (  # type: ignore[type-arg]  # each rule has its own kind of site
@@ -8,6 +8,7 @@ RULES: tuple[Rule, ...] = (  # type: ignore[type-arg]  # each rule has its own k
     linear_norm.RULE,
     fold_scale.RULE,
     fold_affine.RULE,
+    fuse_residual_norm.RULE,
     bake_weights.RULE,
     crms_norm.RULE,
 )

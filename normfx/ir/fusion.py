@@ -1,0 +1,121 @@
+"""Canonical norms and what stands next to them, become one op: a centring of the output, an equal norm of the same
+value, the residual add that a norm reads, the norm before that add."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
+
+from torch.fx import Graph, Node
+
+from normfx.ir import ops
+from normfx.ir.fused_ops import ADDS, BODIES, KINDS, NORM_ADD_NORM, AddNorm, NormAddNorm
+from normfx.ir.graph import SHAPE_READS, arguments, grad_modes, op_name, shape
+from normfx.ir.ops import Form
+from normfx.ir.sites import Norm, Residual
+
+Call = Callable[[Any, tuple[Any, ...], Node], Node]
+"""A new node: op, arguments, and the node whose module path and source line it has."""
+
+
+class Fusion:
+    """On one graph, after all norms were written.
+
+    written: the op of each norm, kept up to date; shared: norms that became one with an earlier one
+    """
+
+    def __init__(self, graph: Graph, written: dict[Norm, Node], call: Call) -> None:
+        self.graph, self.written, self.call = graph, dict(written), call
+        self.shared: dict[Norm, Norm] = {}
+        self.modes = grad_modes(graph)
+
+    def centre_outputs(self) -> None:
+        """A norm whose rows are read centred alone emits them so (maths M9)."""
+        for node in dict.fromkeys(self.written.values()):
+            centrings = [user for user in node.users if op_name(user) not in SHAPE_READS]
+            if not centrings or not all(self._centres(user, node) for user in centrings):
+                continue
+            dtype: Any = centrings[0].args[4]
+            form = form_of(node)._replace(out_dtype=dtype, centre_output=True)
+            node.args = (*node.args[:3], *form)
+            node.meta["val"] = centrings[0].meta["val"]
+            for centring in centrings:
+                centring.replace_all_uses_with(node)
+                self.graph.erase_node(centring)
+
+    def _centres(self, user: Node, node: Node) -> bool:
+        if user.target is not ops.CENTER or node.target is ops.CRMS_NORM:
+            return False
+        whole = (node, form_of(node).dim, shape(node)[form_of(node).dim], 1)
+        return user.args[:4] == whole and self.modes[user] == self.modes[node]
+
+    def share(self) -> None:
+        """Norms that have become the same function of the same value are computed once."""
+        first: dict[Hashable, Norm] = {}
+        for norm, node in sorted(self.written.items(), key=lambda item: item[1]):
+            known = first.setdefault((node.target, node.args, self.modes[node]), norm)
+            if known is not norm:
+                node.replace_all_uses_with(self.written[known])
+                self.graph.erase_node(node)
+                self.written[norm], self.shared[norm] = self.written[known], known
+
+    def fuse(self, site: Residual) -> None:
+        """The add, the norm that reads it and the norm that feeds it, as far as they still stand side by side."""
+        norm, add = self.written[site.norm], site.node
+        if norm.target not in ADDS or norm.args[0] is not add:
+            return  # shared with a norm that has taken the add in
+        given = arguments(add)
+        x, residual, alpha = given["other" if site.argument == "self" else "self"], given[site.argument], site.alpha
+        if site.scaled is not None and residual is site.scaled:
+            alpha, residual = alpha * _factor(residual), _source(residual)
+        inner = self.written.get(site.inner) if site.inner is not None else None
+        if inner is not None and (x is not inner or set(inner.users) != {add}):
+            inner = None
+        early = [user for user in add.users if user is not norm and user < norm]
+        with self.graph.inserting_before(min(early, default=norm)):
+            new = self._write(norm, inner, x, residual, alpha)
+            out, total = (self.call(operator.getitem, (new, i), like) for i, like in enumerate((norm, add)))
+        self.modes.update(dict.fromkeys((new, out, total), self.modes[norm]))
+        for old, part in ((norm, out), (add, total)):
+            old.replace_all_uses_with(part)
+        for old in (norm, add, *([inner] if inner is not None else ())):
+            self.graph.erase_node(old)
+        for name, node in self.written.items():
+            self.written[name] = new if node in (norm, inner) else node
+
+    def _write(self, norm: Node, inner: Node | None, x: Any, residual: Any, alpha: float) -> Node:
+        _, weight, bias, *_ = norm.args
+        op: Any = norm.target
+        if inner is None:
+            return self.call(ADDS[op], (*AddNorm(x, residual, weight, bias, alpha), *form_of(norm)), norm)
+        inner_op: Any = inner.target
+        given, inner_weight, inner_bias, *_ = inner.args
+        vectors = (inner_weight, inner_bias, weight, bias)
+        head = NormAddNorm(given, residual, *vectors, alpha, KINDS[inner_op], KINDS[op])
+        return self.call(NORM_ADD_NORM, (*head, *form_of(inner), *form_of(norm)), norm)
+
+
+def form_of(node: Node) -> Form:
+    """Of a canonical norm without an add."""
+    given: Iterable[Any] = node.args[3:]
+    return Form(*given)
+
+
+def _factor(product: Node) -> float:
+    args = arguments(product)
+    numbers = [args[name] for name in ("self", "other") if not isinstance(args[name], Node)]
+    return 1.0 / numbers[0] if op_name(product).startswith("aten::div") else float(numbers[0])
+
+
+def _source(product: Node) -> Node:
+    (source,) = product.all_input_nodes
+    return source
+
+
+def centres_output(node: Node) -> bool:
+    """Whether a canonical norm, or the norm before an add, emits centred rows."""
+    if node.target not in BODIES and node.target not in KINDS:
+        return False
+    given = arguments(node)
+    return bool(given["centre_output"] or given.get("inner_centre_output"))

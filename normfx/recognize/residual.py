@@ -1,0 +1,122 @@
+"""Norms that read the sum of two activations: residual adds, with the number that scales one of them (DeepNorm) and the
+norm before the add (sandwich norms)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Literal, TypeAlias
+
+from torch.fx import Node
+
+from normfx.ir.graph import SHAPE_READS, arguments, op_name, tensor, value
+from normfx.ir.sites import Norm, Residual
+from normfx.recognize.readers import number_factor
+from normfx.recognize.rows import same_shape
+
+_ADDS = {"aten::add.Tensor": 1.0, "aten::sub.Tensor": -1.0}
+_Argument: TypeAlias = Literal["self", "other"]
+_ROLES: tuple[tuple[_Argument, _Argument], ...] = (("other", "self"), ("self", "other"))
+"""Which argument of an add is the residual, and which is x."""
+
+
+def find_residuals(
+    norms: Iterable[Norm], parameters: frozenset[Node], barred: frozenset[Node], modes: Mapping[Node, bool]
+) -> Iterator[Residual]:
+    """One for each sum, of the first norm that reads it. Values of parameters alone are no residuals."""
+    ordered = sorted(norms, key=lambda norm: norm.output)
+    outputs = {norm.output: norm for norm in ordered}
+    fused: set[Norm] = set()
+    seen: set[Node] = set()
+    for norm in ordered:
+        add = norm.input
+        if op_name(add) not in _ADDS or add in seen or norm.kind not in ("LayerNorm", "RMSNorm"):
+            continue
+        terms = {name: arguments(add)[name] for name in ("self", "other")}
+        if any(value(term) is None or term in parameters for term in terms.values()):
+            continue
+        seen.add(add)
+        found = _residual(norm, add, terms, {n: o for n, o in outputs.items() if o not in fused}, barred, modes)
+        if not found.obstacle:
+            fused.update(found.norms)
+        yield found
+
+
+def _residual(
+    norm: Norm,
+    add: Node,
+    terms: Mapping[str, Node],
+    outputs: Mapping[Node, Norm],
+    barred: frozenset[Node],
+    modes: Mapping[Node, bool],
+) -> Residual:
+    alpha = arguments(add)["alpha"]
+    code, detail = _obstacle(norm, add, terms, barred, modes)
+    if code or not isinstance(alpha, int | float):
+        return Residual(norm, add, "other", 1.0, obstacle=code or "broadcast", detail=detail)
+    alpha = alpha * _ADDS[op_name(add)]
+    inner = {n: outputs[t] for n, t in terms.items() if t in outputs and _feeds(outputs[t], t, add, barred, modes)}
+    scaled = {n: t for n, t in terms.items() if _scales(t, add, barred, modes)}
+    roles = _ROLES if alpha == 1.0 else _ROLES[:1]  # x must have the factor 1
+    argument, x = max(roles, key=lambda pair: 2 * (pair[1] in inner) + (pair[0] in scaled))
+    return Residual(norm, add, argument, alpha, scaled.get(argument), inner.get(x))
+
+
+def _obstacle(
+    norm: Norm, add: Node, terms: Mapping[str, Node], barred: frozenset[Node], modes: Mapping[Node, bool]
+) -> tuple[str, str]:
+    if norm.obstacle or norm.eps_place == "clamped":
+        return "opaque_norm", norm.obstacle or "its eps is a lower bound"
+    if norm.axis is None:
+        return "several_axes", f"dimensions {norm.dims} of {add.name}"
+    written = [node for node in (add, *terms.values()) if node in barred]
+    if written:
+        return "mutated", ", ".join(node.name for node in written)
+    odd = [t for t in terms.values() if not _alike(t, add)]
+    if odd:
+        return "broadcast", ", ".join(node.name for node in odd)
+    if modes[add] != modes[norm.output]:
+        return "gradient_mode", add.name
+    early = [user for user in _other_readers(norm, add) if user < norm.output]
+    vectors = [v for v in (norm.weight, norm.bias) if v is not None and early and not v < min(early)]
+    if vectors or (early and modes[min(early)] != modes[add]):
+        return "read_before", ", ".join(user.name for user in early)
+    return "", ""
+
+
+def _alike(node: Node, other: Node) -> bool:
+    """Equal shape, dtype and device, without a guard on symbolic sizes."""
+    a, b = tensor(node), tensor(other)
+    return same_shape(tuple(a.shape), tuple(b.shape)) and (a.dtype, a.device) == (b.dtype, b.device)
+
+
+def _other_readers(norm: Norm, add: Node) -> list[Node]:
+    """Readers of the sum that stay when the norm has become one op."""
+    inside = {n for n in norm.nodes if n is norm.output or all(user in norm.nodes for user in n.users)}
+    return [user for user in add.users if user not in inside and op_name(user) not in SHAPE_READS]
+
+
+def _feeds(inner: Norm, output: Node, add: Node, barred: frozenset[Node], modes: Mapping[Node, bool]) -> bool:
+    """Whether this norm and the add can be one op."""
+    plain = not inner.obstacle and inner.eps_place != "clamped" and inner.axis is not None
+    return (
+        plain
+        and inner.kind in ("LayerNorm", "RMSNorm")
+        and _alone(output, add)
+        and output not in barred
+        and inner.input not in barred
+        and modes[output] == modes[add]
+        and _alike(inner.input, add)
+    )
+
+
+def _scales(product: Node, add: Node, barred: frozenset[Node], modes: Mapping[Node, bool]) -> bool:
+    """Whether a term is a value times a number, for the add alone."""
+    source = next((n for n in product.all_input_nodes if value(n) is not None), None)
+    if source is None or number_factor(product, source) is None or not _alone(product, add):
+        return False
+    same = modes[product] == modes[add] and _alike(source, add)
+    return same and product not in barred and source not in barred
+
+
+def _alone(node: Node, add: Node) -> bool:
+    return [user for user in node.users if op_name(user) not in SHAPE_READS] == [add]
