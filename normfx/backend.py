@@ -23,6 +23,7 @@ from normfx.ir.aliasing import functionalize_local, mutated
 from normfx.ir.fusion import centres_output
 from normfx.ir.names import module_path, source_line
 from normfx.ir.printer import print_graph
+from normfx.ir.simplify import read_parts
 from normfx.ir.verify import verify
 from normfx.lower import choice
 from normfx.lower.folded import Compiled, Folding, compile_folded, hoist, is_frozen
@@ -145,6 +146,7 @@ def transform_canonical(
     names = {n: s.name for n, s in captured.sources.items()}
     live = None if settings.fold == "live" else weights - _keepable(captured, settings)
     stages.run("functionalize", functionalize_local, canonical)
+    stages.run("simplify", read_parts, canonical, mutated(graph))
     _check(settings, canonical, "capture")
     sites = stages.run("recognize", recognize, graph, weights, mutated(graph), module_path, source_line, live)
     by_inductor, by_kernels = settings.lowering == "inductor", settings.lowering == "triton"

@@ -31,7 +31,7 @@ from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.symbolic_shapes import rebind_unbacked
 
 from normfx.errors import NormfxError
-from normfx.ir.cleanup import must_stay, simplify_constants
+from normfx.ir.cleanup import drop_dead_code, simplify_constants
 from normfx.ir.expand import expand_encoder_layers
 from normfx.ir.names import source_line
 from normfx.ir.regions import attribute, carried, target_name
@@ -100,7 +100,7 @@ def _finish(gm: GraphModule, mode: FakeTensorMode | None, sources: dict[Node, So
     for node in gm.graph.find_nodes(op="get_attr"):
         _describe_attribute(gm, node, mode, sources)
     expand_encoder_layers(gm)
-    gm.graph.eliminate_dead_code(must_stay)
+    drop_dead_code(gm.graph)
     gm.graph.lint()
     gm.recompile()
     alive = set(gm.graph.nodes)

@@ -15,6 +15,7 @@ import torch.utils._pytree as pytree
 from torch.fx import GraphModule, Node
 
 from normfx.ir import ops
+from normfx.ir.cleanup import drop_dead_code
 from normfx.ir.fusion import Fusion
 from normfx.ir.graph import BAKED, arguments, op_name, shape, tensor, value
 from normfx.ir.resize import resize
@@ -86,7 +87,7 @@ def feed(gm: GraphModule, nodes: Sequence[Node], prefix: str) -> tuple[Node, ...
         node.replace_all_uses_with(new)
         inputs.append(new)
         last = [new]
-    gm.graph.eliminate_dead_code(_is_impure)
+    drop_dead_code(gm.graph)
     gm.graph.lint()
     gm.recompile()
     return tuple(inputs)
@@ -292,7 +293,7 @@ class Edit:
         """Write the norms, drop what they no longer need, check the graph."""
         for norm, state in self.norms.items():
             self._write_norm(norm, state)
-        self.graph.eliminate_dead_code(_is_impure)
+        drop_dead_code(self.graph)
         if self.widths:
             widths = {self._now(node): width for node, width in self.widths.items()}
             resize(self.graph, widths, self.compressed, self._fake)
@@ -387,17 +388,3 @@ def _output_dims(linear: Node) -> dict[str, int]:
     transposed = args.get("transposed", "transpose" in target)
     dims = {"weight": 1 if transposed else 0}
     return {**dims, "bias": 0} if args["bias"] is not None else dims
-
-
-def _is_impure(node: Node) -> bool:
-    """Keep random ops (a rewrite never changes how many numbers are drawn) and everything with an effect."""
-    if node.op in ("placeholder", "output"):
-        return True
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags or node.is_impure()
-    return node.op != "get_attr" and getattr(target, "__name__", "") != "getitem" and not _is_symbolic(node)
-
-
-def _is_symbolic(node: Node) -> bool:
-    return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool))

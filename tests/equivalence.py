@@ -35,7 +35,12 @@ def promote(gm: GraphModule) -> GraphModule:
         if node.op == "call_method" and node.target == "float":
             node.target = "double"
         node.args, node.kwargs = (map_aggregate(a, _wider) for a in (node.args, node.kwargs))
-    return GraphModule(gm, graph)
+    wide = GraphModule(gm, graph)
+    wide.meta.update(gm.meta)
+    for old, new in zip(gm.graph.find_nodes(op="placeholder"), graph.find_nodes(op="placeholder"), strict=True):
+        if hasattr(old, "_dynamo_source"):  # else a buffer would look like an input
+            new._dynamo_source = old._dynamo_source
+    return wide
 
 
 def _wider(arg: Any) -> Any:

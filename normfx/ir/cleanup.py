@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch._subclasses import FakeTensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 
 def simplify_constants(gm: GraphModule) -> None:
@@ -32,8 +32,13 @@ def simplify_constants(gm: GraphModule) -> None:
         gm.graph.erase_node(node)
 
 
-def must_stay(node: Node) -> bool:
-    """Whether an unused node must be kept: everything but pure, deterministic ATen ops and reads.
+def drop_dead_code(graph: Graph) -> None:
+    """In place. fx's own idea of what has an effect drops random ops, and the switches of torch.vmap."""
+    graph.eliminate_dead_code(_must_stay)
+
+
+def _must_stay(node: Node) -> bool:
+    """Whether an unused node must be kept: everything but pure, deterministic ops of ATen and normfx, and reads.
 
     A dead dropout still draws random numbers, and dropping it would change every later draw.
     """
@@ -44,7 +49,7 @@ def must_stay(node: Node) -> bool:
         return True
     if isinstance(target, torch._ops.OpOverload):
         random = torch.Tag.nondeterministic_seeded in target.tags
-        known = target.namespace == "aten" and bool(target._schema.returns)
+        known = target.namespace in ("aten", "normfx") and bool(target._schema.returns)
         unbacked = bool(node.meta.get("unbacked_bindings"))
         return random or not known or unbacked or "fractional_max" in target._schema.name or node.is_impure()
     return not (getattr(target, "__module__", "") == "_operator" and not node.is_impure())

@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from normfx.ir.cleanup import drop_dead_code
 from normfx.ir.regions import replayed_modes
 
 SRC_MASK, KEY_PADDING_MASK, FULL_MASK = 0, 1, 2
@@ -122,7 +123,7 @@ def _inline(gm: GraphModule, node: Node) -> None:
 
     with mode, enable_python_dispatcher(), torch.no_grad():
         body = make_fx(layer, pre_dispatch=True)(*(n.meta["val"] for n in operands))
-    body.graph.eliminate_dead_code()
+    drop_dead_code(body.graph)
     places = dict(zip(body.graph.find_nodes(op="placeholder"), operands, strict=True))
     with gm.graph.inserting_before(node):
         result = gm.graph.graph_copy(body.graph, places)

@@ -12,6 +12,7 @@ import sympy
 import torch
 from torch.fx import GraphModule, Node
 
+from normfx.ir.cleanup import drop_dead_code
 from normfx.ir.fused_ops import ADDS, BODIES, KINDS, NORM_ADD_NORM, AddNorm, NormAddNorm
 from normfx.ir.graph import entries, grad_modes, shape, tensor, total, value
 from normfx.ir.ops import Form as Canonical
@@ -67,7 +68,7 @@ def lower_norms(gm: GraphModule, everywhere: bool) -> Lowered:
         found[node] = f"triton: {spec.name}, {_bytes(spec, rows, modes[node])}"
         for source in _sources(spec, modes[node]):
             kernels[source.name] = source.text
-    gm.graph.eliminate_dead_code()
+    drop_dead_code(gm.graph)
     gm.graph.lint()
     gm.recompile()
     return Lowered(found, kernels)
