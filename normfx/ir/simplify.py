@@ -1,0 +1,97 @@
+"""Equal forms of a canonical graph in which less is read of more values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from normfx.ir.graph import arguments, op_name, shape, value
+
+_JOINS = frozenset({"aten::cat", "aten::concat", "aten::concatenate"})
+
+
+def read_parts(gm: GraphModule, written: frozenset[Node]) -> int:
+    """Slices of a concatenation that lie inside one of its parts become slices of that part, in place; returns how many.
+
+    cat([a, b])[len(a):] is b: whoever reads it does not read a. Left alone: values that are written in place (`written`),
+    and slices whose memory leaves the graph, which would then be that of the part.
+    """
+    count = 0
+    for node in list(gm.graph.nodes):
+        found = _part(node)
+        if found is None:
+            continue
+        part, start, end = found
+        if written.isdisjoint({node, part, *node.all_input_nodes}) and not _leaves(node):
+            args = arguments(node)
+            rest = (args["dim"], start) if "index" in args else (args["dim"], start, end)
+            node.args, node.kwargs = (part, *rest), {}
+            count += 1
+    if count:
+        gm.recompile()
+    return count
+
+
+def _part(node: Node) -> tuple[Node, int, int] | None:
+    """The part of a concatenation that a slice or selection lies in, and from where to where in it."""
+    if op_name(node) not in ("aten::slice.Tensor", "aten::select.int"):
+        return None
+    args = arguments(node)
+    joined = args["self"]
+    if op_name(joined) not in _JOINS or args.get("step", 1) != 1:
+        return None
+    ndim = len(shape(joined))
+    dim = args["dim"] % ndim
+    if arguments(joined)["dim"] % ndim != dim:
+        return None
+    bounds = _bounds(args, shape(joined)[dim])
+    if bounds is None:
+        return None
+    start, end = bounds
+    for part, first, behind in _places(arguments(joined)["tensors"], dim, ndim):
+        if first <= start and end <= behind:
+            return part, start - first, end - first
+    return None
+
+
+def _bounds(args: dict[str, Any], length: Any) -> tuple[int, int] | None:
+    """First entry, and the one behind the last, as numbers from the front."""
+    if "index" in args:
+        index = args["index"]
+        if not isinstance(index, int) or (index < 0 and not isinstance(length, int)):
+            return None
+        index = index + length if index < 0 else index
+        return index, index + 1
+    start = 0 if args["start"] is None else args["start"]
+    end = length if args["end"] is None else args["end"]
+    if not isinstance(start, int) or not isinstance(end, int):
+        return None
+    if isinstance(length, int):
+        start, end = (max(0, min(n + length if n < 0 else n, length)) for n in (start, end))
+    elif start < 0 or not 0 <= end < 2**31:  # from the end of something of unknown length
+        return None
+    return (start, end) if start < end else None
+
+
+def _places(parts: Any, dim: int, ndim: int) -> Iterator[tuple[Node, int, int]]:
+    """Parts, up to the first of unknown length, with where they begin and end."""
+    first = 0
+    for part in parts:
+        fake = value(part)
+        length = fake.shape[dim] if fake is not None and fake.ndim == ndim else None
+        if not isinstance(length, int):
+            return
+        yield part, first, first + length
+        first += length
+
+
+def _leaves(node: Node) -> bool:
+    """Whether the graph returns a value or a view of it, or hands it to something that is not an ATen op."""
+    for user in node.users:
+        view = isinstance(user.target, torch._ops.OpOverload) and user.target.is_view
+        if not op_name(user).startswith("aten::") or (view and _leaves(user)):
+            return True
+    return False
