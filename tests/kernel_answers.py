@@ -16,12 +16,15 @@ import torch
 from torch import Tensor
 
 from normfx.kernels import run
-from normfx.kernels.spec import Spec
+from normfx.kernels.spec import Inner, Spec
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7 if DEVICE == "cpu" else 2.0**-8}
 """Rounding unit. The interpreter cuts bfloat16 off in place of rounding it: twice the unit."""
+
+INNER_EPS = 2e-4
+"""ε of the norm before an add: another than that of the norm behind it."""
 
 OPERATIONS = 32
 """Roundings in float32 that one entry may have met, of a sum over a row in a tree and of the formula."""
@@ -35,11 +38,11 @@ def exact(
     sum_grad: Tensor | None,
     stored: Tensor | None,
 ) -> dict[str, Tensor]:
-    """Outputs and gradients in float64, by autograd from the definition."""
+    """Outputs and gradients in float64, by autograd from the definition; "between": the gradient of s."""
     wide = {name: t.detach().double().requires_grad_() for name, t in tensors.items()}
     s = wide["x"]
     if spec.inner is not None:
-        s = normalised(spec.first, s, eps, wide.get("inner_weight"), wide.get("inner_bias"))
+        s = normalised(spec.first, s, INNER_EPS, wide.get("inner_weight"), wide.get("inner_bias"))
     if "residual" in wide:
         s = s + spec.alpha * wide["residual"]
     unrounded = s.detach()
@@ -48,8 +51,9 @@ def exact(
     y = normalised(spec, s, eps, wide.get("weight"), wide.get("bias"))
     loss = (y * out_grad.double()).sum() + ((s * sum_grad.double()).sum() if sum_grad is not None else 0)
     wanted = [name for name in ("x", "weight", "bias", "inner_weight", "inner_bias") if name in wide]
-    grads = torch.autograd.grad(loss, [wide[name] for name in wanted])
+    *grads, between = torch.autograd.grad(loss, [*(wide[name] for name in wanted), s])
     results = {"out": y.detach(), **{f"{name}_grad": g for name, g in zip(wanted, grads, strict=True)}}
+    results["between"] = between
     return {**results, "sum": unrounded} if stored is not None else results
 
 
@@ -97,6 +101,10 @@ def inputs(spec: Spec, shape: list[int], shift: float, kind: str) -> tuple[dict[
         tensors["weight"] = (random(spec.entries) + (0.0 if spec.unit_offset else 1.0)).to(dtype["weight"])
     if spec.bias:
         tensors["bias"] = random(spec.entries).to(dtype["bias"])
+    if spec.inner is not None:
+        for name, named in (("inner_weight", spec.inner.weight), ("inner_bias", spec.inner.bias)):
+            if named:
+                tensors[name] = (random(spec.entries) + (name == "inner_weight")).to(getattr(torch, named))
     if kind == "strided":
         tensors.update({name: torch.stack([t, t + 1], -1)[..., 0] for name, t in tensors.items() if name != "x"})
     sum_grad = random(*full).to(dtype["sum"]) if spec.sum else None
@@ -133,12 +141,14 @@ def results(
         _there(t) for t in (*map(tensors.get, ("x", "residual", "weight", "bias")), out_grad, sum_grad)
     )
     assert x is not None and dy is not None
-    forward = run.forward(spec, x, eps, residual, weight, bias)
+    inner_weight, inner_bias = (_there(tensors.get(name)) for name in ("inner_weight", "inner_bias"))
+    forward = run.forward(spec, x, eps, residual, weight, bias, inner=(inner_weight, inner_bias, INNER_EPS))
     assert forward.rstd is not None
     saved = x if forward.sum is None else forward.sum
     if not trains(spec):
         return {"out": forward.out.cpu()}, forward.rstd.cpu()
-    grads = run.backward(spec, dy, saved, forward.rstd, forward.mean, weight, ds)
+    last = spec if spec.inner is None else spec.last
+    grads = run.backward(last, dy, saved, forward.rstd, forward.mean, weight, ds)
     found = {
         "out": forward.out,
         "sum": forward.sum,
@@ -146,6 +156,10 @@ def results(
         "weight_grad": grads.weight,
         "bias_grad": grads.bias,
     }
+    if spec.inner is not None:
+        assert forward.inner_rstd is not None
+        first = run.backward(spec.first, grads.x, x, forward.inner_rstd, forward.inner_mean, inner_weight)
+        found |= {"x_grad": first.x, "inner_weight_grad": first.weight, "inner_bias_grad": first.bias}
     return {name: t.cpu() for name, t in found.items() if t is not None}, forward.rstd.cpu()
 
 
@@ -158,7 +172,9 @@ def _there(tensor: Tensor | None) -> Tensor | None:
 
 
 def answer(case: dict[str, Any]) -> dict[str, float]:
-    spec, eps = Spec(**case["spec"]), case.get("eps", 1e-5)
+    given = case["spec"]
+    inner = Inner(**given["inner"]) if given.get("inner") else None
+    spec, eps = Spec(**{**given, "inner": inner}), case.get("eps", 1e-5)
     shift, kind = case.get("shift", 0.0), case.get("kind", "")
     tensors, out_grad, sum_grad = inputs(spec, case["shape"], shift, kind)
     found, rstd = results(spec, eps, tensors, out_grad, sum_grad)
@@ -168,15 +184,14 @@ def answer(case: dict[str, Any]) -> dict[str, float]:
     if kind == "not finite":
         return compare_with_eager(spec, eps, tensors["x"], found["out"])
     wanted = exact(spec, case.get("exact_eps", eps), tensors, out_grad, sum_grad, found.get("sum"))
+    between = wanted.pop("between")
     assert found.keys() == (wanted.keys() if trains(spec) else {"out"})
     cancelled = cancellation(found.get("sum", tensors["x"]), eps) if spec.centre else 0.0
     errors = {}
     for name, got in found.items():
         want = wanted[name]
         assert got.shape == want.shape, f"{name} has shape {tuple(got.shape)}"
-        dtype = {"out": spec.out, "sum": spec.sum, "x_grad": spec.x}.get(name) or getattr(
-            spec, name.removesuffix("_grad")
-        )
+        dtype = dtype_of(spec, name)
         assert got.dtype == getattr(torch, dtype), f"{name} is {got.dtype}"
         if want.numel():
             unit = UNIT[got.dtype] + OPERATIONS * UNIT[torch.float32] * (1 + cancelled / 8)
@@ -185,8 +200,36 @@ def answer(case: dict[str, Any]) -> dict[str, float]:
                 scale = max(scale, terms(spec, tensors, out_grad, rstd))
             elif name == "weight_grad" and out_grad.numel():  # a sum of these over rows
                 scale = max(scale, spec.scale * out_grad.abs().max().item())
-            errors[name] = (got.double() - want).abs().max().item() / (unit * scale + 1e-300)
+            allowed = unit * scale
+            if spec.inner is not None and spec.sum is not None:
+                own = UNIT[getattr(torch, spec.sum)] + OPERATIONS * UNIT[torch.float32] * (1 + cancelled / 8)
+                most = max(between.abs().max().item(), terms(spec, tensors, out_grad, rstd))
+                allowed += carried_on(spec.inner, own * most, tensors, name)
+            errors[name] = (got.double() - want).abs().max().item() / (allowed + 1e-300)
     return errors
+
+
+def dtype_of(spec: Spec, name: str) -> str:
+    if name.startswith("inner_"):
+        assert spec.inner is not None
+        return str(getattr(spec.inner, name.removeprefix("inner_").removesuffix("_grad")))
+    named = {"out": spec.out, "sum": spec.sum, "x_grad": spec.x}.get(name)
+    return named or str(getattr(spec, name.removesuffix("_grad")))
+
+
+def carried_on(inner: Inner, error: float, tensors: dict[str, Tensor], name: str) -> float:
+    """What an error of the sum's gradient, rounded between the two backward kernels, adds to a gradient behind it."""
+    if name not in ("x_grad", "inner_weight_grad", "inner_bias_grad"):
+        return 0.0
+    x = tensors["x"].double()
+    z = x - x.mean(-1, keepdim=True) if inner.centre else x
+    rstd = torch.rsqrt(z.square().sum(-1, keepdim=True) / (x.shape[-1] - inner.correction) + INNER_EPS)
+    normal = (z * rstd).abs().max().item()
+    error *= inner.scale
+    if name == "x_grad":  # three terms of this size: of the entry, of the mean and along x̂
+        gamma = tensors["inner_weight"].double().abs().max().item() if "inner_weight" in tensors else 1.0
+        return error * rstd.max().item() * gamma * (2 + normal)
+    return error * (x.numel() // x.shape[-1]) * (normal if name == "inner_weight_grad" else 1.0)
 
 
 def compare_with_eager(spec: Spec, eps: float, x: Tensor, out: Tensor) -> dict[str, float]:

@@ -13,12 +13,13 @@ import pytest
 
 from normfx.kernels.launch import FORWARD_IN_REGISTERS, backward_launch, forward_launch
 from normfx.kernels.source import backward_source, forward_source
-from normfx.kernels.spec import Spec
+from normfx.kernels.spec import Inner, Spec
 
 pytest.importorskip("triton")
 
 WIDTHS = (1, 2, 127, 128, 192, 768, 1023, 1024, 4096, 5120, 12288, 32768, 65536)
 DTYPES = ("float32", "bfloat16", "float16")
+ADDED = {"residual": "float32", "sum": "float32"}
 
 
 def answers(cases: list[dict[str, Any]], device: str = "cpu") -> list[dict[str, Any]]:
@@ -56,6 +57,14 @@ def forms(width: int, dtype: str) -> list[dict[str, Any]]:
     if width > 1:
         found += [spec(width, dtype, compressed=True), spec(width, dtype, compressed=True, **added)]
         found += [spec(width, dtype, centre=True, correction=1, scale=2.0, **affine)]
+    if 1 < width <= 8192:
+        inner = {"centre": True, **affine, "scale": 0.5, "centre_output": True}
+        found += [
+            spec(width, dtype, **added, alpha=2.0, inner=inner),
+            spec(
+                width, dtype, centre=True, **added, **affine, inner={"centre": False, "weight": dtype, "correction": 1}
+            ),
+        ]
     if width <= 8192:
         found += [spec(width, dtype, centre=True, centre_output=True, **affine)]
     return found
@@ -140,6 +149,12 @@ def test_the_check_can_fail() -> None:
         ({"compressed": True, "centre_output": True}, "cannot be centred"),
         ({"sum": "float32"}, "no sum without a residual"),
         ({"unit_offset": True}, "unit_offset without a weight"),
+        ({"inner": Inner(True)}, "an inner norm without a sum"),
+        (
+            {"inner": Inner(True, weight="float64"), "residual": "float32", "sum": "float32"},
+            "inner weight is 'float64'",
+        ),
+        ({"inner": Inner(True, correction=4), "residual": "float32", "sum": "float32"}, "the inner correction"),
     ],
 )
 def test_specs_that_make_no_sense(wrong: dict[str, Any], message: str) -> None:
@@ -151,6 +166,14 @@ def test_no_backward_without_the_sum() -> None:
     forward_only = Spec(**spec(8, residual="float32"))
     with pytest.raises(ValueError, match="backward reads the sum"):
         backward_source(forward_only, backward_launch(forward_only), False)
+
+
+def test_two_norms_of_wide_rows() -> None:
+    wide = Spec(**spec(FORWARD_IN_REGISTERS + 1, **ADDED, inner=Inner(True)))
+    with pytest.raises(ValueError, match="none has a norm before the add of rows of 16385"):
+        forward_source(wide, forward_launch(wide), True)
+    with pytest.raises(ValueError, match="that of `last` and then that of `first`"):
+        backward_source(wide, backward_launch(wide), False)
 
 
 def test_output_of_wide_rows_is_not_centred() -> None:
