@@ -12,6 +12,7 @@ from torch import Tensor, library
 pytest.importorskip("triton")
 
 from normfx.lower.norm_ops import NORM, Form
+from normfx.lower.two_norms import TWO_NORMS, Forms
 
 
 def form(centre: bool, **other: Any) -> Form:
@@ -70,6 +71,55 @@ def test_derivative(centre: bool, compressed: bool, residual: bool, affine: bool
     assert torch.autograd.gradcheck(run, given)
 
 
+@pytest.mark.parametrize("affine", [True, False])
+def test_centred_output(affine: bool) -> None:
+    given, settings = inputs(True, affine), form(True, scale=2.0, centre_output=True)
+    plain, centred = NORM(*given, *form(True, scale=2.0))[0], NORM(*given, *settings)[0]
+    torch.testing.assert_close(centred, plain - plain.mean(-1, keepdim=True), rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda *tensors: NORM(*tensors, *settings)[0], given)
+
+
 @pytest.mark.parametrize(("centre", "residual", "affine"), [(True, True, True), (False, False, False)])
 def test_opcheck(centre: bool, residual: bool, affine: bool) -> None:
     library.opcheck(NORM, (*inputs(residual, affine), *form(centre)))
+
+
+def sandwich(centred: bool, **other: Any) -> Forms:
+    settings = dict(
+        centre_1=True, eps_1=1e-3, scale_1=0.5, correction_1=0, centre_output_1=centred, centre=not centred, eps=1e-5,
+        scale=1.0, correction=0, alpha=2.0, out_dtype=torch.float64, centre_output=False,
+    )  # fmt: skip
+    return Forms(**{**settings, **other})
+
+
+def rows(affine: bool) -> tuple[Tensor | None, ...]:
+    x, residual, weight, bias = inputs(True, affine)
+    return x, residual, weight, bias, *inputs(False, affine)[2:]
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+def test_meaning_of_two_norms(centred: bool, affine: bool) -> None:
+    x, r, w1, b1, w, b = rows(affine)
+    out, s, rstd, rstd_1, *means = TWO_NORMS(x, r, w1, b1, w, b, *sandwich(centred))
+    first = 0.5 * F.layer_norm(x, (8,), w1, b1, 1e-3)
+    first = first - first.mean(-1, keepdim=True) if centred else first
+    total = first + 2.0 * r
+    norm = F.rms_norm(total, (8,), w, 1e-5) + (b if b is not None else 0)
+    torch.testing.assert_close(s, total, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(out, norm if centred else F.layer_norm(total, (8,), w, b), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(rstd_1, torch.rsqrt(x.var(-1, correction=0) + 1e-3))
+    assert rstd.shape == rstd_1.shape and len(means) == 1 + (not centred)
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+def test_derivative_of_two_norms(centred: bool, affine: bool) -> None:
+    def run(*tensors: Tensor | None) -> list[Tensor]:
+        return TWO_NORMS(*tensors, *sandwich(centred, correction_1=1, scale=1.5))[:2]
+
+    assert torch.autograd.gradcheck(run, rows(affine))
+
+
+def test_opcheck_of_two_norms() -> None:
+    library.opcheck(TWO_NORMS, (*rows(True), *sandwich(True)))

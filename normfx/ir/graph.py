@@ -93,12 +93,11 @@ def grad_modes(graph: Graph) -> dict[Node, bool]:
 
 
 def arguments(node: Node) -> dict[str, Any]:
-    """Arguments of an ATen call by schema name, defaults filled in."""
+    """Arguments of an ATen call by schema name and in its order, defaults filled in."""
     schema = node.target._schema  # type: ignore[union-attr]  # op_name(node) was checked by the caller
-    bound = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-    bound.update(zip((a.name for a in schema.arguments), node.args, strict=False))
-    bound.update(node.kwargs)
-    return bound
+    given = {**dict(zip((a.name for a in schema.arguments), node.args, strict=False)), **node.kwargs}
+    known = [a for a in schema.arguments if a.name in given or a.has_default_value()]
+    return {a.name: given.get(a.name, a.default_value) for a in known}
 
 
 def occurrences(node: Node, operand: Node) -> int:

@@ -14,7 +14,8 @@ _JOINS = frozenset({"aten::cat", "aten::concat", "aten::concatenate"})
 
 
 def read_parts(gm: GraphModule, written: frozenset[Node]) -> int:
-    """Slices of a concatenation that lie inside one of its parts become slices of that part, in place. Returns how many.
+    """Slices of a concatenation that lie inside one of its parts become slices of that part, in place. Returns their
+    number.
 
     cat([a, b])[len(a):] is b: whoever reads it does not read a. Left alone: values that are written in place
     (`written`), and slices whose memory leaves the graph, which would then be that of the part.

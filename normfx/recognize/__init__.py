@@ -43,7 +43,7 @@ def recognize(
         streams=tuple(replace(stream, live=priced) for stream in streams),
         readers={norm: replace(found, live=priced) for norm, found in readers.items()},
         scaled={found.norm: found for found in scaled},
-        residuals=tuple(find_residuals(norms, parameters, mutated, modes)),
+        residuals=tuple(find_residuals(norms, scaled, parameters, mutated, modes)),
         composed=tuple(find_composed(graph, parameters, weights if live is None else priced)),
     )
 

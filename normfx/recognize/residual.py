@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 from torch.fx import Node
 
 from normfx.ir.graph import SHAPE_READS, arguments, op_name, tensor, value
-from normfx.ir.sites import Norm, Residual
+from normfx.ir.sites import Norm, Residual, Scaled
 from normfx.recognize.readers import number_factor
 from normfx.recognize.rows import same_shape
 
@@ -20,11 +20,15 @@ _ROLES: tuple[tuple[_Argument, _Argument], ...] = (("other", "self"), ("self", "
 
 
 def find_residuals(
-    norms: Iterable[Norm], parameters: frozenset[Node], barred: frozenset[Node], modes: Mapping[Node, bool]
+    norms: Iterable[Norm],
+    scaled: Iterable[Scaled],
+    parameters: frozenset[Node],
+    barred: frozenset[Node],
+    modes: Mapping[Node, bool],
 ) -> Iterator[Residual]:
     """One for each sum, of the first norm that reads it. Values of parameters alone are no residuals."""
     ordered = sorted(norms, key=lambda norm: norm.output)
-    outputs = {norm.output: norm for norm in ordered}
+    outputs = {norm.output: norm for norm in ordered} | {found.node: found.norm for found in scaled}
     fused: set[Norm] = set()
     seen: set[Node] = set()
     for norm in ordered:

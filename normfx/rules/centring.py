@@ -2,7 +2,8 @@
 
 Costs are counted in bytes, pass by pass. A LayerNorm reads a row for its mean, for its variance and to normalise it; an
 RMSNorm saves the first. Centring an activation while the model runs reads it for the mean and writes the difference;
-for looked-up embedding rows the write is the lookup's own. Folded weights are free where they are kept. Where they are
+for looked-up embedding rows and rows that a norm emits, the write is their own, unless
+others read the original too. Folded weights are free where they are kept. Where they are
 live, for their gradients, every call reads and writes them, and so does its backward pass: it takes many rows to pay.
 """
 
@@ -50,8 +51,6 @@ CODES = {
         "run inference under torch.no_grad(), train on larger batches, or fold regardless: options={'fold': 'live'}",
     ),
 }
-
-_PASSES = {"embedding": 1, "norm": 2, "raw": 2, "value": 2}
 
 LIVE_PASSES = 4
 """Passes over a weight that is centred in every call: two forward, two backward. With it the predicted break-even, ten
@@ -105,8 +104,8 @@ def _total(stream: Stream, leaves: Iterable[Leaf]) -> sympy.Expr:
 
 def _price(leaf: Leaf, stream: Stream) -> sympy.Expr:
     if leaf.explicit:
-        inside = leaf.kind == "norm" and leaf.alone  # the norm itself emits centred rows (M9): one sum more
-        return (1 if inside else _PASSES[leaf.kind]) * bytes_of(leaf.node)
+        inside = leaf.alone and leaf.kind in ("norm", "embedding")  # a norm itself emits centred rows (M9)
+        return (1 if inside else 2) * bytes_of(leaf.node)
     return LIVE_PASSES * total(map(bytes_of, _live(leaf, stream)))
 
 
