@@ -25,6 +25,8 @@ FLOORS = (
     ("ir.verify", "ir.printer", "ir.resize"),
     ("capture", "specialize"),
     ("recognize.axes", "recognize.algebra", "recognize.barriers"),
+    ("recognize.table",),
+    ("recognize.moves", "recognize.arithmetic", "recognize.indexing", "recognize.mixing", "recognize.linears"),
     ("recognize.flow", "recognize.rows"),
     ("recognize.formula",),
     ("recognize.spelled",),

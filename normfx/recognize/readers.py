@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from torch.fx import Node
 
-from normfx.ir.graph import SHAPE_READS, arguments, is_getitem, occurrences, op_name, shape, value
+from normfx.ir.graph import SHAPE_READS, arguments, is_getitem, occurrences, op_name, reads_entries, shape, value
 from normfx.ir.sites import Axis, Linear, Norm, Readers, Scaled
 from normfx.recognize.axes import reshape_axis
-from normfx.recognize.flow import CASTS, PARTS, RESHAPES, flow
+from normfx.recognize.flow import CASTS, PARTS, RESHAPES, Constants, flow
 
 ROW_OPS = (
     RESHAPES
@@ -34,7 +34,8 @@ def find_all_readers(
     norms: Iterable[Norm], parameters: frozenset[Node], barred: frozenset[Node], modes: Mapping[Node, bool]
 ) -> dict[Norm, Readers]:
     """Readers of each norm, with the weights that norms of different γ or β share."""
-    found = {norm: find_readers(norm, parameters, barred, modes) for norm in norms}
+    constants = Constants(barred)
+    found = {norm: find_readers(norm, parameters, constants, modes) for norm in norms}
     affines: dict[Node, set[tuple[Node | None, Node | None]]] = {}
     for norm, readers in found.items():
         for linear, _, _ in readers.linears:
@@ -70,13 +71,12 @@ def find_scaled(norm: Norm, modes: Mapping[Node, bool]) -> Scaled | None:
     return None if factor is None else Scaled(norm, users[0], factor)
 
 
-def find_readers(
-    norm: Norm, parameters: frozenset[Node], barred: frozenset[Node], modes: Mapping[Node, bool]
-) -> Readers:
+def find_readers(norm: Norm, parameters: frozenset[Node], constants: Constants, modes: Mapping[Node, bool]) -> Readers:
     """Walk forwards from a norm's output along its feature axis.
 
     Nothing in another gradient mode than the norm can take γ and β on: they would gain or lose gradients.
     """
+    barred = constants.barred
     linears: list[tuple[Linear, Axis, float]] = []
     path: list[Node] = []
     others: list[Node] = []
@@ -88,12 +88,12 @@ def find_readers(
     while work:
         node, axis, factor = work.pop()
         for user in node.users:
-            if op_name(user) in SHAPE_READS:
+            if not reads_entries(user, node):
                 continue
             same_mode = modes[user] == modes[norm.output]
             linear = linear_reader(user, node, axis, parameters)
             factor_here = number_factor(user, node)
-            onward = _forward(user, node, axis) if op_name(user) in ROW_OPS or is_getitem(user) else None
+            onward = _forward(user, node, axis, constants) if op_name(user) in ROW_OPS or is_getitem(user) else None
             if not same_mode:
                 others.append(user)
             elif (
@@ -113,7 +113,7 @@ def find_readers(
     return Readers(norm, tuple(linears), tuple(path), tuple(others), axes=axes)
 
 
-def _forward(user: Node, node: Node, axis: Axis) -> Axis | None:
+def _forward(user: Node, node: Node, axis: Axis, constants: Constants) -> Axis | None:
     """The axis inside `user` that flow() traces back to `axis` of `node`."""
     fake = value(user)
     if op_name(user) in RESHAPES:
@@ -123,7 +123,7 @@ def _forward(user: Node, node: Node, axis: Axis) -> Axis | None:
         ndim = fake.ndim if fake is not None else len(value_of_part(user).shape)
         candidates = [axis.at(dim) for dim in range(ndim)]
     for candidate in candidates:
-        step = flow(user, candidate)
+        step = flow(user, candidate, constants)
         if step is not None and step.carried == ((node, axis),) and not step.dropped and occurrences(user, node) == 1:
             return candidate
     return None
