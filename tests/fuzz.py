@@ -32,6 +32,9 @@ from normfx.ir.sources import Source
 from normfx.options import Options
 from normfx.report import GraphReport
 
+COUNT = 2000
+"""Programs of one run."""
+
 OPS = (*STREAM_OPS, *STREAM_OPS, *BREAKING_OPS, *OBSERVERS)
 COMPRESSED = {"rules": "default,+crms_norm", "crms_width": "exact"}
 SETTINGS: tuple[Mapping[str, str], ...] = (
@@ -116,7 +119,7 @@ def run(first: int, count: int, every: int = 500) -> list[int]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--first", type=int, default=0, help="number of the first program")
-    parser.add_argument("--count", type=int, default=2000, help="how many programs")
+    parser.add_argument("--count", type=int, default=COUNT, help="how many programs")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)

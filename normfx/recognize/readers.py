@@ -141,10 +141,10 @@ def linear_reader(user: Node, node: Node, axis: Axis, parameters: frozenset[Node
 
     shifted: the norm has a β. A grouped product has no place for it: each row would need its own group's Wβ
     """
-    if occurrences(user, node) != 1 or axis.dim != len(shape(node)) - 1:
-        return None
     found = _linear(user)
     if found is None or found.value is not node or found.weight not in parameters:
+        return None
+    if occurrences(user, node) != 1 or axis.dim != len(shape(node)) - 1:
         return None
     weight = value(found.weight)
     if weight is None or not weight.is_floating_point() or (found.bias is not None and value(found.bias) is None):
