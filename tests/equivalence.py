@@ -104,6 +104,21 @@ def assert_same_float64(
     expected, expected_grads = outputs_and_grads(reference, model, inputs)
     actual, actual_grads = outputs_and_grads(compiled, model, inputs)
     assert len(backend.graphs) == 1
+    assert_same_results(expected, expected_grads, actual, actual_grads, tolerance, floor)
+    if "fold" not in (options or {}):
+        _assert_kept_folds_agree(model, inputs, options, tolerance, promoted)
+    return backend.report
+
+
+def assert_same_results(
+    expected: Sequence[Tensor],
+    expected_grads: Mapping[str, Tensor | None],
+    actual: Sequence[Tensor],
+    actual_grads: Mapping[str, Tensor | None],
+    tolerance: float = FLOAT64,
+    floor: float = 1e-3,
+) -> None:
+    """Outputs and gradients, as outputs_and_grads returns them, are the same; None stays None."""
     for want, got in zip(expected, actual, strict=True):
         assert got.dtype == want.dtype and got.shape == want.shape
         _close(got, want, want.abs().max().item(), tolerance, "output")
@@ -113,9 +128,6 @@ def assert_same_float64(
         assert (got is None) == (want is None), f"gradient of {name}: {got} in place of {want}"
         if want is not None and got is not None:
             _close(got, want, max(want.abs().max().item(), floor * largest), tolerance, f"gradient of {name}")
-    if "fold" not in (options or {}):
-        _assert_kept_folds_agree(model, inputs, options, tolerance, promoted)
-    return backend.report
 
 
 def _assert_kept_folds_agree(

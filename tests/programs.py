@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from hypothesis import strategies as st
+from token_programs import FORMS, TOKEN_OBSERVERS, TOKEN_OPS, TOKEN_TRAPS, At
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,10 +16,20 @@ STREAM_OPS = (
     "add_table", "roll", "flip", "cut_and_pad", "join_token", "cumsum", "token_mean",
     "swap_axes", "split_heads", "mix_tokens", "mix_tokens_bias", "mask", "choose", "gather", "depth_mean", "stack_sum",
     "inplace_add", "cast", "dropout_eval", "half", "detach", "matmul_tokens", "divide_token", "double_view",
-    "frozen_write", "detached_scale",
+    "frozen_write", "detached_scale", *TOKEN_OPS,
 )  # fmt: skip
 """Ops a centred stream passes, or writers."""
-BREAKING_OPS = ("channel_gate", "clamp", "tanh", "post_norm", "inplace_alias", "feature_roll", "softmax", "norm_plain")
+BREAKING_OPS = (
+    "channel_gate",
+    "clamp",
+    "tanh",
+    "post_norm",
+    "inplace_alias",
+    "feature_roll",
+    "softmax",
+    "norm_plain",
+    *TOKEN_TRAPS,
+)
 OBSERVERS = (
     "norm_out",
     "scaled_norm",
@@ -33,9 +44,12 @@ OBSERVERS = (
     "frozen_scaled",
     "scaled_frozen",
     "moved_frozen",
+    *TOKEN_OBSERVERS,
 )
 
-NORMS = frozenset(OBSERVERS) - {"raw_out", "raw_linear", "feature_mean", "two_readers"} | {"post_norm"}
+NORMS = frozenset(OBSERVERS) - {*TOKEN_OBSERVERS, "raw_out", "raw_linear", "feature_mean", "two_readers"} | {
+    "post_norm"
+}
 """Ops with a norm of their own."""
 
 Step = tuple[str, int]
@@ -65,7 +79,13 @@ class Program(nn.Module):
 
     def _declare(self, op: str, key: str) -> None:
         d = WIDTH
-        if op == "branch":
+        form = FORMS.get(op)
+        if form is not None:
+            if form.parts is not None:
+                self.parts[key] = form.parts()
+            if form.shape is not None:
+                self.vectors[key] = nn.Parameter(torch.empty(form.shape))
+        elif op == "branch":
             self.parts[key] = nn.ModuleList([nn.LayerNorm(d), nn.Linear(d, 6), nn.Linear(6, d)])
         elif op in ("write", "raw_linear", "layer_scale", "inplace_add", "frozen_write", "detached_scale"):
             self.parts[key] = nn.Linear(d, d)
@@ -92,7 +112,10 @@ class Program(nn.Module):
         values, outputs = [self.table(ids)], []
         for i, (op, back) in enumerate(self.steps):
             x = values[-1 - back % len(values)]
-            if op in OBSERVERS:
+            if op in FORMS:
+                at = At(x, values[0], values[-3:], ids, self._part(str(i)), self._vector(str(i)))
+                (outputs if op in OBSERVERS else values).append(FORMS[op].run(at))
+            elif op in OBSERVERS:
                 outputs += self._observe(op, str(i), x)
             else:
                 values.append(self._stream(op, str(i), x, values[0]))

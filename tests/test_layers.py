@@ -26,6 +26,8 @@ FLOORS = (
     ("ir.fusion",),
     ("capture", "specialize"),
     ("recognize.axes", "recognize.algebra", "recognize.barriers"),
+    ("recognize.table",),
+    ("recognize.moves", "recognize.arithmetic", "recognize.indexing", "recognize.mixing", "recognize.linears"),
     ("recognize.flow", "recognize.rows"),
     ("recognize.formula",),
     ("recognize.spelled",),

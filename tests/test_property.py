@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fuzz
 import pytest
 import torch
-from equivalence import assert_same_float64, transformed
+from equivalence import assert_same_float64
 from hypothesis import HealthCheck, example, given, settings
 from programs import OBSERVERS, STREAM_OPS, Program, Step, programs, tokens
+from token_programs import TOKEN_TRAPS
+
+from normfx.report import Report
 
 UNFOLDED = ("detach", "frozen_write", "detached_scale")
 """Ops whose writer cannot take a scale without moving gradients; random programs still hold them."""
@@ -58,14 +62,32 @@ def test_streams_pass_each_op(op: str) -> None:
     """Each op of the M3 table lets the norms around it become RMSNorms: the random test is not vacuous."""
     torch.manual_seed(0)
     steps = (("branch", 0), (op, 0), ("branch", 0))
-    report = assert_same_float64(Program(steps).eval(), (tokens(),))
+    report = Report((fuzz.check(steps, {}),))
     assert report.counts["layer_norm"] - report.counts["to_rms_norm"] == 0
 
 
-@pytest.mark.parametrize("op", [o for o in OBSERVERS if o.startswith("raw") or o == "feature_mean"])
+@pytest.mark.parametrize("op", [o for o in OBSERVERS if o.startswith("raw_") or o == "feature_mean"])
 def test_observers_keep_the_mean(op: str) -> None:
     """LN → RMS without centring is impossible: an observed stream keeps its norms before the observer (A5)."""
     torch.manual_seed(0)
-    _, report = transformed(Program((("branch", 0), ("branch", 0), (op, 0))).eval(), (tokens(),))
+    report = Report((fuzz.check((("branch", 0), ("branch", 0), (op, 0)), {}),))
     assert any(r.code == "observed" for site in report.sites for r in site.refusals)
     assert report.counts["to_rms_norm"] < report.counts["layer_norm"]
+
+
+ODD = ("deep_norm", "merged_patches")
+"""Traps with a norm of their own, which may convert."""
+
+
+@pytest.mark.parametrize("op", [op for op in TOKEN_TRAPS if op not in ODD])
+def test_traps_keep_the_mean(op: str) -> None:
+    """What does not commute with the mean over the features ends the stream: the norm behind it stays a LayerNorm."""
+    report = Report((fuzz.check((("branch", 0), (op, 0)), {}),))
+    refused = report.sites[-1].refusals
+    assert [r.code for r in refused if r.rule == "pre_rms_norm"], report.sites[-1].rules
+
+
+@pytest.mark.slow
+def test_thousands_of_random_programs() -> None:
+    """As `python tests/fuzz.py`: each is rewritten with the default rules or compressed, and run beside eager."""
+    assert fuzz.run(0, fuzz.COUNT) == []

@@ -15,6 +15,15 @@ SHAPE_READS = frozenset(
 )
 """Ops that read a value's shape or dtype, never its entries."""
 
+LIKE = frozenset(f"aten::{n}_like" for n in ("zeros", "ones", "full", "empty", "rand", "randn", "randint"))
+"""Ops that make a value of the shape of another."""
+
+MADE_LIKE = LIKE | frozenset(f"aten::new_{n}" for n in ("zeros", "ones", "full", "empty", "empty_strided"))
+"""Ops that make a value of the shape or dtype of another."""
+
+SHAPED_AS = frozenset({"aten::expand_as", "aten::view_as", "aten::reshape_as"})
+"""Ops that take the shape of their second operand."""
+
 BAKED = "normfx_baked"
 """Node meta key: the rule bake_weights wants the value kept."""
 
@@ -104,6 +113,14 @@ def occurrences(node: Node, operand: Node) -> int:
     """How often `operand` stands among the arguments of `node`."""
     found = [a for a in pytree.arg_tree_leaves(*node.args, **node.kwargs) if a is operand]
     return len(found)
+
+
+def reads_entries(user: Node, node: Node) -> bool:
+    """Whether a user of a value reads its entries, not only its shape and dtype."""
+    name = op_name(user)
+    if name in SHAPED_AS or name in ("aten::type_as", "aten::to.other"):
+        return arguments(user)["self"] is node
+    return name not in SHAPE_READS and name not in MADE_LIKE
 
 
 def extent(dim: int | torch.SymInt) -> sympy.Expr:

@@ -230,13 +230,14 @@ def fold_shift(
     inner: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """c + k·Wβ for a two-dimensional weight with input features along `dim`: the bias that takes over a norm's β (M7).
+    """c + k·Wβ for a weight with input features along `dim`: the bias that takes over a norm's β (M7). Of a matrix, a
+    vector; of a stack of matrices (E, d, h), as batched products read it, a row for each (E, 1, h).
 
     Written as a product and a sum, not as a matrix product: autocast would run that one in low precision.
     """
     wide = _wider(weight.dtype, beta.dtype)
     terms = _tile(beta.to(wide), weight.shape[dim], size, inner)
-    shift = (weight.to(wide) * _along(terms, weight.ndim, dim)).sum(dim)
+    shift = (weight.to(wide) * _along(terms, weight.ndim, dim)).sum(dim, keepdim=weight.ndim > 2)
     if factor != 1.0:
         shift = shift * factor
     if bias is not None:

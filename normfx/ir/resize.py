@@ -10,7 +10,7 @@ import torch.utils._pytree as pytree
 from torch.fx import Graph, Node
 
 from normfx.errors import NormfxError
-from normfx.ir.graph import SHAPE_READS, arguments, extent, is_getitem, op_name
+from normfx.ir.graph import LIKE, SHAPE_READS, SHAPED_AS, arguments, extent, is_getitem, op_name
 from normfx.ir.sites import Axis
 
 _SIZES = {
@@ -22,7 +22,7 @@ _SIZES = {
 }
 """Ops that name the sizes of their result."""
 
-_RIGID = frozenset({"aten::view_as", "aten::reshape_as", "aten::expand_as", "aten::unflatten.int"})
+_RIGID = SHAPED_AS | {"aten::unflatten.int"}
 """Ops that take the size from somewhere else."""
 
 
@@ -51,6 +51,8 @@ def resized(node: Node, axis: Axis, size: int) -> tuple[Any, ...]:
 def reads_size(user: Node, axis: Axis) -> bool:
     """Whether a node reads the size of this dimension, or something that depends on it."""
     name = op_name(user)
+    if name in LIKE or name in SHAPED_AS:
+        return True
     return name in SHAPE_READS and not (name == "aten::sym_size.int" and user.args[1] != axis.dim)
 
 

@@ -92,7 +92,7 @@ class Leaf:
     """A value that enters a stream from outside; the stream reads a centred copy of it.
 
     parameter: depends on parameters only: centre it where it is used (a weight, bias or table)
-    centred:   output of a LayerNorm without weight and bias: its mean is 0 already
+    centred:   output of a LayerNorm without weight and bias, or zeros: its mean is 0 already
     scaled:    λ ⊙ (Wa + b) with a parameter λ: fold λ, then centre (M11)
     embedding: looked-up rows: centre the rows
     norm:      output of another norm, which has a mean (T3)

@@ -56,6 +56,14 @@ def expand_axis(operand: Node, ndim: int, axis: Axis) -> Axis | None:
 
 def index_axis(node: Node, source: Node, indices: Sequence[Any], axis: Axis) -> Axis | None:
     """Input axis of source[indices] (aten.index.Tensor), when the feature axis itself is not indexed."""
+    layout = indexed_dims(source, indices)
+    if layout is None or len(layout) != len(shape(node)) or layout[axis.dim] < 0:
+        return None
+    return axis.at(layout[axis.dim])
+
+
+def indexed_dims(source: Node, indices: Sequence[Any]) -> list[int] | None:
+    """For each dimension of source[indices], that of the source; -1 where it runs over an index. None: no index."""
     ndim = len(shape(source))
     kept: list[int] = []
     indexed: list[int] = []
@@ -79,7 +87,4 @@ def index_axis(node: Node, source: Node, indices: Sequence[Any], axis: Axis) -> 
         return None
     adjacent = indexed == list(range(indexed[0], indexed[-1] + 1))
     front = [d for d in kept if d < indexed[0]] if adjacent else []
-    source_dims = [*front, *[-1] * index_ndim, *[d for d in kept if d not in front]]
-    if len(source_dims) != len(shape(node)) or source_dims[axis.dim] < 0:
-        return None
-    return axis.at(source_dims[axis.dim])
+    return [*front, *[-1] * index_ndim, *[d for d in kept if d not in front]]

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from torch.fx import Node
 
-from normfx.ir.graph import SHAPE_READS, arguments, is_getitem, occurrences, op_name, shape, value
+from normfx.ir.graph import SHAPE_READS, arguments, is_getitem, occurrences, op_name, reads_entries, shape, value
 from normfx.ir.sites import Axis, Linear, Norm, Readers, Scaled
 from normfx.recognize.axes import reshape_axis
-from normfx.recognize.flow import CASTS, PARTS, RESHAPES, flow
+from normfx.recognize.flow import CASTS, PARTS, RESHAPES, Constants, flow
 
 ROW_OPS = (
     RESHAPES
@@ -19,7 +19,8 @@ ROW_OPS = (
     | {
         "aten::permute", "aten::transpose.int", "aten::t", "aten::mT", "aten::swapaxes", "aten::movedim.int",
         "aten::movedim.intlist", "aten::expand", "aten::expand_as", "aten::dropout", "aten::select.int",
-        "aten::slice.Tensor", "aten::narrow", "aten::index_select", "aten::index.Tensor", "aten::roll", "aten::flip",
+        "aten::slice.Tensor", "aten::narrow", "aten::index_select", "aten::index.Tensor", "aten::gather",
+        "aten::take_along_dim", "aten::unfold", "aten::roll", "aten::flip",
         "aten::repeat", "aten::repeat_interleave.self_int", "aten::mean.dim", "aten::adaptive_avg_pool1d",
         "aten::adaptive_avg_pool2d",
     }
@@ -34,7 +35,8 @@ def find_all_readers(
     norms: Iterable[Norm], parameters: frozenset[Node], barred: frozenset[Node], modes: Mapping[Node, bool]
 ) -> dict[Norm, Readers]:
     """Readers of each norm, with the weights that norms of different γ or β share."""
-    found = {norm: find_readers(norm, parameters, barred, modes) for norm in norms}
+    constants = Constants(barred)
+    found = {norm: find_readers(norm, parameters, constants, modes) for norm in norms}
     affines: dict[Node, set[tuple[Node | None, Node | None]]] = {}
     for norm, readers in found.items():
         for linear, _, _ in readers.linears:
@@ -70,13 +72,12 @@ def find_scaled(norm: Norm, modes: Mapping[Node, bool]) -> Scaled | None:
     return None if factor is None else Scaled(norm, users[0], factor)
 
 
-def find_readers(
-    norm: Norm, parameters: frozenset[Node], barred: frozenset[Node], modes: Mapping[Node, bool]
-) -> Readers:
+def find_readers(norm: Norm, parameters: frozenset[Node], constants: Constants, modes: Mapping[Node, bool]) -> Readers:
     """Walk forwards from a norm's output along its feature axis.
 
     Nothing in another gradient mode than the norm can take γ and β on: they would gain or lose gradients.
     """
+    barred = constants.barred
     linears: list[tuple[Linear, Axis, float]] = []
     path: list[Node] = []
     others: list[Node] = []
@@ -88,12 +89,12 @@ def find_readers(
     while work:
         node, axis, factor = work.pop()
         for user in node.users:
-            if op_name(user) in SHAPE_READS:
+            if not reads_entries(user, node):
                 continue
             same_mode = modes[user] == modes[norm.output]
-            linear = linear_reader(user, node, axis, parameters)
+            linear = linear_reader(user, node, axis, parameters, norm.bias is not None)
             factor_here = number_factor(user, node)
-            onward = _forward(user, node, axis) if op_name(user) in ROW_OPS or is_getitem(user) else None
+            onward = _forward(user, node, axis, constants) if op_name(user) in ROW_OPS or is_getitem(user) else None
             if not same_mode:
                 others.append(user)
             elif (
@@ -113,7 +114,7 @@ def find_readers(
     return Readers(norm, tuple(linears), tuple(path), tuple(others), axes=axes)
 
 
-def _forward(user: Node, node: Node, axis: Axis) -> Axis | None:
+def _forward(user: Node, node: Node, axis: Axis, constants: Constants) -> Axis | None:
     """The axis inside `user` that flow() traces back to `axis` of `node`."""
     fake = value(user)
     if op_name(user) in RESHAPES:
@@ -123,7 +124,7 @@ def _forward(user: Node, node: Node, axis: Axis) -> Axis | None:
         ndim = fake.ndim if fake is not None else len(value_of_part(user).shape)
         candidates = [axis.at(dim) for dim in range(ndim)]
     for candidate in candidates:
-        step = flow(user, candidate)
+        step = flow(user, candidate, constants)
         if step is not None and step.carried == ((node, axis),) and not step.dropped and occurrences(user, node) == 1:
             return candidate
     return None
@@ -134,27 +135,49 @@ def value_of_part(node: Node):  # type: ignore[no-untyped-def]  # a fake tensor,
     return node.meta["val"][0]
 
 
-def linear_reader(user: Node, node: Node, axis: Axis, parameters: frozenset[Node]) -> Linear | None:
-    """The linear through which `user` reads `node` over its feature axis, with a floating 2-D weight of parameters."""
+def linear_reader(user: Node, node: Node, axis: Axis, parameters: frozenset[Node], shifted: bool) -> Linear | None:
+    """The linear through which `user` reads `node` over its feature axis, with a floating weight of parameters: a
+    matrix, or one for each expert (E, d, h).
+
+    shifted: the norm has a β. A grouped product has no place for it: each row would need its own group's Wβ
+    """
+    found = _linear(user)
+    if found is None or found.value is not node or found.weight not in parameters:
+        return None
+    if occurrences(user, node) != 1 or axis.dim != len(shape(node)) - 1:
+        return None
+    weight = value(found.weight)
+    if weight is None or not weight.is_floating_point() or (found.bias is not None and value(found.bias) is None):
+        return None
+    if weight.ndim != 2 and (weight.ndim < 2 or len(shape(node)) < 2):
+        return None
+    return None if shifted and op_name(user) == "aten::_grouped_mm" else found
+
+
+def _linear(user: Node) -> Linear | None:
+    """Which operands of a linear are its value, weight and bias; a stack of weights lies in the order (…, d, h)."""
     name = op_name(user)
-    if name not in ("aten::linear", "aten::addmm", "aten::mm", "aten::matmul") or occurrences(user, node) != 1:
+    if name not in _READERS:
         return None
     args = arguments(user)
-    if axis.dim != len(shape(node)) - 1:
-        return None
     if name == "aten::linear":
-        found = Linear(user, args["input"], args["weight"], args["bias"], "weight", "bias", 1)
-    elif name == "aten::addmm":
+        return Linear(user, args["input"], args["weight"], args["bias"], "weight", "bias", 1)
+    if name in ("aten::addmm", "aten::baddbmm"):
         bias = value(args["self"])
-        if args["beta"] != 1 or args["alpha"] != 1 or bias is None or bias.shape != shape(user)[1:]:
+        if args["beta"] != 1 or args["alpha"] != 1 or bias is None:
             return None
-        found = Linear(user, args["mat1"], args["mat2"], args["self"], "mat2", "self", 0)
-    else:
-        slot = "mat2" if name == "aten::mm" else "other"
-        found = Linear(user, args["self"], args[slot], None, slot, None, 0)
-    weight = value(found.weight)
-    if found.value is not node or found.weight not in parameters or weight is None:
+        if name == "aten::baddbmm":
+            return Linear(user, args["batch1"], args["batch2"], args["self"], "batch2", "self", 1)
+        if bias.shape != shape(user)[1:]:
+            return None
+        return Linear(user, args["mat1"], args["mat2"], args["self"], "mat2", "self", 0)
+    if name == "aten::_grouped_mm" and args["bias"] is not None:
         return None
-    if weight.ndim != 2 or not weight.is_floating_point() or (found.bias is not None and value(found.bias) is None):
+    slot = "other" if name == "aten::matmul" else "mat2"
+    weight = value(args[slot])
+    if weight is None or weight.ndim < 2:
         return None
-    return found
+    return Linear(user, args["self"], args[slot], None, slot, None, weight.ndim - 2)
+
+
+_READERS = frozenset(f"aten::{name}" for name in ("linear", "addmm", "baddbmm", "mm", "bmm", "matmul", "_grouped_mm"))

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 import networkx
 from torch.fx import Graph, Node
 
-from normfx.ir.graph import SHAPE_READS, arguments, occurrences, op_name, packed_sources, shape, value
+from normfx.ir.graph import arguments, occurrences, op_name, packed_sources, reads_entries, shape, value
 from normfx.ir.sites import Axis, Leaf, LeafKind, Norm, Stream
-from normfx.recognize.flow import LINEARS, Flow, constant_along, flow
+from normfx.recognize.flow import LINEARS, Constants, Flow, flow, scales_rows
 
 
 @dataclass
@@ -30,6 +30,7 @@ class _Region:
     barred: frozenset[Node]
     outputs: Mapping[Node, Norm]
     modes: Mapping[Node, bool]
+    constants: Constants
     axes: dict[Node, Axis] = field(default_factory=dict)
     flows: dict[Node, Flow] = field(default_factory=dict)
     conflicts: set[Node] = field(default_factory=set)
@@ -65,7 +66,7 @@ def find_streams(
             alone.append(Stream((norm,), (), obstacle="several_axes", detail=detail))
         else:
             seeds.setdefault(norm.input, []).append(norm)
-    region = _Region(seeds, parameters, barred, outputs, modes)
+    region = _Region(seeds, parameters, barred, outputs, modes, Constants(barred))
     _collect(region)
     _mark_raw(graph, region)
     order = {node: i for i, node in enumerate(graph.nodes)}
@@ -87,7 +88,7 @@ def _collect(region: _Region) -> None:
             continue
         if node in region.parameters or node in region.barred or node in region.outputs:
             continue
-        step = flow(node, axis)
+        step = flow(node, axis, region.constants)
         if step is None or any(_also_coefficient(node, operand, step) for operand, _ in step.carried):
             continue
         region.axes[node], region.flows[node] = axis, step
@@ -107,7 +108,7 @@ def _mark_raw(graph: Graph, region: _Region) -> None:
             region.witness[node] = node
             continue
         for user in node.users:
-            if op_name(user) in SHAPE_READS or _is_norm_use(node, user, region):
+            if not reads_entries(user, node) or _is_norm_use(node, user, region):
                 continue
             axis = next((a for o, a in region.flows[user].carried if o is node), None) if user in region.flows else None
             if axis != region.axes[node]:
@@ -202,6 +203,8 @@ def _leaf(key: tuple[Node, Axis], users: list[Node | Norm], region: _Region) -> 
         norm = region.outputs[node]
         centred = norm.kind == "LayerNorm" and norm.weight is None and norm.bias is None and norm.axis == axis
         kind = "centred" if centred else "norm"
+    elif region.constants.zero(node, axis):
+        kind = "centred"
     else:
         scaled = _scaled_writer(node, axis, users, region)
         if scaled is not None:
@@ -234,7 +237,7 @@ def _scaled_writer(
             continue
         fake = value(scale)
         ndim = len(shape(node))
-        if fake is None or fake.numel() != axis.size or constant_along(scale, ndim, axis):
+        if fake is None or fake.numel() != axis.size or region.constants.broadcast(scale, ndim, axis):
             continue
         if shape(source) != shape(node):
             continue
@@ -243,13 +246,13 @@ def _scaled_writer(
         while len(source.users) == 1 and source not in region.barred and source not in region.outputs:
             if op_name(source) == "aten::detach" or region.modes[source] != mode:
                 break  # λ would lose or gain a gradient
-            step = flow(source, inside)
+            step = flow(source, inside, region.constants)
             if step is None or inside.inner != 1 or shape(source)[inside.dim] != axis.size:
                 break
             path.append((source, inside))
             if op_name(source) in LINEARS:
                 whole = all(o in region.parameters for o, _ in step.carried) and not step.dropped
-                return (tuple(path), scale) if whole else None
+                return (tuple(path), scale) if whole and scales_rows(source, inside) else None
             if len(step.carried) != 1 or step.dropped:
                 break
             source, inside = step.carried[0]

@@ -26,6 +26,7 @@ from torch.fx import Node
 from normfx.ir.graph import SHAPE_READS, bytes_of, extent, op_name, shape, total
 from normfx.ir.resize import reads_size, resizable
 from normfx.ir.sites import Axis, Norm, Readers, Sites, Stream
+from normfx.recognize.flow import LINEARS
 from normfx.rules import algebra, centring, fold_affine
 from normfx.rules.rule import Code, Cost, Example, Rule, Symbols
 
@@ -101,9 +102,23 @@ def guard(site: Compressed) -> Iterator[tuple[str, str, tuple[Node, ...]]]:
     written = {norm.output for norm in site.stream.norms}  # anew
     rigid = [n for n, axis in site.values.items() if n not in written and not resizable(n, axis, site.size)]
     reads = [user for node, axis in site.values.items() for user in node.users if reads_size(user, axis)]
-    found = (*rigid, *reads, *_outside(site))
+    found = (*rigid, *reads, *_wide(site), *_outside(site))
     if found:
         yield "fixed_width", ", ".join(node.name for node in found), found
+
+
+def _wide(site: Compressed) -> Iterator[Node]:
+    """Ops with a coefficient, an index or a dropped term that has an entry for each feature, all the same."""
+    inside = {*site.values, *(leaf.node for leaf in site.stream.leaves)}
+    written = {norm.output for norm in site.stream.norms}
+    for node, axis in site.values.items():
+        val = node.meta["val"]
+        if node in written or op_name(node) in LINEARS or not isinstance(val, torch.Tensor):
+            continue
+        others = [o.meta["val"] for o in node.all_input_nodes if o not in inside]
+        places = [(v, axis.dim - val.ndim + v.ndim) for v in others if isinstance(v, torch.Tensor)]
+        if any(dim >= 0 and extent(v.shape[dim]) == site.size for v, dim in places):
+            yield node
 
 
 def _outside(site: Compressed) -> Iterator[Node]:
