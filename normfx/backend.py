@@ -23,7 +23,7 @@ from normfx.ir.aliasing import functionalize_local, mutated
 from normfx.ir.fusion import centres_output
 from normfx.ir.names import module_path, source_line
 from normfx.ir.printer import print_graph
-from normfx.ir.simplify import read_parts
+from normfx.ir.simplify import drop_casts, read_parts
 from normfx.ir.verify import verify
 from normfx.lower import choice
 from normfx.lower.folded import Compiled, Folding, compile_folded, hoist, is_frozen
@@ -146,7 +146,7 @@ def transform_canonical(
     names = {n: s.name for n, s in captured.sources.items()}
     live = None if settings.fold == "live" else weights - _keepable(captured, settings)
     stages.run("functionalize", functionalize_local, canonical)
-    stages.run("simplify", read_parts, canonical, mutated(graph))
+    stages.run("simplify", _simplify, canonical)
     _check(settings, canonical, "capture")
     sites = stages.run("recognize", recognize, graph, weights, mutated(graph), module_path, source_line, live)
     by_inductor, by_kernels = settings.lowering == "inductor", settings.lowering == "triton"
@@ -168,6 +168,11 @@ def transform_canonical(
     report = report.with_shared([done.shared.get(norm) for norm in plan.norms])
     _log(report, plan, settings)
     return plan.changes, report
+
+
+def _simplify(gm: GraphModule) -> None:
+    drop_casts(gm)
+    read_parts(gm, mutated(gm.graph))
 
 
 def _lower(gm: GraphModule, lowering: str) -> Lowered:

@@ -13,6 +13,31 @@ from normfx.ir.graph import arguments, op_name, shape, value
 _JOINS = frozenset({"aten::cat", "aten::concat", "aten::concatenate"})
 
 
+_CASTS = frozenset({"aten::to.dtype", "aten::to.dtype_layout", "aten::to.device", "aten::to.other", "aten::type_as"})
+
+
+def drop_casts(gm: GraphModule) -> int:
+    """Casts of a value to the dtype and device it has return that value itself: they go, in place. Returns their number.
+
+    A model in float32 that asks for float32 has one at each norm.
+    """
+    count = 0
+    for node in list(gm.graph.nodes):
+        if op_name(node) not in _CASTS:
+            continue
+        args = arguments(node)
+        source, now, before = args["self"], value(node), value(args["self"])
+        if now is None or before is None or args.get("copy") or args.get("memory_format") is not None:
+            continue
+        if (now.dtype, now.device, now.layout) == (before.dtype, before.device, before.layout):
+            node.replace_all_uses_with(source)
+            gm.graph.erase_node(node)
+            count += 1
+    if count:
+        gm.recompile()
+    return count
+
+
 def read_parts(gm: GraphModule, written: frozenset[Node]) -> int:
     """Slices of a concatenation that lie inside one of its parts become slices of that part, in place. Returns their
     number.

@@ -6,8 +6,9 @@ With v the mean square (RMSNorm) or the biased variance (LayerNorm), a norm's re
     ((k·v)^(1/2) + e)^(−1) = k^(−1/2) · (v^(1/2) + e/√k)^(−1)       outside
     max(k·v, e)^(−1/2), max((k·v)^(1/2), √e)^(−1)                   clamped: max(v, e/k)^(−1/2)
 
-and the whole expression is γ·(x − M)·c times that, plus β. Only c = √k is a norm; a LayerNorm may also have
-c = √(k·(d − 1)/d): the unbiased variance, v·d/(d − 1).
+and the whole expression is γ·(x − M)·c times that, plus β. With c = √k it is a norm as it stands; with
+c = √(k·(d − n)/d) for an integer n, one whose divisor is d − n: n = 1 is the unbiased variance, n = d − 1 makes rows of
+length 1 (ScaleNorm, "Transformers without Tears", eq. 5).
 """
 
 from __future__ import annotations
@@ -61,11 +62,10 @@ def read(p: Poly, size: int) -> Formula | None:
     deviation = _deviation(base, exponent)
     if deviation is None or deviation.centred != centred or deviation.scale <= 0 or deviation.eps < 0 or factor <= 0:
         return None
-    scale, correction = deviation.scale, 0
-    if centred and size > 1 and not _unit(factor, scale):
-        scale, correction = scale * (size - 1) / size, 1
-    if not _unit(factor, scale):
+    correction = _correction(factor, deviation.scale, size)
+    if correction is None:
         return None
+    scale = deviation.scale if correction == 0 else factor * factor
     unit = 1.0 if isclose(scale, 1.0, rel_tol=1e-12) else sqrt(scale) if deviation.place == "outside" else scale
     return Formula(
         kind="LayerNorm" if centred else "RMSNorm",
@@ -77,8 +77,14 @@ def read(p: Poly, size: int) -> Formula | None:
     )
 
 
-def _unit(factor: float, scale: float) -> bool:
-    return isclose(factor * factor, scale, rel_tol=1e-9)
+def _correction(factor: float, scale: float, size: int) -> int | None:
+    """n with factor² = scale·(size − n)/size, if it is an integer from 0 to size − 1."""
+    if isclose(factor * factor, scale, rel_tol=1e-9):
+        return 0
+    divisor = round(size * factor * factor / scale)
+    if not 1 <= divisor < size or not isclose(factor * factor * size, scale * divisor, rel_tol=1e-9):
+        return None
+    return size - divisor
 
 
 def _affine(p: Poly) -> tuple[float, bool, dict[Atom, Fraction], Node | None] | None:

@@ -2,9 +2,9 @@
 
 Costs are counted in bytes, pass by pass. A LayerNorm reads a row for its mean, for its variance and to normalise it; an
 RMSNorm saves the first. Centring an activation while the model runs reads it for the mean and writes the difference;
-for looked-up embedding rows and rows that a norm emits, the write is their own, unless
-others read the original too. Folded weights are free where they are kept. Where they are
-live, for their gradients, every call reads and writes them, and so does its backward pass: it takes many rows to pay.
+for looked-up embedding rows and rows that a norm emits, the write is their own, unless others read the original too.
+Folded weights are free where they are kept. Where they are live, for their gradients, every call reads and writes them,
+and so does its backward pass: it takes many rows to pay.
 """
 
 from __future__ import annotations
