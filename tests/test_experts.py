@@ -199,6 +199,7 @@ ROWS = torch.tensor([[0, 2, 2, 1], [3, 3, 0, 1]])
         (lambda y: torch.take_along_dim(y, ROWS[..., None], 1), True),
         (lambda y: y[torch.arange(2)[:, None], ROWS], True),
         (lambda y: y.unfold(1, 2, 1).transpose(2, 3), True),
+        (lambda y: F.pad(y, (0, 0, 0, 0)), True),
         (lambda y: y.gather(2, ROWS[..., None].expand(-1, -1, WIDTH)), False),
         (lambda y: torch.zeros_like(y).index_copy(1, torch.tensor([2]), y[:, :1]), False),
         (lambda y: torch.zeros_like(y).scatter_add(1, ROWS[..., None].expand(-1, -1, WIDTH), y), False),
