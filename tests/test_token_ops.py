@@ -105,7 +105,7 @@ def _assigned(m: Any, x: Tensor, ids: Tensor) -> Tensor:
     y[ids > 5] = 0.0
     y.index_add_(1, torch.tensor([1, 1]), x[:, 2:])
     y.scatter_add_(1, (ids % 4)[..., None].expand(-1, -1, WIDTH), x)
-    return y + x
+    return torch.sub(y, x, alpha=0.5)
 
 
 def _pruned(m: Any, x: Tensor, ids: Tensor) -> Tensor:
