@@ -105,7 +105,7 @@ def _assigned(m: Any, x: Tensor, ids: Tensor) -> Tensor:
     y[ids > 5] = 0.0
     y.index_add_(1, torch.tensor([1, 1]), x[:, 2:])
     y.scatter_add_(1, (ids % 4)[..., None].expand(-1, -1, WIDTH), x)
-    return y + x
+    return torch.sub(y, x, alpha=0.5)
 
 
 def _pruned(m: Any, x: Tensor, ids: Tensor) -> Tensor:
@@ -246,6 +246,7 @@ def test_wide_coefficients_keep_the_width(basis: str) -> None:
     assert _codes(_check(_exit_early, **options), "crms_norm") == ["fixed_width"]
     narrow = _check(lambda m, x, ids: torch.take_along_dim(x, (ids % 4)[..., None], 1) * m.gate, **options)
     assert narrow.counts["crms_norm"] == 2
+    assert _check(_drop_path, train=True, **options).counts["crms_norm"] == 3
 
 
 class Scaled(nn.Module):

@@ -188,6 +188,13 @@ TOKEN_OPS: dict[str, Form] = {
         lambda at: torch.baddbmm(at.x, at.vector.expand(BATCH, -1, -1), at.first, alpha=0.5), shape=(TOKENS, TOKENS)
     ),
     "mix_einsum": Form(lambda at: at.x + torch.einsum("st,b...td->b...sd", at.vector, at.x), shape=(TOKENS, TOKENS)),
+    "token_dot": Form(
+        lambda at: at.x + (torch.matmul(at.vector, at.x) + torch.matmul(at.first.mT, at.vector))[:, None],
+        shape=(TOKENS,),
+    ),
+    "batch_sum": Form(
+        lambda at: at.x + torch.addbmm(at.first[0], at.vector.expand(BATCH, -1, -1), at.x), shape=(TOKENS, TOKENS)
+    ),
     "depth": Form(_depth, shape=(3,)),
     "depth_dot": Form(
         lambda at: torch.tensordot(at.vector, torch.stack([at.x, at.first]), 1).addcmul(at.x, at.vector[0]),
@@ -219,6 +226,7 @@ TOKEN_TRAPS: dict[str, Form] = {
     "gather_features": Form(lambda at: at.x.gather(1, _features_permuted(at))),
     "scatter_features": Form(lambda at: at.x.scatter_add(1, _features_permuted(at), at.first)),
     "gather_along": Form(lambda at: at.x.gather(2, at.wide)),
+    "scatter_part": Form(lambda at: at.x.scatter(1, at.wide[:, :1, :3], 0.0)),
     "fill_one": Form(lambda at: at.x.index_fill(1, torch.tensor([1]), 1.0)),
     "scatter_one": Form(lambda at: at.x.scatter(1, at.wide[:, :2], 1.0)),
     "scatter_max": Form(lambda at: at.x.scatter_reduce(1, at.wide, at.first, "amax")),

@@ -145,12 +145,12 @@ def _tensordot(call: Call) -> Flow | None:
     return one(operand, call.axis.at(dim))
 
 
-def scales_rows(linear: Node, axis: Axis) -> bool:
-    """Whether a factor for each output feature may be folded into a linear: its weight is a plain matrix or kernel."""
-    if "weight" in arguments(linear):
-        return True
-    name = op_name(linear)
+def scales_rows(linear: Node, axis: Axis, step: Flow) -> bool:
+    """Whether a factor for each output feature may be folded into a linear (M11): all that runs over the features is a
+    weight and bias, or a matrix on the right of a product and what is added to it."""
+    args, name = arguments(linear), op_name(linear)
+    if "weight" in args:
+        return all(operand in (args["weight"], args["bias"]) for operand, _ in step.carried)
     if name not in ("aten::addmm", "aten::mm", "aten::matmul") or axis.dim != len(shape(linear)) - 1:
         return False
-    weight = arguments(linear)["other" if name == "aten::matmul" else "mat2"]
-    return len(shape(weight)) == 2
+    return len(shape(args["other" if name == "aten::matmul" else "mat2"])) == 2

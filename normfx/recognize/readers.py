@@ -94,7 +94,7 @@ def find_readers(norm: Norm, parameters: frozenset[Node], constants: Constants, 
             same_mode = modes[user] == modes[norm.output]
             linear = linear_reader(user, node, axis, parameters, norm.bias is not None)
             factor_here = number_factor(user, node)
-            onward = _forward(user, node, axis, constants) if op_name(user) in ROW_OPS or is_getitem(user) else None
+            onward = _forward(user, node, axis, constants) if _passes_rows(user) else None
             if not same_mode:
                 others.append(user)
             elif (
@@ -112,6 +112,13 @@ def find_readers(norm: Norm, parameters: frozenset[Node], constants: Constants, 
             else:
                 others.append(user)
     return Readers(norm, tuple(linears), tuple(path), tuple(others), axes=axes)
+
+
+def _passes_rows(user: Node) -> bool:
+    """Whether every row that comes out is one that went in, or a mean of such."""
+    if op_name(user) in ("aten::pad", "aten::constant_pad_nd"):
+        return not any(arguments(user)["pad"])  # Swin's blocks pad in any case
+    return op_name(user) in ROW_OPS or is_getitem(user)
 
 
 def _forward(user: Node, node: Node, axis: Axis, constants: Constants) -> Axis | None:

@@ -252,7 +252,7 @@ def _scaled_writer(
             path.append((source, inside))
             if op_name(source) in LINEARS:
                 whole = all(o in region.parameters for o, _ in step.carried) and not step.dropped
-                return (tuple(path), scale) if whole and scales_rows(source, inside) else None
+                return (tuple(path), scale) if whole and scales_rows(source, inside, step) else None
             if len(step.carried) != 1 or step.dropped:
                 break
             source, inside = step.carried[0]

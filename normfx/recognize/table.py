@@ -209,8 +209,13 @@ _MOVES = aten("view", "reshape", "unsqueeze", "squeeze.dim", "to.dtype", "type_a
 
 
 def _is_pointwise(node: Node) -> bool:
+    """Elementwise and deterministic, its operands broadcast from the right (a PReLU's weight is not)."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or value(node) is None:
         return False
     drawn = RANDOM in target.tags or target._schema.is_mutable
-    return not drawn and (torch.Tag.pointwise in target.tags or op_name(node) in _POINTWISE)
+    return (
+        not drawn
+        and "prelu" not in op_name(node)
+        and (torch.Tag.pointwise in target.tags or op_name(node) in _POINTWISE)
+    )
