@@ -278,6 +278,7 @@ def _peft(kind: str) -> nn.Module:
     return Call(model, "logits", use_cache=False)
 
 
+BARE = {"add_pooling_layer": False}
 _WINDOWS = dict(
     image_size=32, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4, drop_path_rate=0.0
 )
@@ -286,7 +287,7 @@ _SEQ2SEQ = dict(
     decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=32,
     decoder_start_token_id=2, **NO_SPECIAL,
 )  # fmt: skip
-_IMAGE = dict(num_classes=5, img_size=32)
+_SMALL = dict(num_classes=5, img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4)
 
 
 def _words() -> tuple[Tensor, ...]:
@@ -298,7 +299,7 @@ def _picture() -> tuple[Tensor, ...]:
 
 
 def _bert() -> nn.Module:
-    return _hf("BertModel", "BertConfig", "last_hidden_state", {"add_pooling_layer": False}, **TEXT)()
+    return _hf("BertModel", "BertConfig", "last_hidden_state", BARE, **TEXT)()
 
 
 ROWS: dict[str, tuple[Any, Any]] = {
@@ -311,12 +312,12 @@ ROWS: dict[str, tuple[Any, Any]] = {
     "B6 magneto": (lambda: Tokens("sub", "sub"), _words),
     "B7 deepnorm": (lambda: Tokens("deep", "deep", final=False), _words),
     "B10 depth": (Dense, _words),
-    "B11 swin v2": (_hf("Swinv2Model", "Swinv2Config", "last_hidden_state", {"add_pooling_layer": False}, **_WINDOWS), _picture),
-    "B12 swin": (_hf("SwinModel", "SwinConfig", "last_hidden_state", {"add_pooling_layer": False}, **_WINDOWS), _picture),
+    "B11 swin v2": (_hf("Swinv2Model", "Swinv2Config", "last_hidden_state", BARE, **_WINDOWS), _picture),
+    "B12 swin": (_hf("SwinModel", "SwinConfig", "last_hidden_state", BARE, **_WINDOWS), _picture),
     "B13 vit 22b": (_vit22b, _picture),
     "B13 qwen3": (_causal("Qwen3ForCausalLM", "Qwen3Config", head_dim=8, num_key_value_heads=2), _words),
     "B14 scale norm": (ScaleNorm, _words),
-    "B15 deit-iii": (_timm("deit3_small_patch16_224", patch_size=8, embed_dim=32, depth=2, num_heads=4, **_IMAGE), _picture),
+    "B15 deit-iii": (_timm("deit3_small_patch16_224", **_SMALL), _picture),
     "B15 beit": (_hf("BeitModel", "BeitConfig", "pooler_output", **VISION), _picture),
     "B15 convnext": (
         _hf("ConvNextModel", "ConvNextConfig", "last_hidden_state", hidden_sizes=[16, 32], depths=[1, 1], num_stages=2),
@@ -332,7 +333,12 @@ ROWS: dict[str, tuple[Any, Any]] = {
     ),
     "D7 experts": (Experts, _words),
     "D7 packed expert": (lambda: Experts(packed=True), _words),
-    "D7 mixtral": (_causal("MixtralForCausalLM", "MixtralConfig", num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2), _words),
+    "D7 mixtral": (
+        _causal(
+            "MixtralForCausalLM", "MixtralConfig", num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2
+        ),
+        _words,
+    ),
     "D8 lora": (lambda: _peft("lora"), _words),
     "D8 prompts": (lambda: _peft("prompt"), _words),
     "D8 ia3": (lambda: _peft("ia3"), _words),
@@ -340,7 +346,7 @@ ROWS: dict[str, tuple[Any, Any]] = {
     "D8 taps": (lambda: Adapters(tap=True), _words),
     "E4 pruned": (Pruned, _words),
     "E4 eva-02": (
-        _timm("eva02_tiny_patch14_224", patch_size=8, embed_dim=48, depth=2, num_heads=4, **_IMAGE), _picture,
+        _timm("eva02_tiny_patch14_224", **{**_SMALL, "embed_dim": 48}), _picture,
     ),
     "E5 pvt v2": (_timm("pvt_v2_b0", num_classes=5, depths=(1, 1, 1, 1), embed_dims=(16, 16, 40, 64)), _picture),
     "E5 tsmixer": (

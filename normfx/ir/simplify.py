@@ -17,7 +17,7 @@ _CASTS = frozenset({"aten::to.dtype", "aten::to.dtype_layout", "aten::to.device"
 
 
 def drop_casts(gm: GraphModule) -> int:
-    """Casts of a value to the dtype and device it has return that value itself: they go, in place. Returns their number.
+    """Casts of a value to the dtype and device it has return that value itself: they go, in place. Returns how many.
 
     A model in float32 that asks for float32 has one at each norm.
     """

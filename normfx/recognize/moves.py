@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from normfx.ir.graph import extent, is_one, op_name, shape, value
+from normfx.ir.sites import Axis
 from normfx.recognize.axes import permute_axis, reshape_axis
 from normfx.recognize.table import PARTS, Call, Flow, Handler, aten, one, op
 
@@ -85,9 +88,7 @@ def _other_dim(*dims: str) -> Handler:
     return handler
 
 
-op(
-    "slice.Tensor", "narrow", "cumsum", "index_select", "repeat_interleave.self_int", "repeat_interleave.self_Tensor"
-)(_other_dim("dim"))  # fmt: skip
+op("cumsum", "index_select", "repeat_interleave.self_int", "repeat_interleave.self_Tensor")(_other_dim("dim"))
 op("roll", "flip", "rot90")(_other_dim("dims"))
 
 
@@ -106,7 +107,26 @@ def _split(call: Call) -> Flow | None:
     dim = call.args["dim"] % len(shape(source))
     if op_name(call.node) == "aten::unbind.int":
         return one(source, axis.at(axis.dim + (dim <= axis.dim)))
-    return one(source, axis) if dim != axis.dim else None
+    sizes = [piece.shape[dim] for piece in call.node.meta["val"]]
+    return one(source, axis) if dim != axis.dim or _whole_rows(axis, *sizes) else None
+
+
+def _whole_rows(axis: Axis, *entries: Any) -> bool:
+    """Whether so many entries of the axis' dimension are whole rows: cut there, P acts on each piece by itself."""
+    return all(isinstance(n, int) and n % (axis.size * axis.inner) == 0 for n in entries)
+
+
+@op("slice.Tensor", "narrow")
+def _slice(call: Call) -> Flow | None:
+    """Along the features, whole rows of them."""
+    source, axis = call.args["self"], call.axis
+    if call.args["dim"] % call.ndim == axis.dim:
+        length = shape(source)[axis.dim]
+        start = call.args["start"] or 0
+        start = start + length if isinstance(start, int) and start < 0 else start
+        if call.args.get("step", 1) != 1 or not _whole_rows(axis, length, start, shape(call.node)[axis.dim]):
+            return None
+    return one(source, axis)
 
 
 @op("cat", "concat", "concatenate", "stack")

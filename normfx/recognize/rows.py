@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.fx import Node
 
-from normfx.ir.graph import SHAPE_READS, arguments, extent, is_getitem, op_name, value
+from normfx.ir.graph import SHAPE_READS, arguments, extent, is_getitem, op_name, tensor, value
 from normfx.recognize import algebra
 from normfx.recognize.algebra import Outside, Poly, X
 
@@ -140,7 +140,12 @@ class Rows:
             return True
         kept = (*self.shape[: self.dim], 1, *self.shape[self.dim + 1 :])
         full = same_shape(tuple(val.shape), self.shape)
-        return full or (form.poly.per_row and same_shape(tuple(val.shape), kept))
+        return full or (self._single(form.poly) and same_shape(tuple(val.shape), kept))
+
+    def _single(self, poly: Poly) -> bool:
+        """Whether an expression has one number a row: parameters in it are single numbers."""
+        atoms = [atom for monomial, _ in poly.terms for atom, _ in monomial]
+        return X not in atoms and all(tensor(a).numel() == 1 for a in atoms if isinstance(a, Node))
 
     def operand(self, arg: object) -> Form:
         if isinstance(arg, (int, float)) and not isinstance(arg, bool):
