@@ -1,0 +1,88 @@
+"""Published forms of streams, one model each: what becomes of every norm, and float64 equality of outputs and
+gradients. The decisions are goldens that someone has read: EXPECTTEST_ACCEPT=1 pytest rewrites them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+from equivalence import assert_same_float64, transformed
+from stream_models import ROWS
+from torch import Tensor, nn
+
+from normfx.report import SiteReport
+
+PROMOTED = {"B3 olmo2", "B13 qwen3", "D7 mixtral", "granite", "cohere"}
+"""Models that ask for float32 by name."""
+QUICK = {"B2 mix", "B3 peri", "B4 hybrid", "B6 magneto", "B7 deepnorm", "B14 scale norm", "D7 experts", "D8 adapters"}
+GOLDENS = Path(__file__).parent / "goldens" / "streams"
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning"),  # peft, of GPT-2's Conv1D
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # peft calls transformers
+]
+
+
+def built(row: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """In eval, norms, biases and scales away from ones and zeros, so that a wrong fold shows."""
+    for package, rows in {"timm": ("vit", "deit", "parallel", "eva", "pvt"), "peft": ("lora", "prompts", "ia3")}.items():
+        if any(word in row for word in rows):
+            pytest.importorskip(package)
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    build, inputs = ROWS[row]
+    model = build().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim <= 1:
+                p.add_(0.3 * torch.randn_like(p))
+    return model, inputs()
+
+
+def table(sites: Iterable[SiteReport]) -> str:
+    """A line for each norm: what was applied, or else why not."""
+    rows = [(s.name, s.kind, ", ".join(s.rules) or "-", _refused(s)) for s in sites]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "".join(
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() + "\n" for row in rows
+    )
+
+
+def _refused(site: SiteReport) -> str:
+    codes = [f"{r.rule}: {r.code}" for r in site.refusals]
+    return f"({'; '.join(dict.fromkeys(codes))})" if codes else ""
+
+
+ALL = [pytest.param(row, marks=[] if row in QUICK else pytest.mark.slow, id=row.replace(" ", "-")) for row in ROWS]
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, id=row.replace(" ", "-")) for row in ROWS if row != "E5 pvt v2"])
+def test_decisions(row: str) -> None:
+    model, inputs = built(row)
+    _, report = transformed(model, inputs)
+    accepted(row, table(report.sites))
+
+
+@pytest.mark.parametrize("row", ALL)
+def test_float64(row: str) -> None:
+    """With live folds, their gradients, and kept folds."""
+    model, inputs = built(row)
+    report = assert_same_float64(model, inputs, promoted=row in PROMOTED)
+    accepted(row, table(report.sites))
+
+
+def accepted(name: str, text: str) -> None:
+    """Equal to the golden of this name."""
+    import os
+
+    path = GOLDENS / f"{name.replace(' ', '_')}.txt"
+    if os.environ.get("EXPECTTEST_ACCEPT") == "1":
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8")
+
+
+def test_every_golden_has_its_row() -> None:
+    assert {path.stem.replace("_", " ") for path in GOLDENS.glob("*.txt")} == set(ROWS)
