@@ -28,6 +28,7 @@ class Fusion:
     def __init__(self, graph: Graph, written: dict[Norm, Node], call: Call) -> None:
         self.graph, self.written, self.call = graph, dict(written), call
         self.shared: dict[Norm, Norm] = {}
+        self.norms: dict[Node, list[Norm]] = {}
         self.modes = grad_modes(graph)
 
     def centre_outputs(self) -> None:
@@ -59,6 +60,8 @@ class Fusion:
                 node.replace_all_uses_with(self.written[known])
                 self.graph.erase_node(node)
                 self.written[norm], self.shared[norm] = self.written[known], known
+        for norm, node in self.written.items():
+            self.norms.setdefault(node, []).append(norm)
 
     def fuse(self, site: Residual) -> None:
         """The add, the norm that reads it and the norm that feeds it, as far as they still stand side by side."""
@@ -72,8 +75,10 @@ class Fusion:
         inner = self.written.get(site.inner) if site.inner is not None else None
         if inner is not None and (x is not inner or set(inner.users) != {add}):
             inner = None
-        early = [user for user in add.users if user is not norm and user < norm]
-        with self.graph.inserting_before(min(early, default=norm)):
+        place = min([user for user in add.users if user is not norm and user < norm], default=norm)
+        if any(vector > place for vector in norm.all_input_nodes[1:]):
+            return  # a centred copy of the sum was made before its weight
+        with self.graph.inserting_before(place):
             new = self._write(norm, inner, x, residual, alpha)
             out, total = (self.call(operator.getitem, (new, i), like) for i, like in enumerate((norm, add)))
         self.modes.update(dict.fromkeys((new, out, total), self.modes[norm]))
@@ -81,8 +86,8 @@ class Fusion:
             old.replace_all_uses_with(part)
         for old in (norm, add, *([inner] if inner is not None else ())):
             self.graph.erase_node(old)
-        for name, node in self.written.items():
-            self.written[name] = new if node in (norm, inner) else node
+        for node in (norm, *([inner] if inner is not None else ())):
+            self.written.update(dict.fromkeys(self.norms[node], new))
 
     def _write(self, norm: Node, inner: Node | None, x: Any, residual: Any, alpha: float) -> Node:
         _, weight, bias, *_ = norm.args
