@@ -22,6 +22,7 @@ from normfx.ir import ops
 from normfx.ir.aliasing import functionalize_local, mutated
 from normfx.ir.names import module_path, source_line
 from normfx.ir.printer import print_graph
+from normfx.ir.recompute import keep_folds
 from normfx.ir.sites import Norm
 from normfx.ir.verify import verify
 from normfx.lower import choice
@@ -156,6 +157,7 @@ def transform_canonical(
     if plan.changes:
         store = partial(stored, basis=settings.crms_basis, width=settings.crms_width, values=values or {})
         written = stages.run("rewrite", rewrite, canonical, plan, store)
+        keep_folds(graph, weights)
         _check(settings, canonical, "rewrite")
     if plan.changes and not by_inductor:
         lowered = stages.run("lower", lower_norms, canonical, by_kernels)

@@ -3,9 +3,9 @@
 One `make_fx(pre_dispatch=True)` trace of an interpreter over Dynamo's graph. Ordinary nodes run, so every
 Python spelling collapses into one ATen op, while `layer_norm`, `linear`, `dropout`,
 `scaled_dot_product_attention` stay whole and autograd and autocast still act on the result. Nodes that carry
-subgraphs (checkpoint, custom autograd, cond, while, invoke_subgraph, flex_attention, user Triton kernels) and
-functorch regions are copied over as they are: a plain re-trace inlines a custom `autograd.Function` under
-`no_grad`, and its gradient is silently gone.
+subgraphs (selective checkpoints, custom autograd, cond, while, flex_attention, user Triton kernels) and functorch
+regions are copied over as they are: a plain re-trace inlines a custom `autograd.Function` under `no_grad`, and its
+gradient is silently gone. Plain checkpoints and nested regions are written out first (ir/inline.py).
 
 Torch-private names used here were tried on torch 2.13 and 2.15.
 """
@@ -33,6 +33,7 @@ from torch.fx.experimental.symbolic_shapes import rebind_unbacked
 from normfx.errors import NormfxError
 from normfx.ir.cleanup import must_stay, simplify_constants
 from normfx.ir.expand import expand_encoder_layers
+from normfx.ir.inline import inline_regions
 from normfx.ir.names import source_line
 from normfx.ir.regions import attribute, carried, target_name
 from normfx.ir.sources import Source, attribute_source, dynamo_sources, export_sources
@@ -75,7 +76,7 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> Captured:
     random number is drawn. Raises `NormfxError` for a graph that cannot be re-traced faithfully.
     """
     mode = _fake_mode(example_inputs)
-    interpreter = _Canonicaliser(gm, mode)
+    interpreter = _Canonicaliser(inline_regions(gm), mode)
     with _isolated(mode):
         fakes = _fake_inputs(gm, example_inputs, mode)
         interpreter.prepare()

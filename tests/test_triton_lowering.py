@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 
@@ -81,6 +82,8 @@ class Adds(nn.Module):
         elif self.case == "without gradients":
             with torch.no_grad():
                 s = x + f
+        elif self.case == "in a checkpoint":
+            s = checkpoint(torch.add, x, f, use_reentrant=False)
         else:
             s = x + f
         early = torch.tanh(s) if self.case == "read before" else s
@@ -92,6 +95,7 @@ class Adds(nn.Module):
     [
         ("plain", True), ("scaled", True), ("read before", True), ("broadcast", False), ("a number", False),
         ("another dtype", False), ("written before the norm", False), ("without gradients", False),
+        ("in a checkpoint", False),
     ],
 )  # fmt: skip
 def test_which_adds(case: str, fused: bool) -> None:

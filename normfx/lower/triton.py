@@ -16,6 +16,7 @@ from normfx.ir import ops
 from normfx.ir.aliasing import mutated
 from normfx.ir.graph import arguments, entries, grad_modes, op_name, shape, value
 from normfx.ir.ops import Form as Canonical
+from normfx.ir.recompute import region_of
 from normfx.kernels.cost import backward_cost, forward_cost
 from normfx.kernels.launch import backward_launch, forward_launch
 from normfx.kernels.source import Source, backward_source, forward_source
@@ -56,7 +57,7 @@ def lower_norms(gm: GraphModule, everywhere: bool) -> Lowered:
                 found[node] = f"inductor: {why}"
             continue
         added = _residual(node, order)
-        if added is not None and (added in written or modes[added] != modes[node]):
+        if added is not None and (added in written or _apart(added, node, modes)):
             added = None
         spec = _spec(node, added)
         why = "" if everywhere else objection(spec, node, added, modes[node], order)
@@ -73,6 +74,11 @@ def lower_norms(gm: GraphModule, everywhere: bool) -> Lowered:
     gm.graph.lint()
     gm.recompile()
     return Lowered(found, kernels)
+
+
+def _apart(add: Node, norm: Node, modes: Mapping[Node, bool]) -> bool:
+    """Whether an add and its norm cannot be one op: in one gradient mode only, or not recomputed together."""
+    return modes[add] != modes[norm] or region_of(add) != region_of(norm)
 
 
 def _sources(spec: Spec, trains: bool) -> list[Source]:
