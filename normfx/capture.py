@@ -35,17 +35,11 @@ from normfx.ir.cleanup import must_stay, simplify_constants
 from normfx.ir.expand import expand_encoder_layers
 from normfx.ir.inline import inline_regions
 from normfx.ir.names import source_line
-from normfx.ir.regions import attribute, carried, target_name
+from normfx.ir.regions import attribute, carried, is_traceable, target_name
 from normfx.ir.sources import Source, attribute_source, dynamo_sources, export_sources
 
 PLACEHOLDER_META = ("tensor_dict", "example_value")
 """What Dynamo writes on a placeholder and AOTAutograd reads: without it no input is static, caches miss."""
-
-UNTRACEABLE = frozenset({"requires_grad_", "retain_grad", "register_hook", "backward", "set_"})
-"""Tensor methods that act on autograd's state and leave no node behind when they are traced."""
-
-AUTOGRAD_CALLS = (torch.autograd.grad, torch.autograd.backward)
-"""What Dynamo's `trace_autograd_ops` leaves in a graph: a trace would differentiate the fakes."""
 
 MODES = frozenset({"_enter_inference_mode", "_exit_inference_mode", "_enter_autocast", "_exit_autocast"})
 """Mode switches that make_fx either loses (inference mode) or records without running them (autocast)."""
@@ -219,7 +213,7 @@ class _Canonicaliser(torch.fx.Interpreter):
 
     def run_node(self, n: Node) -> Any:
         name = target_name(n)
-        if (n.op == "call_method" and name in UNTRACEABLE) or n.target in AUTOGRAD_CALLS:
+        if not is_traceable(n):
             raise NormfxError(f"normfx: '{name}' at {source_line(n) or n.name} cannot be traced")
         if n in self.carried:
             return self._carry(n)

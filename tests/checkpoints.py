@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -76,19 +77,24 @@ def ids(*shape: int) -> Tensor:
 class Partitioned:
     """A backend: normfx's stages, if wanted, then AOTAutograd, by default with the partitioner that Inductor uses.
 
-    rows: the size of a dimension that activations have, and parameters have not
+    rows:    the size of a dimension that activations have, and parameters have not
+    options: normfx's, beside LIVE; None leaves normfx out
     """
 
     def __init__(
-        self, rows: int, rewrites: bool = True, partition: Callable[..., Any] = min_cut_rematerialization_partition
+        self,
+        rows: int,
+        options: Mapping[str, Any] | None = MappingProxyType({}),
+        partition: Callable[..., Any] = min_cut_rematerialization_partition,
     ) -> None:
-        self.rows, self.rewrites, self.partition = rows, rewrites, partition
+        self.rows, self.options, self.partition = rows, options, partition
         self.forward: GraphModule
         self.backward: GraphModule
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        if self.rewrites:
-            gm = transform(gm, example_inputs, Options.parse(LIVE, environ={"NORMFX_VERIFY": "1"})).graph_module
+        if self.options is not None:
+            settings = Options.parse({**LIVE, **self.options}, environ={"NORMFX_VERIFY": "1"})
+            gm = transform(gm, example_inputs, settings).graph_module
         compiled: Callable[..., Any] = aot_autograd(
             fw_compiler=lambda graph, _: self._keep("forward", graph),
             bw_compiler=lambda graph, _: self._keep("backward", graph),

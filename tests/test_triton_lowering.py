@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 
+from checkpoints import Layer, Partitioned, Stack, checkpointed, ids
 from equivalence import EagerBackend, assert_same_float64
 from models import named
 
@@ -103,6 +104,15 @@ def test_which_adds(case: str, fused: bool) -> None:
     report = assert_same_float64(Adds(case), (x, f), TRITON)
     (site,) = report.sites
     assert site.lowering.startswith("triton: add_layer_norm_8, " if fused else "triton: layer_norm_8, ")
+
+
+@pytest.mark.parametrize("call", [checkpointed, Layer.__call__])
+def test_checkpointed_layers(call: Any) -> None:
+    """The op of a region takes in no add of another region: backward is left with as little."""
+    plain = Partitioned(640, None).run(Stack(call, depth=3).double(), ids(1, 640))
+    rewritten = Partitioned(640, {"lowering": "triton"}).run(Stack(call, depth=3).double(), ids(1, 640))
+    assert rewritten.saved_activations <= plain.saved_activations
+    assert rewritten.recomputed(torch.ops.aten.addmm.default) == plain.recomputed(torch.ops.aten.addmm.default)
 
 
 class Other(nn.Module):

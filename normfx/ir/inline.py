@@ -18,7 +18,7 @@ from torch.fx.node import map_arg
 
 from normfx.ir.graph import grad_modes, is_getitem
 from normfx.ir.recompute import FIRST_REGION, keep, mark, region_of
-from normfx.ir.regions import attribute, target_name
+from normfx.ir.regions import attribute, is_traceable, target_name
 
 CHECKPOINT, NESTED, WRAP = "tag_activation_checkpoint", "invoke_subgraph", "wrap"
 
@@ -31,6 +31,7 @@ STAY_ONE_NODE = frozenset(
         "associative_scan",
         "cond",
         "flex_attention",
+        "invoke_subgraph",
         "map_impl",
         "scan",
         "triton_kernel_wrapper_functional",
@@ -52,7 +53,8 @@ def inline_regions(gm: GraphModule) -> GraphModule:
 
     Each call gets its own copy of the body, with its own arguments; a region inside a checkpoint is part of that.
     Left as they are: selective checkpoints (`context_fn` decides node by node while AOTAutograd runs), checkpoints
-    around what would lose its marks, nested regions without a norm or with settings of their own.
+    around what would lose its marks, nested regions without a norm or with settings of their own, and what cannot be
+    traced.
     """
     modes = grad_modes(gm.graph)
     if not any(_body(gm, node, modes[node]) for node in gm.graph.nodes):
@@ -131,7 +133,8 @@ def _body(gm: GraphModule, node: Node, grad: bool) -> GraphModule | None:
     body = attribute(gm, str(node.args[0].target)) if node.args[0].op == "get_attr" else None
     if not isinstance(body, GraphModule) or any(isinstance(arg, Node) for arg in node.kwargs.values()):
         return None
-    if len(body.graph.find_nodes(op="placeholder")) != len(node.args) - OPERANDS[name]:
+    whole = len(body.graph.find_nodes(op="placeholder")) == len(node.args) - OPERANDS[name]
+    if not whole or not all(is_traceable(inner) for inner in body.graph.nodes):
         return None
     if name == CHECKPOINT:
         return body if "_checkpoint_context_fn" not in body.meta and (not grad or _keeps_marks(body)) else None
