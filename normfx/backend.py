@@ -23,6 +23,7 @@ from normfx.ir.aliasing import functionalize_local, mutated
 from normfx.ir.fusion import centres_output
 from normfx.ir.names import module_path, source_line
 from normfx.ir.printer import print_graph
+from normfx.ir.recompute import keep_folds
 from normfx.ir.simplify import drop_casts, read_parts
 from normfx.ir.verify import verify
 from normfx.lower import choice
@@ -158,6 +159,7 @@ def transform_canonical(
     if plan.changes:
         store = partial(stored, basis=settings.crms_basis, width=settings.crms_width, values=values or {})
         done = stages.run("rewrite", rewrite, canonical, plan, store)
+        keep_folds(graph, weights)
         _check(settings, canonical, "rewrite")
     if plan.changes:
         lowered = stages.run("lower", _lower, canonical, settings.lowering)

@@ -3,9 +3,9 @@
 One `make_fx(pre_dispatch=True)` trace of an interpreter over Dynamo's graph. Ordinary nodes run, so every
 Python spelling collapses into one ATen op, while `layer_norm`, `linear`, `dropout`,
 `scaled_dot_product_attention` stay whole and autograd and autocast still act on the result. Nodes that carry
-subgraphs (checkpoint, custom autograd, cond, while, invoke_subgraph, flex_attention, user Triton kernels) and
-functorch regions are copied over as they are: a plain re-trace inlines a custom `autograd.Function` under
-`no_grad`, and its gradient is silently gone.
+subgraphs (selective checkpoints, custom autograd, cond, while, flex_attention, user Triton kernels) and functorch
+regions are copied over as they are: a plain re-trace inlines a custom `autograd.Function` under `no_grad`, and its
+gradient is silently gone. Plain checkpoints and nested regions are written out first (ir/inline.py).
 
 Torch-private names used here were tried on torch 2.13 and 2.15.
 """
@@ -33,18 +33,13 @@ from torch.fx.experimental.symbolic_shapes import rebind_unbacked
 from normfx.errors import NormfxError
 from normfx.ir.cleanup import drop_dead_code, simplify_constants
 from normfx.ir.expand import expand_encoder_layers
+from normfx.ir.inline import inline_regions
 from normfx.ir.names import source_line
-from normfx.ir.regions import attribute, carried, target_name
+from normfx.ir.regions import attribute, carried, is_traceable, target_name
 from normfx.ir.sources import Source, attribute_source, dynamo_sources, export_sources
 
 PLACEHOLDER_META = ("tensor_dict", "example_value")
 """What Dynamo writes on a placeholder and AOTAutograd reads: without it no input is static, caches miss."""
-
-UNTRACEABLE = frozenset({"requires_grad_", "retain_grad", "register_hook", "backward", "set_"})
-"""Tensor methods that act on autograd's state and leave no node behind when they are traced."""
-
-AUTOGRAD_CALLS = (torch.autograd.grad, torch.autograd.backward)
-"""What Dynamo's `trace_autograd_ops` leaves in a graph: a trace would differentiate the fakes."""
 
 MODES = frozenset({"_enter_inference_mode", "_exit_inference_mode", "_enter_autocast", "_exit_autocast"})
 """Mode switches that make_fx either loses (inference mode) or records without running them (autocast)."""
@@ -75,7 +70,7 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> Captured:
     random number is drawn. Raises `NormfxError` for a graph that cannot be re-traced faithfully.
     """
     mode = _fake_mode(example_inputs)
-    interpreter = _Canonicaliser(gm, mode)
+    interpreter = _Canonicaliser(inline_regions(gm), mode)
     with _isolated(mode):
         fakes = _fake_inputs(gm, example_inputs, mode)
         interpreter.prepare()
@@ -218,7 +213,7 @@ class _Canonicaliser(torch.fx.Interpreter):
 
     def run_node(self, n: Node) -> Any:
         name = target_name(n)
-        if (n.op == "call_method" and name in UNTRACEABLE) or n.target in AUTOGRAD_CALLS:
+        if not is_traceable(n):
             raise NormfxError(f"normfx: '{name}' at {source_line(n) or n.name} cannot be traced")
         if n in self.carried:
             return self._carry(n)

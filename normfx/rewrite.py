@@ -18,6 +18,7 @@ from normfx.ir import ops
 from normfx.ir.cleanup import drop_dead_code
 from normfx.ir.fusion import Fusion
 from normfx.ir.graph import BAKED, arguments, op_name, shape, tensor, value
+from normfx.ir.recompute import inherit
 from normfx.ir.resize import resize
 from normfx.ir.sites import Axis, Linear, Norm, Residual
 from normfx.plan import Plan
@@ -361,12 +362,14 @@ class Edit:
         node.args = tuple(args)
 
     def _call(self, op: torch._ops.OpOverload, args: tuple[Any, ...], like: Node) -> Node:
-        """A new node whose fake value is computed, and whose module path and source line are those of `like`."""
+        """A new node whose fake value is computed, and whose module path, source line and part in a checkpointed region
+        are those of `like`."""
         node = self.graph.call_function(op, args)
         node.meta["val"] = self._fake(op, args)
         for key in ("stack_trace", "nn_module_stack", "seq_nr", "custom"):
             if key in like.meta:
                 node.meta[key] = like.meta[key]
+        inherit(node, like)
         return node
 
     @staticmethod

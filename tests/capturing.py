@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch._subclasses import FakeTensor
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from normfx.capture import Captured, capture
 from normfx.ir.verify import verify
@@ -99,6 +101,10 @@ def same(model: Any, *args: Any, backend: Backend | None = None, dynamic: bool |
 
 def x64(*shape: int, grad: bool = False) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, requires_grad=grad)
+
+
+keep_products = functools.partial(create_selective_checkpoint_contexts, [aten.mm.default, aten.addmm.default])
+"""`context_fn` of a selective checkpoint."""
 
 
 class Block(nn.Module):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from capturing import keep_products
 from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
 from torch.fx import GraphModule, Node
@@ -256,10 +257,10 @@ def test_batch_norm_statistics() -> None:
 
 def test_higher_order_ops() -> None:
     def pure(x: Tensor, w: Tensor) -> Tensor:
-        return checkpoint(lambda v: F.layer_norm(v, (4,)) * w, x, use_reentrant=False)
+        return checkpoint(lambda v: F.layer_norm(v, (4,)) * w, x, use_reentrant=False, context_fn=keep_products)
 
     def writes(x: Tensor, w: Tensor) -> Tensor:
-        return checkpoint(lambda v: v.mul(2).add_(w), x, use_reentrant=False)
+        return checkpoint(lambda v: v.mul(2).add_(w), x, use_reentrant=False, context_fn=keep_products)
 
     x, w = x64(4, 4, grad=False), x64(4, grad=False)
     assert not mutated(canonical(pure, x, w).graph)
@@ -268,7 +269,7 @@ def test_higher_order_ops() -> None:
 
 def test_carried_results_are_not_local() -> None:
     def f(x: Tensor) -> Tensor:
-        y = checkpoint(lambda v: F.layer_norm(v, (4,)), x, use_reentrant=False)
+        y = checkpoint(lambda v: F.layer_norm(v, (4,)), x, use_reentrant=False, context_fn=keep_products)
         y += 1
         return y * 2
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from capturing import Backend, Block, Custom, Stack, same, x64
+from capturing import Backend, Block, Custom, Stack, keep_products, same, x64
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -33,7 +33,23 @@ def test_checkpoint_with_dropout() -> None:
             return checkpoint(self.block, self.block(x), use_reentrant=False) * 2
 
     backend = same(Model().double(), x64(3, 8, grad=True))
+    assert backend.count(torch.ops.higher_order.tag_activation_checkpoint) == 0
+    assert backend.count(aten.layer_norm.default) == 2
+
+
+def test_selective_checkpoint() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block(p=0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = checkpoint(self.block, x, use_reentrant=False, context_fn=keep_products)
+            return checkpoint(self.block, x, use_reentrant=False) * 2
+
+    backend = same(Model().double(), x64(3, 8, grad=True))
     assert backend.count(torch.ops.higher_order.tag_activation_checkpoint) == 1
+    assert backend.count(aten.layer_norm.default) == 1
 
 
 @pytest.mark.parametrize("inner_no_grad", [False, True])
@@ -94,7 +110,8 @@ def test_nested_compile_region() -> None:
     pairs = zip(*(torch.autograd.grad(out.sum(), parameters) for out in (got, want)), strict=True)
     for a, b in [(got, want), *pairs]:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
-    assert backend.count(torch.ops.higher_order.invoke_subgraph) == 2
+    assert backend.count(torch.ops.higher_order.invoke_subgraph) == 0
+    assert backend.count(aten.layer_norm.default) == 2
 
 
 def test_functorch_regions() -> None:

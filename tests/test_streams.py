@@ -27,7 +27,10 @@ pytestmark = [
 
 def built(row: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """In eval, norms, biases and scales away from ones and zeros, so that a wrong fold shows."""
-    for package, rows in {"timm": ("vit", "deit", "parallel", "eva", "pvt"), "peft": ("lora", "prompts", "ia3")}.items():
+    for package, rows in {
+        "timm": ("vit", "deit", "parallel", "eva", "pvt"),
+        "peft": ("lora", "prompts", "ia3"),
+    }.items():
         if any(word in row for word in rows):
             pytest.importorskip(package)
     pytest.importorskip("transformers")

@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 
+from checkpoints import Layer, Partitioned, Stack, checkpointed, ids
 from equivalence import EagerBackend, assert_same_float64
 from models import named
 
@@ -81,6 +83,8 @@ class Adds(nn.Module):
         elif self.case == "without gradients":
             with torch.no_grad():
                 s = x + f
+        elif self.case == "in a checkpoint":
+            s = checkpoint(torch.add, x, f, use_reentrant=False)
         else:
             s = x + f
         early = torch.tanh(s) if self.case == "read before" else s
@@ -92,6 +96,7 @@ class Adds(nn.Module):
     [
         ("plain", True), ("scaled", True), ("read before", True), ("broadcast", False), ("a number", False),
         ("another dtype", False), ("written before the norm", False), ("without gradients", False),
+        ("in a checkpoint", False),
     ],
 )  # fmt: skip
 def test_which_adds(case: str, fused: bool) -> None:
@@ -99,6 +104,15 @@ def test_which_adds(case: str, fused: bool) -> None:
     report = assert_same_float64(Adds(case), (x, f), TRITON)
     (site,) = report.sites
     assert site.lowering.startswith("triton: add_layer_norm_8, " if fused else "triton: layer_norm_8, ")
+
+
+@pytest.mark.parametrize("call", [checkpointed, Layer.__call__])
+def test_checkpointed_layers(call: Any) -> None:
+    """The op of a region takes in no add of another region: backward is left with as little."""
+    plain = Partitioned(640, None).run(Stack(call, depth=3).double(), ids(1, 640))
+    rewritten = Partitioned(640, {"lowering": "triton"}).run(Stack(call, depth=3).double(), ids(1, 640))
+    assert rewritten.saved_activations <= plain.saved_activations
+    assert rewritten.recomputed(torch.ops.aten.addmm.default) == plain.recomputed(torch.ops.aten.addmm.default)
 
 
 class Other(nn.Module):

@@ -13,6 +13,7 @@ from normfx.ir import ops
 from normfx.ir.fused_ops import ADDS, BODIES, KINDS, NORM_ADD_NORM, AddNorm, NormAddNorm
 from normfx.ir.graph import SHAPE_READS, arguments, grad_modes, op_name, shape
 from normfx.ir.ops import Form
+from normfx.ir.recompute import region_of
 from normfx.ir.sites import Norm, Residual
 
 Call = Callable[[Any, tuple[Any, ...], Node], Node]
@@ -49,13 +50,14 @@ class Fusion:
         if user.target is not ops.CENTER or node.target is ops.CRMS_NORM:
             return False
         whole = (node, form_of(node).dim, shape(node)[form_of(node).dim], 1)
-        return user.args[:4] == whole and self.modes[user] == self.modes[node]
+        same = self.modes[user] == self.modes[node] and region_of(user) == region_of(node)
+        return user.args[:4] == whole and same
 
     def share(self) -> None:
         """Norms that have become the same function of the same value are computed once."""
         first: dict[Hashable, Norm] = {}
         for norm, node in sorted(self.written.items(), key=lambda item: item[1]):
-            known = first.setdefault((node.target, node.args, self.modes[node]), norm)
+            known = first.setdefault((node.target, node.args, self.modes[node], region_of(node)), norm)
             if known is not norm:
                 node.replace_all_uses_with(self.written[known])
                 self.graph.erase_node(node)

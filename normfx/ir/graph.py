@@ -84,10 +84,10 @@ def _holds_tensors(node: Node) -> bool:
     return all(isinstance(v, torch.Tensor) for v in (val if isinstance(val, (list, tuple)) else (val,)))
 
 
-def grad_modes(graph: Graph) -> dict[Node, bool]:
-    """Whether gradients are recorded at each node of a graph that is entered in the present gradient mode."""
+def grad_modes(graph: Graph, entered: bool | None = None) -> dict[Node, bool]:
+    """Whether gradients are recorded at each node of a graph that is entered in this, or the present, gradient mode."""
     modes: dict[Node, bool] = {}
-    mode, outer = torch.is_grad_enabled(), []
+    mode, outer = torch.is_grad_enabled() if entered is None else entered, []
     for node in graph.nodes:
         name = getattr(node.target, "__name__", "")
         if name == "_set_grad_enabled":

@@ -25,6 +25,18 @@ MODE_SWITCHES = frozenset(
 """Names of the functions that switch autocast, grad or inference mode in the middle of a graph."""
 
 
+UNTRACEABLE = frozenset({"requires_grad_", "retain_grad", "register_hook", "backward", "set_"})
+"""Tensor methods that act on autograd's state and leave no node behind when they are traced."""
+
+AUTOGRAD_CALLS = (torch.autograd.grad, torch.autograd.backward)
+"""What Dynamo's `trace_autograd_ops` leaves in a graph: a trace would differentiate the fakes."""
+
+
+def is_traceable(node: Node) -> bool:
+    """Whether a node of Dynamo's graph may be run under a trace."""
+    return not (node.op == "call_method" and node.target in UNTRACEABLE) and node.target not in AUTOGRAD_CALLS
+
+
 def target_name(node: Node) -> str:
     """Name of the function, method or attribute a node refers to."""
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))

@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from normfx.errors import OptionError
-from normfx.ir import fused_ops, ops
+from normfx.ir import fused_ops, ops, recompute
 from normfx.kernels import backward, forward, launch, rows, run, source, spec
 from normfx.lower import norm_ops, two_norms
 
@@ -52,7 +52,7 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], patches: Mappi
     for node in gm.graph.find_nodes(op="placeholder"):
         if not hasattr(node, "_dynamo_source"):  # an input that normfx added; AOTAutograd asks each where it comes from
             node._dynamo_source = ConstantSource(node.name)
-    tag = f"{torch.compiler.config.cache_key_tag}normfx-{_digest()}"
+    tag = f"{torch.compiler.config.cache_key_tag}normfx-{_digest()}{recompute.digest(gm.graph)}"
     config: Any = torch.compiler.config  # `patch` is put on the module when it is imported
     with config.patch(cache_key_tag=tag):
         return cast(Callable[..., Any], compile_fx(gm, list(example_inputs), config_patches=dict(patches) or None))

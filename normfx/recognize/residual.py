@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 from torch.fx import Node
 
 from normfx.ir.graph import SHAPE_READS, arguments, op_name, tensor, value
+from normfx.ir.recompute import region_of
 from normfx.ir.sites import Norm, Residual, Scaled
 from normfx.recognize.readers import number_factor
 from normfx.recognize.rows import same_shape
@@ -80,11 +81,18 @@ def _obstacle(
         return "broadcast", ", ".join(node.name for node in odd)
     if modes[add] != modes[norm.output]:
         return "gradient_mode", add.name
+    if region_of(add) != region_of(norm.output):
+        return "checkpointed", add.name
     early = [user for user in _other_readers(norm, add) if user < norm.output]
     vectors = [v for v in (norm.weight, norm.bias) if v is not None and early and not v < min(early)]
-    if vectors or (early and modes[min(early)] != modes[add]):
+    if vectors or (early and not _same_place(min(early), add, modes)):
         return "read_before", ", ".join(user.name for user in early)
     return "", ""
+
+
+def _same_place(node: Node, other: Node, modes: Mapping[Node, bool]) -> bool:
+    """In one gradient mode, and recomputed together if at all."""
+    return modes[node] == modes[other] and region_of(node) == region_of(other)
 
 
 def _alike(node: Node, other: Node) -> bool:
@@ -108,7 +116,7 @@ def _feeds(inner: Norm, output: Node, add: Node, barred: frozenset[Node], modes:
         and _alone(output, add)
         and output not in barred
         and inner.input not in barred
-        and modes[output] == modes[add]
+        and _same_place(output, add, modes)
         and _alike(inner.input, add)
     )
 
@@ -118,7 +126,7 @@ def _scales(product: Node, add: Node, barred: frozenset[Node], modes: Mapping[No
     source = next((n for n in product.all_input_nodes if value(n) is not None), None)
     if source is None or number_factor(product, source) is None or not _alone(product, add):
         return False
-    same = modes[product] == modes[add] and _alike(source, add)
+    same = _same_place(product, add, modes) and _alike(source, add)
     return same and product not in barred and source not in barred
 
 

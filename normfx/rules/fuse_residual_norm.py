@@ -21,6 +21,7 @@ import sympy
 import torch
 from torch import nn
 from torch.fx import Node
+from torch.utils.checkpoint import checkpoint
 
 from normfx.ir.graph import bytes_of
 from normfx.ir.sites import Norm, Residual, Sites
@@ -104,6 +105,9 @@ class _PostNorm(nn.Module):
             with torch.no_grad():
                 s = x + f
             return self.norm(s)
+        if self.case == "checkpointed":
+            s = checkpoint(torch.add, x, f, use_reentrant=False)
+            return self.norm(s)
         if self.case == "written":
             view = f.view(-1)
             view.mul_(2.0)
@@ -156,6 +160,10 @@ RULE = Rule(
             "gradients are recorded for the norm and not for the sum, or the other way round",
             "keep the residual add and the norm in one torch.no_grad() region, or outside of it",
         ),
+        "checkpointed": Code(
+            "the sum and the norm belong to different checkpointed regions: one op would keep both or compute both again",
+            "none needed: the sum is kept, and the norm is computed again from it",
+        ),
         "read_before": Code(
             "the sum is read before the norm's weight or bias is computed",
             "compute the norm's weight before the residual add",
@@ -175,6 +183,7 @@ RULE = Rule(
     counterexamples=(
         Example("broadcast", lambda: _PostNorm("broadcast"), _input, "broadcast"),
         Example("no gradient", lambda: _PostNorm("without gradient"), _input, "gradient_mode"),
+        Example("checkpoint", lambda: _PostNorm("checkpointed"), _input, "checkpointed"),
         Example("written in place", lambda: _PostNorm("written"), _input, "mutated"),
         Example("statistics returned", lambda: _PostNorm("statistics"), _input, "opaque_norm"),
         Example("two axes", lambda: _PostNorm(norm_dims=2), _input, "several_axes"),
