@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from equivalence import assert_same_float64
+from equivalence import EagerBackend, assert_same_float64
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
@@ -191,3 +191,12 @@ def test_norm_output_is_contiguous(stored: bool) -> None:
     options = {"rules": "default,+crms_norm", "crms_width": "exact", "fold": "live"} if stored else None
     report = assert_same_float64(Patches(stored), (torch.randn(2, 3, 8),), options)
     assert report.counts["to_rms_norm"] == 1 and ("crms_norm" in report.sites[0].rules) == stored
+
+
+def test_norm_output_is_contiguous_at_any_size() -> None:
+    model, backend = Patches(True).double(), EagerBackend()
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+    for shape in ((2, 3, 8), (3, 3, 12), (5, 3, 6)):
+        x = torch.randn(shape, dtype=torch.float64)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-10, atol=1e-12)
+    assert len(backend.graphs) == 1

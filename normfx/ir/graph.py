@@ -131,11 +131,11 @@ def extent(dim: int | torch.SymInt) -> sympy.Expr:
 
 def is_row_major(val: torch.Tensor) -> bool:
     """Whether a value is known to be contiguous (never adds a guard)."""
-    expected = sympy.Integer(1)
+    packed = clamped = sympy.Integer(1)  # torch gives a new tensor strides for sizes of at least 1
     for size, stride in zip(reversed(val.shape), reversed(val.stride()), strict=True):
-        if not is_one(size) and extent(stride) != expected:
+        if not is_one(size) and extent(stride) not in (packed, clamped):
             return False
-        expected = expected * extent(size)
+        packed, clamped = packed * extent(size), clamped * extent(torch.sym_max(1, size))
     return True
 
 
