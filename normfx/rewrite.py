@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 from normfx.ir import ops
 from normfx.ir.cleanup import drop_dead_code
 from normfx.ir.fusion import Fusion
-from normfx.ir.graph import BAKED, arguments, op_name, shape, tensor, value
+from normfx.ir.graph import BAKED, arguments, is_row_major, op_name, shape, tensor, value
 from normfx.ir.recompute import inherit
 from normfx.ir.resize import resize
 from normfx.ir.sites import Axis, Linear, Norm, Residual
@@ -318,9 +318,11 @@ class Edit:
             correction += state.stored.width - state.stored.size
         args = (self._now(state.input), weight, bias, dim, norm.eps, norm.eps_place, correction, state.scale)
         with self.graph.inserting_before(norm.output):  # in the norm's own gradient mode
-            new = self._call(op, (*args, norm.compute_dtype, state.out_dtype, False), norm.output)
+            written = new = self._call(op, (*args, norm.compute_dtype, state.out_dtype, False), norm.output)
+            if is_row_major(tensor(state.output)) and not is_row_major(tensor(new)):
+                new = self._call(torch.ops.aten.contiguous.default, (new,), norm.output)  # a view may rely on it
         self._replace(state.output, new)
-        self.written[norm] = new
+        self.written[norm] = written
 
     def _redirect(self, user: Node | Norm, old: Node, new: Node) -> None:
         if isinstance(user, Norm):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from equivalence import assert_same_float64
+from equivalence import EagerBackend, assert_same_float64
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
@@ -170,3 +170,33 @@ def test_form(build: type[nn.Module], inputs: tuple[Tensor, ...], norms: int, to
         report
     )
     assert all(site.rules or site.refusals for site in report.sites)
+
+
+class Patches(nn.Module):
+    """A norm of rows that lie apart in memory (a convolution's channels), and a view of what it returns."""
+
+    def __init__(self, stored: bool) -> None:
+        super().__init__()
+        self.stored = stored
+        self.patch, self.norm, self.head = nn.Conv1d(3, 8, 2, 2), nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        y = self.norm(self.patch(x).transpose(1, 2)).view(-1, 8)
+        return self.head(y) if self.stored else (self.head(y), y)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_norm_output_is_contiguous(stored: bool) -> None:
+    """`layer_norm` returns rows in order, however its input lies: what replaces it does too."""
+    options = {"rules": "default,+crms_norm", "crms_width": "exact", "fold": "live"} if stored else None
+    report = assert_same_float64(Patches(stored), (torch.randn(2, 3, 8),), options)
+    assert report.counts["to_rms_norm"] == 1 and ("crms_norm" in report.sites[0].rules) == stored
+
+
+def test_norm_output_is_contiguous_at_any_size() -> None:
+    model, backend = Patches(True).double(), EagerBackend()
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+    for shape in ((2, 3, 8), (3, 3, 12), (5, 3, 6)):
+        x = torch.randn(shape, dtype=torch.float64)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-10, atol=1e-12)
+    assert len(backend.graphs) == 1

@@ -3,6 +3,7 @@ gradients. The decisions are goldens that someone has read: EXPECTTEST_ACCEPT=1 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,6 +18,11 @@ from normfx.report import SiteReport
 PROMOTED = {"B3 olmo2", "B13 qwen3", "D7 mixtral", "granite", "cohere"}
 """Models that ask for float32 by name."""
 QUICK = {"B2 mix", "B3 peri", "B4 hybrid", "B6 magneto", "B7 deepnorm", "B14 scale norm", "D7 experts", "D8 adapters"}
+PACKAGES = {
+    "timm": ("vit", "deit", "parallel", "eva", "pvt"),
+    "peft": ("lora", "prompts", "ia3"),
+    "transformers": ("",),
+}
 GOLDENS = Path(__file__).parent / "goldens" / "streams"
 
 pytestmark = [
@@ -78,8 +84,6 @@ def test_float64(row: str) -> None:
 
 def accepted(name: str, text: str) -> None:
     """Equal to the golden of this name."""
-    import os
-
     path = GOLDENS / f"{name.replace(' ', '_')}.txt"
     if os.environ.get("EXPECTTEST_ACCEPT") == "1":
         path.parent.mkdir(parents=True, exist_ok=True)

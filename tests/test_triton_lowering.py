@@ -31,7 +31,7 @@ def _everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 ADDS = {
-    "gpt2": 4, "vit": 4, "torchvision vit": 4, "llama": 1, "gpt_neox parallel": 3, "encoder": 4, "bloom": 4,
+    "gpt2": 4, "vit": 4, "torchvision vit": 4, "llama": 4, "gpt_neox parallel": 3, "encoder": 4, "bloom": 4,
 }  # fmt: skip
 """Norms that read a residual add of their own, of each model."""
 

@@ -128,6 +128,16 @@ def extent(dim: int | torch.SymInt) -> sympy.Expr:
     return dim.node.expr if isinstance(dim, torch.SymInt) else sympy.Integer(dim)
 
 
+def is_row_major(val: torch.Tensor) -> bool:
+    """Whether a value is known to be contiguous (never adds a guard)."""
+    packed = clamped = sympy.Integer(1)  # torch gives a new tensor strides for sizes of at least 1
+    for size, stride in zip(reversed(val.shape), reversed(val.stride()), strict=True):
+        if not is_one(size) and extent(stride) not in (packed, clamped):
+            return False
+        packed, clamped = packed * extent(size), clamped * extent(torch.sym_max(1, size))
+    return True
+
+
 def is_one(dim: int | torch.SymInt) -> bool:
     """Whether a dimension is known to be 1 (a symbolic one never is)."""
     return isinstance(dim, int) and dim == 1

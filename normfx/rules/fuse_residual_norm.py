@@ -161,7 +161,7 @@ RULE = Rule(
             "keep the residual add and the norm in one torch.no_grad() region, or outside of it",
         ),
         "checkpointed": Code(
-            "the sum and the norm belong to different checkpointed regions: one op would keep both or compute both again",
+            "the sum and the norm belong to different checkpointed regions: one op would keep or recompute both",
             "none needed: the sum is kept, and the norm is computed again from it",
         ),
         "read_before": Code(
