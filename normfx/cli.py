@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from normfx import bench, demo
+from normfx import bench, demo, survey
 from normfx.errors import NormfxError
 
 
@@ -18,20 +18,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show.add_argument("--quick", action="store_true", help="a two-layer model, seconds in place of a minute")
     compare = commands.add_parser("bench", help="time, error and memory of models under eager, Inductor and normfx")
     bench.add_arguments(compare)
+    zoo = commands.add_parser("survey", help="what becomes of the norms of a zoo of published models, and why")
+    survey.add_arguments(zoo)
     given = sys.argv[1:] if arguments is None else arguments
     parsed = parser.parse_args(given)
-    if parsed.command == "bench":
-        if parsed.parser is not compare and given[1] != "kernels":  # argparse would drop them in silence
-            parsed.parser.error("its options go behind its name: normfx bench kernels --device …")
-        try:
-            return int(parsed.run(parsed))
-        except NormfxError as error:
-            parsed.parser.error(str(error))
-    if parsed.command == "demo" and parsed.quick:
-        demo.run(layers=2, width=128, batch=2, tokens=64, repeats=15)
-    elif parsed.command == "demo":
-        demo.run()
-    return 0
+    if parsed.command == "demo":
+        if parsed.quick:
+            demo.run(layers=2, width=128, batch=2, tokens=64, repeats=15)
+        else:
+            demo.run()
+        return 0
+    own: argparse.ArgumentParser = parsed.parser
+    if parsed.command == "bench" and own is not compare and given[1] != "kernels":
+        # argparse would drop them in silence
+        own.error("its options go behind its name: normfx bench kernels --device …")
+    try:
+        return int(parsed.run(parsed))
+    except NormfxError as error:
+        own.error(str(error))
 
 
 if __name__ == "__main__":

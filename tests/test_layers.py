@@ -59,6 +59,11 @@ FLOORS = (
     ("bench.kernel_report",),
     ("bench.kernels",),
     ("bench", "demo"),
+    ("survey.family", "survey.classes"),
+    ("survey.transformers_models", "survey.timm_zoo", "survey.torchvision_zoo", "survey.run"),
+    ("survey.text_zoo", "survey.sense_zoo", "survey.row"),
+    ("survey.zoo", "survey.present"),
+    ("survey",),
     ("cli",),
     ("",),
 )
@@ -96,6 +101,10 @@ PRIVATE_NAMES = {
     # the one setting that lets a backward pass of Inductor run twice
     "bench.rivals": {"torch._functorch.config"},
     "explain": {"torch._dynamo.reset"},
+    "survey.run": {
+        "torch._dynamo.reset",
+        "torch._dynamo.config.patch",  # a model with more graphs than Dynamo allows by default
+    },
     "ir.cleanup": {"torch._subclasses.FakeTensor"},
     "ir.ops": {"torch._C._are_functorch_transforms_active"},
     "ir.regions": {
