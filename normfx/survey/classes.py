@@ -14,12 +14,12 @@ EMBEDDED = "a norm of embedding rows alone: centring what is looked up costs mor
 ACTIVATED = "behind an activation function, whose output has a mean"
 CONVOLVED = "behind a convolution by groups, which cannot mix channels to centre them"
 JOINED = "behind features of several tokens joined into one row (patch merging)"
-OTHER_INPUT = "behind another activation that only a pass at run time could centre"
-JOINS = "the stream's features are joined with others (patch merging)"
+OTHER_INPUT = "behind another activation, a gated product say, that only a pass at run time could centre"
+JOINS = "parts of the stream are cut out, or joined with others, before a norm reads them"
 LINEAR_READER = "a linear layer, convolution or attention reads the stream itself"
 NORM_READER = "another kind of norm reads the stream itself"
 RETURNED = "the stream itself is returned"
-UNNORMED = "the stream's last value is used without a norm"
+UNNORMED = "the stream ends in a value that something other than a norm uses: patch merging, a gate, a pooling head"
 
 _INPUTS = (
     (

@@ -32,17 +32,34 @@ class Family:
     def make(self) -> nn.Module:
         """The model in eval, the same at every call, ready to show a wrong fold."""
         torch.manual_seed(0)
-        return moved(self.build().eval())
+        return calibrated(moved(self.build().eval()), self.inputs())
 
 
 def moved(model: nn.Module) -> nn.Module:
     """The model with its norms, biases and scales, and whatever else is constant when fresh, moved off their ones and
-    zeros: with those a wrong fold would not show."""
+    zeros, and its weights as large as keeps rows of unit size: with ones, or where what a norm makes vanishes behind
+    small weights, a wrong fold would not show."""
     with torch.no_grad():
         for p in model.parameters():
-            if p.is_floating_point() and p.numel() and (p.ndim <= 1 or bool((p == p.flatten()[0]).all())):
-                p.add_(0.3 * torch.randn_like(p))
+            if p.is_floating_point() and p.numel() > 1:
+                if p.ndim <= 1 or bool((p == p.flatten()[0]).all()):
+                    p.add_(0.3 * torch.randn_like(p))
+                if p.ndim > 1:
+                    p.mul_(p[0].numel() ** -0.5 / p.std())
     return model
+
+
+def calibrated(model: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
+    """The model with each BatchNorm's statistics those of these inputs, as after training. With a fresh one's, what
+    comes through a dozen of them is next to nothing, and so is a wrong fold before them."""
+    found = [m for m in model.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)]
+    for norm in found:
+        norm.momentum = None  # the average of all calls, which are one
+        norm.train()
+    if found:
+        with torch.no_grad():
+            model(*inputs)
+    return model.eval()
 
 
 class Call(nn.Module):
