@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from normfx import survey
@@ -138,6 +140,26 @@ def test_the_committed_table_is_of_this_zoo() -> None:
     named = [line.split(" | ")[0].removeprefix("| ") for line in lines]
     assert [name for name in FAMILIES if name not in named] == []
     assert len(FAMILIES) >= 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_norm_is_heard(name: str) -> None:
+    """What a LayerNorm makes reaches the output: γ's gradient is far above the error at which a family fails."""
+    family = FAMILIES[name]
+    pytest.importorskip(family.library)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the libraries', of small configurations
+        model = family.make()
+        outputs = [x for x in pytree.tree_leaves(model(*family.inputs())) if isinstance(x, Tensor) and x.requires_grad]
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.LayerNorm) and m.weight is not None]
+    if weights:
+        loss = sum((x * torch.randn_like(x)).sum() for x in outputs)
+        assert isinstance(loss, Tensor)
+        size = sum(x.detach().square().sum() for x in outputs) ** 0.5
+        heard = [g for g in torch.autograd.grad(loss, weights, allow_unused=True) if g is not None]
+        assert min(g.norm() / size for g in heard) > 1e-5
+        assert len(heard) >= len(weights) - 1  # some keep a norm for a head that is not there
 
 
 @pytest.mark.slow

@@ -21,6 +21,16 @@ def _named(name: str, architecture: str, size: int = 224, built: str = "", **fie
     return Family(f"timm-{name}", "timm", make, image(size), built)
 
 
+def _gmlp() -> nn.Module:
+    """timm's names for it fix the depth."""
+    from timm.models.mlp_mixer import GatedMlp, MlpMixer, SpatialGatingBlock  # an extra
+
+    made: nn.Module = MlpMixer(
+        num_blocks=12, embed_dim=32, mlp_ratio=6, block_layer=SpatialGatingBlock, mlp_layer=GatedMlp, num_classes=7
+    )
+    return made
+
+
 PLAIN: dict[str, Any] = dict(embed_dim=32, num_heads=4)
 FOUR: tuple[int, ...] = (16, 32, 64, 128)
 
@@ -35,7 +45,7 @@ FAMILIES = (
     _named("beit", "beit_base_patch16_224", **PLAIN),
     _named("xcit", "xcit_nano_12_p16_224", **PLAIN),
     _named("mixer", "mixer_s16_224"),
-    _named("gmlp", "gmlp_s16_224"),
+    Family("timm-gmlp", "timm", _gmlp, image(), "12 of 30 layers"),
     _named("poolformer", "poolformer_s12"),
     _named("caformer", "caformer_s18"),
     _named("convnext", "convnext_tiny", dims=FOUR),
