@@ -95,7 +95,7 @@ def survey(family: Family, train: bool = False) -> Outcome:
     begin = time.perf_counter()
     backend = _Backend({"fold": "live"} if train else {})
     with _float64(), torch.set_grad_enabled(train), torch._dynamo.config.patch(recompile_limit=RECOMPILES):
-        model, inputs = family.make().double(), family.inputs()
+        model, inputs = _widened(family.make()), family.inputs()
         with _Calls() as calls:
             plain = _outputs(model, inputs)
         torch._dynamo.reset()
@@ -117,6 +117,15 @@ def _float64() -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+def _widened(model: nn.Module) -> nn.Module:
+    """The model in float64, tensors that its modules keep as plain attributes included."""
+    for module in model.double().modules():
+        for name, held in list(vars(module).items()):
+            if isinstance(held, Tensor) and held.dtype == torch.float32:
+                setattr(module, name, held.double())
+    return model
 
 
 def _outputs(call: Callable[..., Any], inputs: tuple[Tensor, ...]) -> list[Tensor]:
