@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from normfx import survey
 from normfx.cli import main
 from normfx.errors import VerifyError
-from normfx.survey.classes import POST_NORM
+from normfx.survey.classes import MISSED, POST_NORM, UNNORMED
 from normfx.survey.family import Family, floats, moved
 from normfx.survey.run import EXACT
 from normfx.survey.run import survey as surveyed
@@ -108,6 +108,20 @@ def test_a_model_that_shows_nothing_fails() -> None:
         surveyed(small(Nothing))
     with pytest.raises(VerifyError, match="is off by"):
         surveyed(small(Wandering))
+
+
+class Alone(Block):
+    """Dynamo leaves its last norm out of the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last.forward = torch.compiler.disable(self.last.forward)
+
+
+def test_a_norm_outside_all_graphs_is_counted(tmp_path: Path) -> None:
+    row = run(tmp_path, small(Alone))[1]["families"][0]
+    assert (row["layer_norms"], row["converted"], row["graphs"], row["failure"]) == (2, 0, 2, "")
+    assert sorted(kept["because"] for kept in row["kept"]) == sorted([MISSED, UNNORMED])
 
 
 def test_training(tmp_path: Path) -> None:

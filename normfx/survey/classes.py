@@ -19,7 +19,7 @@ JOINS = "parts of the stream are cut out, or joined with others, before a norm r
 LINEAR_READER = "a linear layer, convolution or attention reads the stream itself"
 NORM_READER = "another kind of norm reads the stream itself"
 RETURNED = "the stream itself is returned"
-UNNORMED = "the stream ends in a value that something other than a norm uses: patch merging, a gate, a pooling head"
+UNNORMED = "the stream ends in a value that something other than a norm uses: patch merging, a gate, a head, the caller"
 
 _INPUTS = (
     (

@@ -60,14 +60,13 @@ def row(family: Family, train: bool = False) -> Row:
 def _row(named: tuple[str, str, str], outcome: Outcome) -> Row:
     """Raises VerifyError where a LayerNorm kept its mean for no reason."""
     counts = outcome.report.counts
-    missed = max(0, outcome.called - counts["layer_norm"])
     stayed = [site for site in outcome.report.sites if site.kind == "LayerNorm" and not site.to_rms_norm]
-    kept = (*map(_kept, stayed), *([Kept("", MISSED)] * missed))
+    kept = (*map(_kept, stayed), *([Kept("", MISSED)] * outcome.missed))
     if wordless := [k.site for k in kept if not k.because]:
         raise VerifyError(f"kept without a reason: {', '.join(wordless)}")
     return Row(
         *named,
-        layer_norms=counts["layer_norm"] + missed,
+        layer_norms=counts["layer_norm"] + outcome.missed,
         rms_norms=counts["rms_norm"],
         converted=counts["to_rms_norm"],
         kept=kept,
