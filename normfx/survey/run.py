@@ -103,7 +103,7 @@ def survey(family: Family, train: bool = False) -> Outcome:
         torch._dynamo.reset()
         rewritten = _outputs(torch.compile(model, backend=backend), inputs)
     torch._dynamo.reset()
-    _difference("the compiled model", rewritten, plain, CAPTURED)
+    _difference("the compiled model", [x.double() for x in rewritten], [x.double() for x in plain], CAPTURED)
     if not plain or not all(x.any() for x in plain):
         raise VerifyError("an output is missing or all 0, which shows nothing")
     report = Report(tuple(backend.graphs), max(len(backend.graphs) - 1, 0))
