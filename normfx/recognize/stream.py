@@ -16,7 +16,17 @@ from dataclasses import dataclass, field
 import networkx
 from torch.fx import Graph, Node
 
-from normfx.ir.graph import arguments, occurrences, op_name, packed_sources, reads_entries, shape, value
+from normfx.ir.graph import (
+    arguments,
+    bytes_of,
+    occurrences,
+    op_name,
+    packed_sources,
+    reads_entries,
+    shape,
+    size_hint,
+    value,
+)  # fmt: skip
 from normfx.ir.sites import Axis, Leaf, LeafKind, Norm, Stream
 from normfx.recognize.flow import LINEARS, Constants, Flow, flow, scales_rows
 
@@ -69,6 +79,7 @@ def find_streams(
     region = _Region(seeds, parameters, barred, outputs, modes, Constants(barred))
     _collect(region)
     _mark_raw(graph, region)
+    _enter_late(graph, region)
     order = {node: i for i, node in enumerate(graph.nodes)}
     return tuple(sorted([*alone, *_streams(graph, region, order)], key=lambda s: order[s.norms[0].output]))
 
@@ -123,6 +134,22 @@ def _mark_raw(graph: Graph, region: _Region) -> None:
             for operand, _ in region.flows[node].carried:
                 if value(operand) is None and not region.blind(operand):
                     region.witness[node] = region.witness.get(operand, operand)  # only single tensors can be leaves
+
+
+def _enter_late(graph: Graph, region: _Region) -> None:
+    """An activation that one op makes smaller on its way into a stream enters behind that op: centring it is cheaper
+    there. Token-mixing linears and poolings are such ops."""
+    for node in graph.nodes:
+        carried = region.flows[node].carried if region.blind(node) else ()
+        if len(carried) != 1 or value(node) is None:
+            continue
+        ((operand, _),) = carried
+        outside = operand not in region.flows and operand not in region.parameters and operand not in region.outputs
+        shared = operand in region.norms or any(u is not node and region.blind(u) for u in operand.users)
+        if not outside or shared or value(operand) is None or op_name(operand) == "aten::embedding":
+            continue
+        if size_hint(bytes_of(node), (node,)) < size_hint(bytes_of(operand), (operand,)):
+            del region.flows[node], region.axes[node]
 
 
 def _is_norm_use(node: Node, user: Node, region: _Region) -> bool:
@@ -193,10 +220,10 @@ def _leaf(key: tuple[Node, Axis], users: list[Node | Norm], region: _Region) -> 
     kind: LeafKind = "value"
     scale = linear = None
     path: tuple[tuple[Node, Axis], ...] = ()
-    if op_name(node) == "aten::embedding":
-        kind = "embedding"
-    elif node in region.parameters:
+    if node in region.parameters:
         kind = "parameter"
+    elif op_name(node) == "aten::embedding":
+        kind = "embedding"
     elif node in region.flows:
         kind = "raw"
     elif node in region.outputs:

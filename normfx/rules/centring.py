@@ -17,7 +17,7 @@ import networkx
 import sympy
 from torch.fx import Node
 
-from normfx.ir.graph import bytes_of, entries, shape, size_hint, total
+from normfx.ir.graph import bytes_of, entries, op_name, shape, size_hint, total
 from normfx.ir.sites import Leaf, Norm, Stream
 from normfx.rules.rule import Code, Cost
 
@@ -106,7 +106,8 @@ def _price(leaf: Leaf, stream: Stream) -> sympy.Expr:
     if leaf.explicit:
         inside = leaf.alone and leaf.kind in ("norm", "embedding")  # a norm itself emits centred rows (M9)
         return (1 if inside else 2) * bytes_of(leaf.node)
-    return LIVE_PASSES * total(map(bytes_of, _live(leaf, stream)))
+    rows = op_name(leaf.node) == "aten::embedding"  # of a table, at positions that are known: the lookup writes them
+    return (1 if rows else LIVE_PASSES) * total(map(bytes_of, _live(leaf, stream)))
 
 
 def _live(leaf: Leaf, stream: Stream) -> tuple[Node, ...]:
