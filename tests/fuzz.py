@@ -27,7 +27,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from normfx.backend import transform_canonical
 from normfx.capture import Captured
-from normfx.ir.cleanup import must_stay, simplify_constants
+from normfx.ir.cleanup import drop_dead_code, simplify_constants
 from normfx.ir.sources import Source
 from normfx.options import Options
 from normfx.report import GraphReport
@@ -67,7 +67,7 @@ def capture_program(model: nn.Module, inputs: Sequence[Tensor]) -> Captured:
     for node in gm.graph.find_nodes(op="get_attr"):
         value = getattr(gm, node.target)
         node.meta.setdefault("val", mode.from_tensor(value, static_shapes=True))
-    gm.graph.eliminate_dead_code(must_stay)
+    drop_dead_code(gm.graph)
     gm.recompile()
     sources = {}
     for i, node in enumerate(gm.graph.find_nodes(op="placeholder")):
