@@ -8,22 +8,35 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from capturing import keep_products
+from equivalence import EagerBackend, outputs_and_grads
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.backends.debugging import aot_eager
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.fx import GraphModule, Node
 from torch.utils.checkpoint import checkpoint
 
 from normfx.backend import transform
+from normfx.ir import fused_ops, ops
 from normfx.ir.graph import parameter_only
 from normfx.options import Options
+
+higher = torch.ops.higher_order
 
 LIVE = {"strict": True, "fold": "live"}
 """As if weights were free: the models of the tests have few rows."""
 
+ROWS = 640
+"""Tokens: more than any feature dimension, and another number."""
+
+
+RMS_NORMS = (ops.RMS_NORM, fused_ops.ADD_RMS_NORM)
+
 
 class Layer(nn.Module):
-    """A pre-LN transformer layer; dropout where a centred stream allows it."""
+    """A pre-LN transformer layer; dropout where a centred stream allows it. Attention is spelled out: Inductor of torch
+    2.11 cannot differentiate the CPU's own in float64."""
 
     def __init__(self, d: int, p: float) -> None:
         super().__init__()
@@ -34,8 +47,8 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=self.p if self.training else 0.0)
-        x = x + self.proj(mixed.transpose(1, 2).flatten(2))
+        weights = F.dropout((q @ k.mT).softmax(-1), self.p, self.training)
+        x = x + self.proj((weights @ v).transpose(1, 2).flatten(2))
         return x + self.down(F.dropout(F.gelu(self.up(self.norm2(x))), self.p, self.training))
 
 
@@ -147,3 +160,63 @@ class Partitioned:
 def _bytes(node: Node) -> int:
     fake = node.meta["val"]
     return int(fake.numel()) * int(fake.element_size())
+
+
+class Traced(EagerBackend):
+    """normfx's stages, then AOTAutograd: backward runs on what forward saved and computes the rest again."""
+
+    def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        super().__call__(gm, example_inputs)
+        return aot_eager(self.modules[-1], example_inputs)
+
+    def count(self, *ops: Any) -> int:
+        return sum(n.target in ops for n in self.modules[-1].graph.nodes)
+
+
+def same(compiled: Any, model: nn.Module, *inputs: Any, reference: Any = None) -> None:
+    """Outputs and every gradient equal eager's, or the reference's, from the same random state."""
+    expected, expected_grads = outputs_and_grads(model if reference is None else reference, model, inputs)
+    actual, grads = outputs_and_grads(compiled, model, inputs)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    for name, want in expected_grads.items():
+        torch.testing.assert_close(grads[name], want, rtol=1e-10, atol=1e-11, msg=name)
+
+
+def traced(model: nn.Module, *inputs: Any) -> Traced:
+    """The backend, after the model was compared with eager."""
+    torch._dynamo.reset()
+    backend = Traced(LIVE)
+    same(torch.compile(model, backend=backend, fullgraph=True), model, *inputs)
+    return backend
+
+
+def twice(layer: nn.Module, x: Tensor) -> Tensor:
+    return checkpointed(layer, checkpointed(layer, x))
+
+
+def inside(layer: nn.Module, x: Tensor) -> Tensor:
+    """A checkpoint in a checkpoint, between other ops."""
+    return checkpointed(lambda v: checkpointed(layer, v * 1.5) * 0.5, x)  # type: ignore[arg-type]
+
+
+def reentrant(layer: nn.Module, x: Tensor) -> Tensor:
+    return checkpointed(layer, x, use_reentrant=True)
+
+
+def selective(layer: nn.Module, x: Tensor) -> Tensor:
+    return checkpointed(layer, x, context_fn=keep_products)
+
+
+def wrapped(layer: nn.Module, x: Tensor) -> Tensor:
+    out: Tensor = higher.wrap(layer, x)
+    return out
+
+
+def around_nested(layer: nn.Module, x: Tensor) -> Tensor:
+    return checkpointed(lambda v: nested(layer, v), x)  # type: ignore[arg-type]
+
+
+@torch.compiler.nested_compile_region
+def nested(layer: nn.Module, x: Tensor) -> Tensor:
+    out: Tensor = layer(x)
+    return out
