@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -92,6 +94,21 @@ def test_decisions_and_float64(kind: str, kernels: bool, monkeypatch: pytest.Mon
 def test_low_precision(kind: str, dtype: torch.dtype) -> None:
     batches = [(torch.randint(0, 200, (16, 16), generator=torch.Generator().manual_seed(i)),) for i in range(8)]
     assert_low_precision(Net(kind, 64).eval(), batches, EagerBackend(), dtype)
+
+
+@pytest.mark.parametrize("kind", ["start", "peri"])
+def test_under_autocast(kind: str) -> None:
+    """The stream is float32, what is added to it bfloat16: still one op, without norms of bfloat16 before the add."""
+    model, backend = Net(kind, 64).eval(), EagerBackend()
+    given = (torch.randint(0, 200, (16, 16), generator=torch.Generator().manual_seed(0)),)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        want = copy.deepcopy(model).double()(*given)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            own, eager = ((call(*given).double() - want).norm().item() for call in (compiled, model))
+    assert own <= LOW_PRECISION[torch.bfloat16] * eager
+    assert sum("fuse_residual_norm" in site.rules for site in backend.report.sites) == 3
 
 
 def test_flag_off() -> None:

@@ -59,9 +59,11 @@ def _residual(
     if code or not isinstance(alpha, int | float):
         return Residual(norm, add, "other", 1.0, obstacle=code or "broadcast", detail=detail)
     alpha = alpha * _ADDS[op_name(add)]
+    roles = [pair for pair in (_ROLES if alpha == 1.0 else _ROLES[:1]) if _alike(terms[pair[1]], add)]
+    if not roles:  # x, whose factor is 1, has the dtype of the sum; the residual may be narrower
+        return Residual(norm, add, "other", 1.0, obstacle="broadcast", detail=add.name)
     inner = {n: outputs[t] for n, t in terms.items() if t in outputs and _feeds(outputs[t], t, add, barred, modes)}
     scaled = {n: t for n, t in terms.items() if _scales(t, add, barred, modes)}
-    roles = _ROLES if alpha == 1.0 else _ROLES[:1]  # x must have the factor 1
     argument, x = max(roles, key=lambda pair: 2 * (pair[1] in inner) + (pair[0] in scaled))
     return Residual(norm, add, argument, alpha, scaled.get(argument), inner.get(x))
 
@@ -76,7 +78,7 @@ def _obstacle(
     written = [node for node in (add, *terms.values()) if node in barred]
     if written:
         return "mutated", ", ".join(node.name for node in written)
-    odd = [t for t in terms.values() if not _alike(t, add)]
+    odd = [t for t in terms.values() if not _fits(t, add)]
     if odd:
         return "broadcast", ", ".join(node.name for node in odd)
     if modes[add] != modes[norm.output]:
@@ -96,9 +98,15 @@ def _same_place(node: Node, other: Node, modes: Mapping[Node, bool]) -> bool:
 
 
 def _alike(node: Node, other: Node) -> bool:
-    """Equal shape, dtype and device, without a guard on symbolic sizes."""
+    """Equal shape, dtype and device."""
+    return _fits(node, other) and tensor(node).dtype == tensor(other).dtype
+
+
+def _fits(node: Node, other: Node) -> bool:
+    """Equal shape and device, without a guard on symbolic sizes; both floating."""
     a, b = tensor(node), tensor(other)
-    return same_shape(tuple(a.shape), tuple(b.shape)) and (a.dtype, a.device) == (b.dtype, b.device)
+    floats = a.is_floating_point() and b.is_floating_point()
+    return floats and a.device == b.device and same_shape(tuple(a.shape), tuple(b.shape))
 
 
 def _other_readers(norm: Norm, add: Node) -> list[Node]:
@@ -126,7 +134,7 @@ def _scales(product: Node, add: Node, barred: frozenset[Node], modes: Mapping[No
     source = next((n for n in product.all_input_nodes if value(n) is not None), None)
     if source is None or number_factor(product, source) is None or not _alone(product, add):
         return False
-    same = _same_place(product, add, modes) and _alike(source, add)
+    same = _same_place(product, add, modes) and _alike(source, product)
     return same and product not in barred and source not in barred
 
 
