@@ -53,8 +53,10 @@ def compile_offline(source: Source, spec: Spec, backend: str, arch: int | str) -
 
 def _type(name: str, kind: str, spec: Spec) -> str:
     if kind != "ptr":
-        return "fp32" if name == "" and kind == "eps" else "i32"
+        return "fp32" if kind == "eps" else "i32"
     fields = {"out_grad": "out", "sum_grad": "sum", "x_grad": "x", "saved": "saved"}
+    if name.startswith("inner_"):
+        return _POINTER[getattr(spec.inner, name.removeprefix("inner_"), None) or "float32"]
     return _POINTER[getattr(spec, fields.get(name, name), None) or "float32"]
 
 

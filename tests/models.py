@@ -235,7 +235,7 @@ CASES = (
     Case("whisper", "transformers", _whisper, lambda: (_floats(2, 8, 32), _ids(2, 6)), 12, 0, 12, 12, 1),
     Case(
         "bert post-norm", "transformers",
-        _hf("BertModel", "BertConfig", "last_hidden_state", {"add_pooling_layer": False}, **TEXT), _text, 5, 0, 0, 0, 0,
+        _hf("BertModel", "BertConfig", "last_hidden_state", {"add_pooling_layer": False}, **TEXT), _text, 5, 0, 1, 0, 0,
         frozenset({"uncentred_input", "observed", "reader_not_linear", "returned"}),
     ),
     Case("llama", "transformers", _causal("LlamaForCausalLM", "LlamaConfig"), _text, 0, 5, 0, 5),

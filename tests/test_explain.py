@@ -20,7 +20,8 @@ def test_explain_runs_eagerly_and_reports_every_norm() -> None:
     assert report.counts["layer_norm"] == report.counts["to_rms_norm"] == 3
     assert report.counts["graphs"] == 1 and report.counts["graph_breaks"] == 0
     assert [site.name for site in report.sites] == ["norms.0", "norms.1", "final"]
-    assert all(site.kind == "LayerNorm" and site.rules == ("pre_rms_norm", "fold_affine") for site in report.sites)
+    assert all(site.kind == "LayerNorm" and site.rules[:2] == ("pre_rms_norm", "fold_affine") for site in report.sites)
+    assert ["fuse_residual_norm" in site.rules for site in report.sites] == [False, True, True]
     assert all("test_compile.py" in site.source for site in report.sites)
     (graph,) = report.graphs
     assert graph.before.startswith("ids: i64[2, 6]\n%0 = embedding(table.weight, ids)")
@@ -41,7 +42,8 @@ def test_explain_counts_graph_breaks() -> None:
 
 @torch.no_grad()
 def test_explain_takes_options_and_compiled_models() -> None:
-    report = normfx.explain(torch.compile(Blocks(), backend="eager"), {"rules": "-fold_affine"})(_ids())
+    options = {"rules": "-fold_affine,-fuse_residual_norm"}
+    report = normfx.explain(torch.compile(Blocks(), backend="eager"), options)(_ids())
     assert all(site.rules == ("pre_rms_norm",) for site in report.sites)
     assert {r.code for site in report.sites for r in site.refusals} == {"disabled"}
     with pytest.raises(normfx.OptionError):

@@ -94,49 +94,49 @@ graph 0: predicted bytes a call: pre_rms_norm 46,080 to 35,328, fold_affine 15,3
 %2 = center(%0, dim=2): f32[2, 12, 32]
 %3 = embedding(model.transformer.wpe.weight, %4): f32[1, 12, 32]
 %5 = center(%3, dim=2): f32[1, 12, 32]
-%6 = add(%2, %7): f32[2, 12, 32]
-%8 = dropout(%6, 0, False): f32[2, 12, 32]
-%9 = rms_norm(%8, dim=2, eps=1e-05): f32[2, 12, 32]  # model.transformer.h.0.ln_1
-%10 = fold_shift(model.transformer.h.0.attn.c_attn.weight, model.transformer.h.0.ln_1.bias, bias=model.transformer.h.0.attn.c_attn.bias, dim=0): f32[96]
-%11 = scale_features(model.transformer.h.0.attn.c_attn.weight, model.transformer.h.0.ln_1.weight, dim=0): f32[32, 96]
-%12 = addmm(%10, %13, %11): f32[24, 96]
-%14 = center(model.transformer.h.0.attn.c_proj.bias, dim=0): f32[32]
-%15 = center(model.transformer.h.0.attn.c_proj.weight, dim=1): f32[32, 32]
-%16 = addmm(%14, %17, %15): f32[24, 32]
-%18 = dropout(%19, 0, False): f32[2, 12, 32]
-%20, %21 = add_rms_norm(%18, %8, dim=2, eps=1e-05): f32[2, 12, 32], f32[2, 12, 32]  # model.transformer.h.0.ln_2
-%22 = fold_shift(model.transformer.h.0.mlp.c_fc.weight, model.transformer.h.0.ln_2.bias, bias=model.transformer.h.0.mlp.c_fc.bias, dim=0): f32[128]
-%23 = scale_features(model.transformer.h.0.mlp.c_fc.weight, model.transformer.h.0.ln_2.weight, dim=0): f32[32, 128]
-%24 = addmm(%22, %25, %23): f32[24, 128]
-%26 = add(%27, %28): f32[2, 12, 128]
-%29 = add(%30, 1): f32[2, 12, 128]
-%31 = center(model.transformer.h.0.mlp.c_proj.bias, dim=0): f32[32]
-%32 = center(model.transformer.h.0.mlp.c_proj.weight, dim=1): f32[128, 32]
-%33 = addmm(%31, %34, %32): f32[24, 32]
-%35 = dropout(%36, 0, False): f32[2, 12, 32]
-%37, %38 = add_rms_norm(%21, %35, dim=2, eps=1e-05): f32[2, 12, 32], f32[2, 12, 32]  # model.transformer.h.1.ln_1
-%39 = fold_shift(model.transformer.h.1.attn.c_attn.weight, model.transformer.h.1.ln_1.bias, bias=model.transformer.h.1.attn.c_attn.bias, dim=0): f32[96]
-%40 = scale_features(model.transformer.h.1.attn.c_attn.weight, model.transformer.h.1.ln_1.weight, dim=0): f32[32, 96]
-%41 = addmm(%39, %42, %40): f32[24, 96]
-%43 = center(model.transformer.h.1.attn.c_proj.bias, dim=0): f32[32]
-%44 = center(model.transformer.h.1.attn.c_proj.weight, dim=1): f32[32, 32]
-%45 = addmm(%43, %46, %44): f32[24, 32]
-%47 = dropout(%48, 0, False): f32[2, 12, 32]
-%49, %50 = add_rms_norm(%47, %38, dim=2, eps=1e-05): f32[2, 12, 32], f32[2, 12, 32]  # model.transformer.h.1.ln_2
-%51 = fold_shift(model.transformer.h.1.mlp.c_fc.weight, model.transformer.h.1.ln_2.bias, bias=model.transformer.h.1.mlp.c_fc.bias, dim=0): f32[128]
-%52 = scale_features(model.transformer.h.1.mlp.c_fc.weight, model.transformer.h.1.ln_2.weight, dim=0): f32[32, 128]
-%53 = addmm(%51, %54, %52): f32[24, 128]
-%55 = add(%56, %57): f32[2, 12, 128]
-%58 = add(%59, 1): f32[2, 12, 128]
-%60 = center(model.transformer.h.1.mlp.c_proj.bias, dim=0): f32[32]
-%61 = center(model.transformer.h.1.mlp.c_proj.weight, dim=1): f32[128, 32]
-%62 = addmm(%60, %63, %61): f32[24, 32]
-%64 = dropout(%65, 0, False): f32[2, 12, 32]
-%66 = add_rms_norm(%50, %64, dim=2, eps=1e-05): f32[2, 12, 32]  # model.transformer.ln_f
-%67 = fold_shift(model.transformer.wte.weight, model.transformer.ln_f.bias, dim=1): f32[100]
-%68 = scale_features(model.transformer.wte.weight, model.transformer.ln_f.weight, dim=1): f32[100, 32]
-%69 = linear(%70, %68, %67): f32[2, 12, 100]
-return [%69]
+%6 = add(%2, %5): f32[2, 12, 32]
+%7 = dropout(%6, 0, False): f32[2, 12, 32]
+%8 = rms_norm(%7, dim=2, eps=1e-05): f32[2, 12, 32]  # model.transformer.h.0.ln_1
+%9 = fold_shift(model.transformer.h.0.attn.c_attn.weight, model.transformer.h.0.ln_1.bias, bias=model.transformer.h.0.attn.c_attn.bias, dim=0): f32[96]
+%10 = scale_features(model.transformer.h.0.attn.c_attn.weight, model.transformer.h.0.ln_1.weight, dim=0): f32[32, 96]
+%11 = addmm(%9, %12, %10): f32[24, 96]
+%13 = center(model.transformer.h.0.attn.c_proj.bias, dim=0): f32[32]
+%14 = center(model.transformer.h.0.attn.c_proj.weight, dim=1): f32[32, 32]
+%15 = addmm(%13, %16, %14): f32[24, 32]
+%17 = dropout(%18, 0, False): f32[2, 12, 32]
+%19, %20 = add_rms_norm(%17, %7, dim=2, eps=1e-05): f32[2, 12, 32], f32[2, 12, 32]  # model.transformer.h.0.ln_2
+%21 = fold_shift(model.transformer.h.0.mlp.c_fc.weight, model.transformer.h.0.ln_2.bias, bias=model.transformer.h.0.mlp.c_fc.bias, dim=0): f32[128]
+%22 = scale_features(model.transformer.h.0.mlp.c_fc.weight, model.transformer.h.0.ln_2.weight, dim=0): f32[32, 128]
+%23 = addmm(%21, %24, %22): f32[24, 128]
+%25 = add(%26, %27): f32[2, 12, 128]
+%28 = add(%29, 1): f32[2, 12, 128]
+%30 = center(model.transformer.h.0.mlp.c_proj.bias, dim=0): f32[32]
+%31 = center(model.transformer.h.0.mlp.c_proj.weight, dim=1): f32[128, 32]
+%32 = addmm(%30, %33, %31): f32[24, 32]
+%34 = dropout(%35, 0, False): f32[2, 12, 32]
+%36, %37 = add_rms_norm(%20, %34, dim=2, eps=1e-05): f32[2, 12, 32], f32[2, 12, 32]  # model.transformer.h.1.ln_1
+%38 = fold_shift(model.transformer.h.1.attn.c_attn.weight, model.transformer.h.1.ln_1.bias, bias=model.transformer.h.1.attn.c_attn.bias, dim=0): f32[96]
+%39 = scale_features(model.transformer.h.1.attn.c_attn.weight, model.transformer.h.1.ln_1.weight, dim=0): f32[32, 96]
+%40 = addmm(%38, %41, %39): f32[24, 96]
+%42 = center(model.transformer.h.1.attn.c_proj.bias, dim=0): f32[32]
+%43 = center(model.transformer.h.1.attn.c_proj.weight, dim=1): f32[32, 32]
+%44 = addmm(%42, %45, %43): f32[24, 32]
+%46 = dropout(%47, 0, False): f32[2, 12, 32]
+%48, %49 = add_rms_norm(%46, %37, dim=2, eps=1e-05): f32[2, 12, 32], f32[2, 12, 32]  # model.transformer.h.1.ln_2
+%50 = fold_shift(model.transformer.h.1.mlp.c_fc.weight, model.transformer.h.1.ln_2.bias, bias=model.transformer.h.1.mlp.c_fc.bias, dim=0): f32[128]
+%51 = scale_features(model.transformer.h.1.mlp.c_fc.weight, model.transformer.h.1.ln_2.weight, dim=0): f32[32, 128]
+%52 = addmm(%50, %53, %51): f32[24, 128]
+%54 = add(%55, %56): f32[2, 12, 128]
+%57 = add(%58, 1): f32[2, 12, 128]
+%59 = center(model.transformer.h.1.mlp.c_proj.bias, dim=0): f32[32]
+%60 = center(model.transformer.h.1.mlp.c_proj.weight, dim=1): f32[128, 32]
+%61 = addmm(%59, %62, %60): f32[24, 32]
+%63 = dropout(%64, 0, False): f32[2, 12, 32]
+%65 = add_rms_norm(%49, %63, dim=2, eps=1e-05): f32[2, 12, 32]  # model.transformer.ln_f
+%66 = fold_shift(model.transformer.wte.weight, model.transformer.ln_f.bias, dim=1): f32[100]
+%67 = scale_features(model.transformer.wte.weight, model.transformer.ln_f.weight, dim=1): f32[100, 32]
+%68 = linear(%69, %67, %66): f32[2, 12, 100]
+return [%68]
 """,
         )
 
@@ -195,11 +195,12 @@ return [%35]
         self.assertExpectedInline(
             str(_report((Observed(), (torch.arange(6).reshape(2, 3),)))),
             """\
-layer_norm: 2, rms_norm: 0, to_rms_norm: 1, fold_affine: 2, fuse_residual_norm: 1, pre_rms_norm: 1, centrings: 0, folds: 5, graphs: 1, graph_breaks: 0
-norm   LayerNorm  pre_rms_norm, fold_affine
+layer_norm: 2, rms_norm: 0, to_rms_norm: 0, fold_affine: 2, fuse_residual_norm: 1, centrings: 0, folds: 4, graphs: 1, graph_breaks: 0
+norm   LayerNorm  fold_affine
+  pre_rms_norm refused (uncentred_input): a value enters the stream that can only be centred while the model runs, and that costs more than it saves: embedding (embedding rows)
 final  LayerNorm  fold_affine, fuse_residual_norm
   pre_rms_norm refused (observed): the stream's mean is read by something other than a LayerNorm over the same features: add is read by output
-graph 0: predicted bytes a call: pre_rms_norm 576 to 576, fold_affine 384 to 0, fuse_residual_norm 192 to 0""",
+graph 0: predicted bytes a call: fold_affine 384 to 0, fuse_residual_norm 192 to 0""",
         )
 
     def test_refusal_graph(self) -> None:
@@ -209,16 +210,15 @@ graph 0: predicted bytes a call: pre_rms_norm 576 to 576, fold_affine 384 to 0, 
             """\
 ids: i64[2, 3]
 %0 = embedding(table.weight, ids): f32[2, 3, 8]
-%1 = center(%0, dim=2): f32[2, 3, 8]
-%2 = rms_norm(%1, dim=2, eps=1e-05): f32[2, 3, 8]  # norm
-%3 = fold_shift(write.weight, norm.bias, bias=write.bias, dim=1): f32[8]
-%4 = scale_features(write.weight, norm.weight, dim=1): f32[8, 8]
-%5 = linear(%2, %4, %3): f32[2, 3, 8]
-%6, %7 = add_layer_norm(%0, %5, dim=2, eps=1e-05): f32[2, 3, 8], f32[2, 3, 8]  # final
-%8 = fold_shift(head.weight, final.bias, bias=head.bias, dim=1): f32[3]
-%9 = scale_features(head.weight, final.weight, dim=1): f32[3, 8]
-%10 = linear(%6, %9, %8): f32[2, 3, 3]
-return [%10, %7]
+%1 = layer_norm(%0, dim=2, eps=1e-05): f32[2, 3, 8]  # norm
+%2 = fold_shift(write.weight, norm.bias, bias=write.bias, dim=1): f32[8]
+%3 = scale_features(write.weight, norm.weight, dim=1): f32[8, 8]
+%4 = linear(%1, %3, %2): f32[2, 3, 8]
+%5, %6 = add_layer_norm(%0, %4, dim=2, eps=1e-05): f32[2, 3, 8], f32[2, 3, 8]  # final
+%7 = fold_shift(head.weight, final.bias, bias=head.bias, dim=1): f32[3]
+%8 = scale_features(head.weight, final.weight, dim=1): f32[3, 8]
+%9 = linear(%5, %8, %7): f32[2, 3, 3]
+return [%9, %6]
 """,
         )
 
@@ -247,41 +247,41 @@ graph 0: predicted bytes a call: fold_affine 15,360 to 0, fuse_residual_norm 12,
             """\
 %0 = embedding(model.transformer.wte.weight, %1): f32[2, 12, 32]
 %2 = embedding(model.transformer.wpe.weight, %3): f32[1, 12, 32]
-%4 = add(%0, %5): f32[2, 12, 32]
-%6 = dropout(%4, 0.1, True): f32[2, 12, 32]
-%7 = layer_norm(%6, dim=2, eps=1e-05): f32[2, 12, 32]  # model.transformer.h.0.ln_1
-%8 = fold_shift(model.transformer.h.0.attn.c_attn.weight, model.transformer.h.0.ln_1.bias, bias=model.transformer.h.0.attn.c_attn.bias, dim=0): f32[96]
-%9 = scale_features(model.transformer.h.0.attn.c_attn.weight, model.transformer.h.0.ln_1.weight, dim=0): f32[32, 96]
-%10 = addmm(%8, %11, %9): f32[24, 96]
-%12 = addmm(model.transformer.h.0.attn.c_proj.bias, %13, model.transformer.h.0.attn.c_proj.weight): f32[24, 32]
-%14 = dropout(%15, 0.1, True): f32[2, 12, 32]
-%16, %17 = add_layer_norm(%14, %6, dim=2, eps=1e-05): f32[2, 12, 32], f32[2, 12, 32]  # model.transformer.h.0.ln_2
-%18 = fold_shift(model.transformer.h.0.mlp.c_fc.weight, model.transformer.h.0.ln_2.bias, bias=model.transformer.h.0.mlp.c_fc.bias, dim=0): f32[128]
-%19 = scale_features(model.transformer.h.0.mlp.c_fc.weight, model.transformer.h.0.ln_2.weight, dim=0): f32[32, 128]
-%20 = addmm(%18, %21, %19): f32[24, 128]
-%22 = add(%23, %24): f32[2, 12, 128]
-%25 = add(%26, 1): f32[2, 12, 128]
-%27 = addmm(model.transformer.h.0.mlp.c_proj.bias, %28, model.transformer.h.0.mlp.c_proj.weight): f32[24, 32]
-%29 = dropout(%30, 0.1, True): f32[2, 12, 32]
-%31, %32 = add_layer_norm(%17, %29, dim=2, eps=1e-05): f32[2, 12, 32], f32[2, 12, 32]  # model.transformer.h.1.ln_1
-%33 = fold_shift(model.transformer.h.1.attn.c_attn.weight, model.transformer.h.1.ln_1.bias, bias=model.transformer.h.1.attn.c_attn.bias, dim=0): f32[96]
-%34 = scale_features(model.transformer.h.1.attn.c_attn.weight, model.transformer.h.1.ln_1.weight, dim=0): f32[32, 96]
-%35 = addmm(%33, %36, %34): f32[24, 96]
-%37 = addmm(model.transformer.h.1.attn.c_proj.bias, %38, model.transformer.h.1.attn.c_proj.weight): f32[24, 32]
-%39 = dropout(%40, 0.1, True): f32[2, 12, 32]
-%41, %42 = add_layer_norm(%39, %32, dim=2, eps=1e-05): f32[2, 12, 32], f32[2, 12, 32]  # model.transformer.h.1.ln_2
-%43 = fold_shift(model.transformer.h.1.mlp.c_fc.weight, model.transformer.h.1.ln_2.bias, bias=model.transformer.h.1.mlp.c_fc.bias, dim=0): f32[128]
-%44 = scale_features(model.transformer.h.1.mlp.c_fc.weight, model.transformer.h.1.ln_2.weight, dim=0): f32[32, 128]
-%45 = addmm(%43, %46, %44): f32[24, 128]
-%47 = add(%48, %49): f32[2, 12, 128]
-%50 = add(%51, 1): f32[2, 12, 128]
-%52 = addmm(model.transformer.h.1.mlp.c_proj.bias, %53, model.transformer.h.1.mlp.c_proj.weight): f32[24, 32]
-%54 = dropout(%55, 0.1, True): f32[2, 12, 32]
-%56 = add_layer_norm(%42, %54, dim=2, eps=1e-05): f32[2, 12, 32]  # model.transformer.ln_f
-%57 = fold_shift(model.transformer.wte.weight, model.transformer.ln_f.bias, dim=1): f32[100]
-%58 = scale_features(model.transformer.wte.weight, model.transformer.ln_f.weight, dim=1): f32[100, 32]
-%59 = linear(%60, %58, %57): f32[2, 12, 100]
-return [%59]
+%4 = add(%0, %2): f32[2, 12, 32]
+%5 = dropout(%4, 0.1, True): f32[2, 12, 32]
+%6 = layer_norm(%5, dim=2, eps=1e-05): f32[2, 12, 32]  # model.transformer.h.0.ln_1
+%7 = fold_shift(model.transformer.h.0.attn.c_attn.weight, model.transformer.h.0.ln_1.bias, bias=model.transformer.h.0.attn.c_attn.bias, dim=0): f32[96]
+%8 = scale_features(model.transformer.h.0.attn.c_attn.weight, model.transformer.h.0.ln_1.weight, dim=0): f32[32, 96]
+%9 = addmm(%7, %10, %8): f32[24, 96]
+%11 = addmm(model.transformer.h.0.attn.c_proj.bias, %12, model.transformer.h.0.attn.c_proj.weight): f32[24, 32]
+%13 = dropout(%14, 0.1, True): f32[2, 12, 32]
+%15, %16 = add_layer_norm(%13, %5, dim=2, eps=1e-05): f32[2, 12, 32], f32[2, 12, 32]  # model.transformer.h.0.ln_2
+%17 = fold_shift(model.transformer.h.0.mlp.c_fc.weight, model.transformer.h.0.ln_2.bias, bias=model.transformer.h.0.mlp.c_fc.bias, dim=0): f32[128]
+%18 = scale_features(model.transformer.h.0.mlp.c_fc.weight, model.transformer.h.0.ln_2.weight, dim=0): f32[32, 128]
+%19 = addmm(%17, %20, %18): f32[24, 128]
+%21 = add(%22, %23): f32[2, 12, 128]
+%24 = add(%25, 1): f32[2, 12, 128]
+%26 = addmm(model.transformer.h.0.mlp.c_proj.bias, %27, model.transformer.h.0.mlp.c_proj.weight): f32[24, 32]
+%28 = dropout(%29, 0.1, True): f32[2, 12, 32]
+%30, %31 = add_layer_norm(%16, %28, dim=2, eps=1e-05): f32[2, 12, 32], f32[2, 12, 32]  # model.transformer.h.1.ln_1
+%32 = fold_shift(model.transformer.h.1.attn.c_attn.weight, model.transformer.h.1.ln_1.bias, bias=model.transformer.h.1.attn.c_attn.bias, dim=0): f32[96]
+%33 = scale_features(model.transformer.h.1.attn.c_attn.weight, model.transformer.h.1.ln_1.weight, dim=0): f32[32, 96]
+%34 = addmm(%32, %35, %33): f32[24, 96]
+%36 = addmm(model.transformer.h.1.attn.c_proj.bias, %37, model.transformer.h.1.attn.c_proj.weight): f32[24, 32]
+%38 = dropout(%39, 0.1, True): f32[2, 12, 32]
+%40, %41 = add_layer_norm(%38, %31, dim=2, eps=1e-05): f32[2, 12, 32], f32[2, 12, 32]  # model.transformer.h.1.ln_2
+%42 = fold_shift(model.transformer.h.1.mlp.c_fc.weight, model.transformer.h.1.ln_2.bias, bias=model.transformer.h.1.mlp.c_fc.bias, dim=0): f32[128]
+%43 = scale_features(model.transformer.h.1.mlp.c_fc.weight, model.transformer.h.1.ln_2.weight, dim=0): f32[32, 128]
+%44 = addmm(%42, %45, %43): f32[24, 128]
+%46 = add(%47, %48): f32[2, 12, 128]
+%49 = add(%50, 1): f32[2, 12, 128]
+%51 = addmm(model.transformer.h.1.mlp.c_proj.bias, %52, model.transformer.h.1.mlp.c_proj.weight): f32[24, 32]
+%53 = dropout(%54, 0.1, True): f32[2, 12, 32]
+%55 = add_layer_norm(%41, %53, dim=2, eps=1e-05): f32[2, 12, 32]  # model.transformer.ln_f
+%56 = fold_shift(model.transformer.wte.weight, model.transformer.ln_f.bias, dim=1): f32[100]
+%57 = scale_features(model.transformer.wte.weight, model.transformer.ln_f.weight, dim=1): f32[100, 32]
+%58 = linear(%59, %57, %56): f32[2, 12, 100]
+return [%58]
 """,
         )
 

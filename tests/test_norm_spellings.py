@@ -190,6 +190,17 @@ SPELLINGS: dict[str, Case] = {
         "clamped",
         affine="w",
     ),
+    "F.normalize": Case(
+        lambda p, x: F.normalize(x, dim=-1, eps=EPS) * p["w"],
+        "RMSNorm",
+        EPS**2,
+        "clamped",
+        correction=D - 1,
+        affine="w",
+    ),
+    "ScaleNorm": Case(
+        lambda p, x: x / (x.norm(dim=-1, keepdim=True) + EPS) * p["w"], "RMSNorm", EPS, "outside", D - 1, affine="w"
+    ),
     "‖x‖/√d + eps": Case(
         lambda p, x: p["w"] * x / (x.norm(dim=-1, keepdim=True) * D**-0.5 + EPS),
         "RMSNorm",
@@ -282,8 +293,6 @@ LOOKALIKES: dict[str, Callable[[Parameters, Tensor], Tensor]] = {
     "centred over rms": lambda p, x: centre(x) * torch.rsqrt(mean(x.square()) + EPS),
     "pRMSNorm": _prefix,
     "masked": _masked,
-    "F.normalize": lambda p, x: F.normalize(x, dim=-1) * p["w"],
-    "ScaleNorm": lambda p, x: p["g"] * x / (x.norm(dim=-1, keepdim=True) + EPS),
     "groups inside a row": _groups,
     "statistics of another axis": lambda p, x: x * torch.rsqrt(x.square().mean(1, keepdim=True) + EPS).mT,
     "mean of another axis": lambda p, x: (

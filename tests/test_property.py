@@ -12,8 +12,9 @@ from token_programs import TOKEN_TRAPS
 
 from normfx.report import Report
 
-UNFOLDED = ("detach", "frozen_write", "detached_scale")
-"""Ops whose writer cannot take a scale without moving gradients; random programs still hold them."""
+UNFOLDED = ("detach", "frozen_write", "detached_scale", "split_heads")
+"""Ops whose writer cannot take a scale without moving gradients, or that spread the features over two dimensions; in
+random programs they stand too."""
 QUIET = dict(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
