@@ -20,6 +20,7 @@ from normfx.compression import stored
 from normfx.errors import NormfxError, NormfxWarning, StageError, stage_warning
 from normfx.ir import ops
 from normfx.ir.aliasing import functionalize_local, mutated
+from normfx.ir.cleanup import drop_dead_code
 from normfx.ir.fusion import centres_output
 from normfx.ir.names import module_path, source_line
 from normfx.ir.printer import print_graph
@@ -174,7 +175,8 @@ def transform_canonical(
 
 def _simplify(gm: GraphModule) -> None:
     drop_casts(gm)
-    read_parts(gm, mutated(gm.graph))
+    if read_parts(gm, mutated(gm.graph)):
+        drop_dead_code(gm.graph)
 
 
 def _lower(gm: GraphModule, lowering: str) -> Lowered:

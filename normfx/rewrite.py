@@ -298,11 +298,14 @@ class Edit:
         if self.widths:
             widths = {self._now(node): width for node, width in self.widths.items()}
             resize(self.graph, widths, self.compressed, self._fake)
-        fusion = Fusion(self.graph, self.written, self._call)
+        alive = set(self.graph.nodes)  # a norm that only a dropped value read is gone
+        written = {norm: node for norm, node in self.written.items() if node in alive}
+        fusion = Fusion(self.graph, written, self._call)
         fusion.centre_outputs()
         fusion.share()
         for site in self.fused:
-            fusion.fuse(site)
+            if site.norm in written:
+                fusion.fuse(site)
         self.written, self.shared = fusion.written, fusion.shared
         self.graph.lint()
         self.gm.recompile()

@@ -71,6 +71,21 @@ def test_parts_of_concatenations(cut: str, passes: bool) -> None:
     assert all(("pre_rms_norm" in site.rules) is passes for site in named[1:])
 
 
+def test_what_is_cut_away_keeps_its_gradient_of_zeros() -> None:
+    """A prompt that is joined and cut off again: eager gives it zeros, not None (weight decay tells them apart)."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.prompt, self.norm, self.read = nn.Parameter(torch.ones(2, 1, D)), nn.LayerNorm(D), nn.Linear(D, D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.read(self.norm(torch.cat([x, self.prompt], 1)[:, :3]))
+            return out
+
+    assert_same_float64(Model(), (torch.randn(2, 3, D),), {"fold": "live"})
+
+
 def test_a_returned_part_is_memory_of_its_own() -> None:
     """The graph returns a slice of what it joined, not of its input."""
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-from normfx.ir.graph import arguments, op_name, shape, value
+from normfx.ir.graph import arguments, grad_modes, op_name, reads_entries, shape, value
 
 _JOINS = frozenset({"aten::cat", "aten::concat", "aten::concatenate"})
 
@@ -45,20 +45,31 @@ def read_parts(gm: GraphModule, written: frozenset[Node]) -> int:
     cat([a, b])[len(a):] is b: whoever reads it does not read a. Left alone: values that are written in place
     (`written`), and slices whose memory leaves the graph, which would then be that of the part.
     """
+    modes = grad_modes(gm.graph)
+    found: dict[Node, list[tuple[Node, tuple[Node, int, int]]]] = {}
+    for node in gm.graph.nodes:
+        place = _part(node)
+        if place is not None and written.isdisjoint({node, place[0], *node.all_input_nodes}) and not _leaves(node):
+            found.setdefault(arguments(node)["self"], []).append((node, place))
     count = 0
-    for node in list(gm.graph.nodes):
-        found = _part(node)
-        if found is None:
-            continue
-        part, start, end = found
-        if written.isdisjoint({node, part, *node.all_input_nodes}) and not _leaves(node):
-            args = arguments(node)
-            rest = (args["dim"], start) if "index" in args else (args["dim"], start, end)
-            node.args, node.kwargs = (part, *rest), {}
-            count += 1
+    for joined, readers in found.items():
+        others = set(joined.users) - {node for node, _ in readers}
+        if any(_passes_gradients(user, joined, modes) for user in others):  # else a part might lose its own, which is 0
+            for node, (part, start, end) in readers:
+                args = arguments(node)
+                rest = (args["dim"], start) if "index" in args else (args["dim"], start, end)
+                node.args, node.kwargs = (part, *rest), {}
+            count += len(readers)
     if count:
         gm.recompile()
     return count
+
+
+def _passes_gradients(user: Node, joined: Node, modes: Mapping[Node, bool]) -> bool:
+    fake = value(user)
+    differentiable = fake is None or fake.is_floating_point()
+    same = modes[user] == modes[joined] and op_name(user) != "aten::detach"
+    return same and differentiable and reads_entries(user, joined)
 
 
 def _part(node: Node) -> tuple[Node, int, int] | None:
