@@ -121,6 +121,7 @@ def test_gpt2(attention: str, training: bool) -> None:
     assert "transformer.h.0.ln_1.weight" in {s.name for s in backend.seen[0].sources.values()}
 
 
+@pytest.mark.slow
 def test_gpt2_generate_with_cache() -> None:
     model = gpt2("sdpa").eval()
     ids = torch.randint(1, 30, (1, 4))

@@ -127,6 +127,7 @@ def test_selective_checkpoints_stay_whole() -> None:
     assert refused == [["uncentred_input"], ["observed"], [], [], []]
 
 
+@pytest.mark.slow
 def test_memory_beside_selective_checkpoints() -> None:
     """What one checkpoint hands to the next is kept, whoever numbers them; and the mean of each row that is centred in
     front of a checkpoint: of two values here."""
@@ -272,6 +273,7 @@ def test_modes_inside_regions() -> None:
     assert not backend.count(higher.tag_activation_checkpoint)
 
 
+@pytest.mark.slow
 def test_dynamic_rows() -> None:
     model, backend = Stack(inside).double(), Traced(LIVE)
     torch._dynamo.reset()

@@ -105,7 +105,7 @@ def _library(name: str) -> tuple[nn.Module, Any]:
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
-@pytest.mark.parametrize("name", ["gpt2", "vit"])
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("vit", marks=pytest.mark.slow)])
 def test_library_models(name: str) -> None:
     torch.manual_seed(0)
     model, inputs = _library(name)
@@ -127,7 +127,7 @@ def test_library_models(name: str) -> None:
     [
         (checkpointed, min_cut_rematerialization_partition),
         (inside, min_cut_rematerialization_partition),
-        (checkpointed, default_partition),
+        pytest.param(checkpointed, default_partition, marks=pytest.mark.slow),
     ],
 )
 def test_memory(call: Any, partition: Any) -> None:

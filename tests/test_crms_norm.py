@@ -296,7 +296,8 @@ def train(model: nn.Module, call: Callable[[Tensor], Tensor], steps: int, autoca
     return losses
 
 
-@pytest.mark.parametrize("basis", ["orthonormal", pytest.param("drop", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("basis", BASES)
 def test_training_in_float64(basis: str) -> None:
     """300 steps: the loss of eager in every one, and it falls."""
     torch.manual_seed(0)
@@ -310,6 +311,7 @@ def test_training_in_float64(basis: str) -> None:
     assert backend.report.counts["crms_norm"] == 3
 
 
+@pytest.mark.slow
 def test_training_under_autocast() -> None:
     """bfloat16: the curve is as near to eager's as eager's is to itself with other rounding (weights moved by 1e-4)."""
     torch.manual_seed(0)

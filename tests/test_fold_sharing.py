@@ -110,7 +110,8 @@ def test_state_dict_is_untouched(fold: str) -> None:
     assert [name for name, _ in model.named_parameters()] == names
 
 
-@pytest.mark.parametrize("fold", ["cached", pytest.param("frozen", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("fold", ["cached", "frozen"])
+@pytest.mark.slow
 def test_nothing_grows_over_compile_and_delete(fold: str) -> None:
     def cycle(seed: int) -> None:
         model = net(seed)

@@ -58,6 +58,7 @@ def test_training_with_dropout_is_decided_and_right() -> None:
     assert {r.code for site in report.sites for r in site.refusals if r.rule == "pre_rms_norm"} == {"uncentred_input"}
 
 
+@pytest.mark.slow
 def test_generate_token_by_token() -> None:
     """Greedy generation with a growing KV cache, compiled with dynamic shapes: the same tokens, norms converted."""
     pytest.importorskip("transformers")
