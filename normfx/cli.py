@@ -29,9 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             demo.run()
         return 0
     own: argparse.ArgumentParser = parsed.parser
-    if parsed.command == "bench" and own is not compare and given[1] != "kernels":
+    if parsed.command == "bench" and own is not compare and given[1] not in bench.OTHERS:
         # argparse would drop them in silence
-        own.error("its options go behind its name: normfx bench kernels --device …")
+        own.error(f"its options go behind its name: {own.prog} …")
     try:
         return int(parsed.run(parsed))
     except NormfxError as error:

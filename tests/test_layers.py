@@ -57,7 +57,7 @@ FLOORS = (
     ("bench.present", "bench.rivals"),
     ("bench.contest",),
     ("bench.kernel_report",),
-    ("bench.kernels",),
+    ("bench.kernels", "bench.depth"),
     ("bench", "demo"),
     ("survey.family", "survey.classes"),
     ("survey.transformers_models", "survey.timm_zoo", "survey.torchvision_zoo", "survey.run"),

@@ -1,6 +1,6 @@
 """`normfx bench`: models × {eager, Inductor, Inductor freezing, normfx, normfx frozen}, forward or training.
 
-`normfx bench kernels`, of norms alone, is in kernels.py.
+`normfx bench kernels`, of norms alone, is in kernels.py; `normfx bench depth`, of compile times, in depth.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from normfx.bench import command, kernels, machine, present
+from normfx.bench import command, depth, kernels, machine, present
 from normfx.bench.command import words
 from normfx.bench.measure import BASE, TASKS, VARIANTS, Cell, Measured, Settings, failure_text, measure
 from normfx.bench.models import CHAIN, DTYPES, MODELS, factory
@@ -24,6 +24,7 @@ from normfx.bench.present import Results
 from normfx.errors import OptionError
 
 ALL_MODELS = tuple(name for name in MODELS if name != CHAIN)
+OTHERS = {"kernels": kernels, "depth": depth}
 ALL_VARIANTS = tuple(name for name in VARIANTS if not VARIANTS[name].asked)
 
 
@@ -43,10 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="keep the cells of an earlier run of the same settings")
     parser.add_argument("--output", type=Path, default=Path("normfx-bench"), metavar="DIR")
     parser.set_defaults(run=main, parser=parser)
-    others = parser.add_subparsers(title="another benchmark, with options of its own", metavar="kernels")
-    own = others.add_parser("kernels", help=kernels.SUMMARY, description=kernels.SUMMARY)
-    own.set_defaults(run=kernels.main, parser=own)
-    kernels.add_arguments(own)
+    others = parser.add_subparsers(title="other benchmarks, with options of their own", metavar="kernels, depth")
+    for name, other in OTHERS.items():
+        own = others.add_parser(name, help=other.SUMMARY, description=other.SUMMARY)
+        own.set_defaults(run=other.main, parser=own)
+        other.add_arguments(own)
 
 
 def main(parsed: argparse.Namespace) -> int:
