@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from models import NO_SPECIAL, TEXT, VISION, Call, _causal, _floats, _hf, _ids
+from models import NO_SPECIAL, TEXT, VISION, Call, _causal, _floats, _hf, _ids, _timm_cait, _timm_mixer
 from torch import Tensor, nn
 
 D, HEADS = 16, 2
@@ -319,6 +319,7 @@ ROWS: dict[str, tuple[Any, Any]] = {
     "B14 scale norm": (ScaleNorm, _words),
     "B15 deit-iii": (_timm("deit3_small_patch16_224", **_SMALL), _picture),
     "B15 beit": (_hf("BeitModel", "BeitConfig", "pooler_output", **VISION), _picture),
+    "B15 cait": (_timm_cait, _picture),
     "B15 convnext": (
         _hf("ConvNextModel", "ConvNextConfig", "last_hidden_state", hidden_sizes=[16, 32], depths=[1, 1], num_stages=2),
         _picture,
@@ -348,6 +349,7 @@ ROWS: dict[str, tuple[Any, Any]] = {
     "E4 eva-02": (
         _timm("eva02_tiny_patch14_224", **{**_SMALL, "embed_dim": 48}), _picture,
     ),
+    "E5 mixer": (_timm_mixer, _picture),
     "E5 pvt v2": (_timm("pvt_v2_b0", num_classes=5, depths=(1, 1, 1, 1), embed_dims=(16, 16, 40, 64)), _picture),
     "E5 tsmixer": (
         _hf(

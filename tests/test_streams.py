@@ -19,7 +19,7 @@ PROMOTED = {"B3 olmo2", "B13 qwen3", "D7 mixtral", "granite", "cohere"}
 """Models that ask for float32 by name."""
 QUICK = {"B2 mix", "B3 peri", "B4 hybrid", "B6 magneto", "B7 deepnorm", "B14 scale norm", "D7 experts", "D8 adapters"}
 PACKAGES = {
-    "timm": ("vit", "deit", "parallel", "eva", "pvt"),
+    "timm": ("vit", "deit", "parallel", "eva", "pvt", "cait", "mixer"),
     "peft": ("lora", "prompts", "ia3"),
     "transformers": ("",),
 }
@@ -33,13 +33,9 @@ pytestmark = [
 
 def built(row: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """In eval, norms, biases and scales away from ones and zeros, so that a wrong fold shows."""
-    for package, rows in {
-        "timm": ("vit", "deit", "parallel", "eva", "pvt"),
-        "peft": ("lora", "prompts", "ia3"),
-    }.items():
-        if any(word in row for word in rows):
+    for package, words in PACKAGES.items():
+        if any(word in row for word in words):
             pytest.importorskip(package)
-    pytest.importorskip("transformers")
     torch.manual_seed(0)
     build, inputs = ROWS[row]
     model = build().eval()
