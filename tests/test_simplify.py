@@ -205,7 +205,7 @@ def test_an_activation_enters_behind_what_makes_it_smaller() -> None:
 
         def forward(self, ids: Tensor) -> Tensor:
             x = self.table(ids)
-            x = x + self.down(F.gelu(self.up(self.start(x).transpose(1, 2)))).transpose(1, 2)
+            x = x + self.down(F.dropout(F.gelu(self.up(self.start(x).transpose(1, 2))), 0.0)).transpose(1, 2)
             x = x + self.write(torch.tanh(self.norm(x)))
             out: Tensor = self.final(x)
             return out

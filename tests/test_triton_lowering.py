@@ -95,7 +95,7 @@ class Adds(nn.Module):
     ("case", "fused"),
     [
         ("plain", True), ("scaled", True), ("read before", True), ("broadcast", False), ("a number", False),
-        ("another dtype", False), ("written before the norm", False), ("without gradients", False),
+        ("another dtype", True), ("written before the norm", False), ("without gradients", False),
         ("in a checkpoint", False),
     ],
 )  # fmt: skip

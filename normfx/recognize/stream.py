@@ -137,19 +137,30 @@ def _mark_raw(graph: Graph, region: _Region) -> None:
 
 
 def _enter_late(graph: Graph, region: _Region) -> None:
-    """An activation that one op makes smaller on its way into a stream enters behind that op: centring it is cheaper
-    there. Token-mixing linears and poolings are such ops."""
+    """An activation that ops make smaller on its way into a stream enters behind them: centring it is cheaper there.
+    Token-mixing linears and poolings are such ops."""
     for node in graph.nodes:
-        carried = region.flows[node].carried if region.blind(node) else ()
-        if len(carried) != 1 or value(node) is None:
-            continue
-        ((operand, _),) = carried
-        outside = operand not in region.flows and operand not in region.parameters and operand not in region.outputs
-        shared = operand in region.norms or any(u is not node and region.blind(u) for u in operand.users)
-        if not outside or shared or value(operand) is None or op_name(operand) == "aten::embedding":
-            continue
-        if size_hint(bytes_of(node), (node,)) < size_hint(bytes_of(operand), (operand,)):
-            del region.flows[node], region.axes[node]
+        origin, chain = _origin(node, region)
+        if origin is not None and size_hint(bytes_of(node), (node,)) < size_hint(bytes_of(origin), (origin,)):
+            for passed in chain:
+                del region.flows[passed], region.axes[passed]
+
+
+def _origin(node: Node, region: _Region) -> tuple[Node | None, list[Node]]:
+    """The activation that alone goes into a value of a stream, and the ops between, which nobody else reads."""
+    chain: list[Node] = []
+    while region.blind(node) and value(node) is not None and len(region.flows[node].carried) == 1:
+        chain.append(node)
+        ((operand, _),) = region.flows[node].carried
+        if operand in region.norms or any(u is not node and region.blind(u) for u in operand.users):
+            break
+        if operand not in region.flows:
+            known = operand in region.parameters or operand in region.outputs or op_name(operand) == "aten::embedding"
+            return (None if known or value(operand) is None else operand), chain
+        if set(operand.users) != {node}:
+            break
+        node = operand
+    return None, chain
 
 
 def _is_norm_use(node: Node, user: Node, region: _Region) -> bool:
