@@ -2,7 +2,8 @@
 
 spec.py:   what a kernel computes
 launch.py: how it is cut into programs, and why
-source.py: its Triton source, from templates/
+rows.py, forward.py, backward.py: the lines of its kernels
+source.py: its Triton source
 build.py:  source → kernel
 run.py:    tensors → launches
 """
