@@ -59,8 +59,8 @@ class Wandering(Block):
         return super().forward(x) * self.calls
 
 
-def small(build: Any, library: str = "torch") -> Family:
-    return Family(build.__name__.lower(), library, build, floats(2, 5, 8))
+def small(build: Any, package: str = "torch") -> Family:
+    return Family(build.__name__.lower(), package, build, floats(2, 5, 8))
 
 
 def run(folder: Path, *families: Family, train: bool = False) -> tuple[int, dict[str, Any]]:
@@ -161,7 +161,7 @@ def test_the_committed_table_is_of_this_zoo() -> None:
 def test_every_norm_is_heard(name: str) -> None:
     """What a LayerNorm makes reaches the output: γ's gradient is far above the error at which a family fails."""
     family = FAMILIES[name]
-    pytest.importorskip(family.library)
+    pytest.importorskip(family.package)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the libraries', of small configurations
         model = family.make()

@@ -37,7 +37,7 @@ def main(parsed: argparse.Namespace, families: Mapping[str, Family] = FAMILIES) 
     console = command.console()
     chosen = [families[name] for name in command.words(parsed.models, "--models", "family", families)]
     if parsed.list:
-        show(console, "families", ("name", "library", "depth"), [(f.name, f.library, f.depth) for f in chosen])
+        show(console, "families", ("name", "package", "depth"), [(f.name, f.package, f.depth) for f in chosen])
         return 0
     parsed.output.mkdir(parents=True, exist_ok=True)
     rows = _surveyed(chosen, parsed.train, console)
@@ -64,4 +64,4 @@ def _surveyed(chosen: list[Family], train: bool, console: Console) -> list[Row]:
 
 def versions(chosen: list[Family]) -> dict[str, str | None]:
     """What the survey depends on: torch and the libraries of the families, as far as they are there."""
-    return {name: version(name) for name in ("torch", *dict.fromkeys(family.library for family in chosen))}
+    return {name: version(name) for name in ("torch", *dict.fromkeys(family.package for family in chosen))}

@@ -19,12 +19,12 @@ VOCABULARY = 100
 class Family:
     """A published architecture: the library's own class, random weights, few features a row.
 
-    library: the package it comes from
+    package: the library it comes from
     depth:   what of the published depth is built, where it is not all of it
     """
 
     name: str
-    library: str
+    package: str
     build: Build
     inputs: Inputs
     depth: str = ""

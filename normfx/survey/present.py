@@ -44,7 +44,7 @@ breaks. Families without LayerNorms are here because they must pass through unha
 This page is written by `normfx survey --output docs`.
 """
 
-HEADER = ("family", "library", "depth", "LayerNorm", "RMSNorm", "converted", "kept", "graphs", "error")
+HEADER = ("family", "package", "depth", "LayerNorm", "RMSNorm", "converted", "kept", "graphs", "error")
 
 
 def table(rows: Sequence[Row]) -> Table:
@@ -130,9 +130,9 @@ def _lines(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 def _line(row: Row) -> list[str]:
     if row.failure or row.skipped:
-        return [row.family, row.library, row.depth, *[""] * 3, "failed" if row.failure else "skipped", "", ""]
+        return [row.family, row.package, row.depth, *[""] * 3, "failed" if row.failure else "skipped", "", ""]
     codes = Counter(kept.codes[0] if kept.codes else "not captured" for kept in row.kept)
     return [
-        row.family, row.library, row.depth, str(row.layer_norms), str(row.rms_norms), str(row.converted),
+        row.family, row.package, row.depth, str(row.layer_norms), str(row.rms_norms), str(row.converted),
         ", ".join(f"{code} {n}" for code, n in codes.most_common()), str(row.graphs), f"{row.error:.0e}",
     ]  # fmt: skip

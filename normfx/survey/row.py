@@ -31,7 +31,7 @@ class Row:
     """
 
     family: str
-    library: str
+    package: str
     depth: str
     layer_norms: int = 0
     rms_norms: int = 0
@@ -46,9 +46,9 @@ class Row:
 
 def row(family: Family, train: bool = False) -> Row:
     """Survey one family. Never raises: the rest of the zoo goes on."""
-    named = (family.name, family.library, family.depth)
-    if importlib.util.find_spec(family.library) is None:
-        return Row(*named, skipped=family.library)
+    named = (family.name, family.package, family.depth)
+    if importlib.util.find_spec(family.package) is None:
+        return Row(*named, skipped=family.package)
     begin = time.perf_counter()
     try:
         return _row(named, survey(family, train))
