@@ -24,6 +24,7 @@ from normfx.recognize import algebra
 from normfx.recognize.algebra import M, S, X
 from normfx.recognize.barriers import regions
 from normfx.recognize.formula import Formula, read
+from normfx.recognize.row_ops import HANDLERS
 from normfx.recognize.rows import (
     CASTS,
     COPIES,
@@ -76,7 +77,7 @@ def find_spelled(graph: Graph, parameters: frozenset[Node], blocked: frozenset[N
             if x in blocked or attempt in tried:
                 continue
             tried.add(attempt)
-            rows = Rows(x, dim, parameters)
+            rows = Rows(x, dim, parameters, HANDLERS)
             _expand(rows, order, order.region[seed])
             for norm in _norms(rows):
                 if norm.output not in outputs:
