@@ -11,14 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch.fx import GraphModule, Node
 
 from normfx.ir import ops
+from normfx.ir.calls import add_call, fake_result
 from normfx.ir.cleanup import drop_dead_code
 from normfx.ir.fusion import Fusion
 from normfx.ir.graph import BAKED, arguments, is_row_major, op_name, shape, tensor, value
-from normfx.ir.recompute import inherit
 from normfx.ir.resize import resize
 from normfx.ir.sites import Axis, Linear, Norm, Residual
 from normfx.plan import Plan
@@ -198,8 +197,8 @@ class Edit:
         dtype = self.folded.get(operand, tensor(operand).dtype)
         if operand in self.folded:
             operand.args = (*operand.args[:-1], ops.accumulation_dtype(dtype))
-            operand.meta["val"] = self._fake(operand.target, operand.args)
-        node = self._call(op, (*args, dtype), like)
+            operand.meta["val"] = fake_result(operand.target, operand.args, {})
+        node = add_call(self.graph, op, (*args, dtype), like)
         self.folded[node] = dtype
         return node
 
@@ -217,7 +216,7 @@ class Edit:
         for node in self.centres[site.stream.norms]:
             x, dim, _, _, dtype = node.args
             node.target, node.args = ops.COMPRESS, (x, dim, *sizes, dtype)
-            node.meta["val"] = self._fake(node.target, node.args)
+            node.meta["val"] = fake_result(node.target, node.args, {})
             self.compressed.append(node)
         for leaf in site.stream.leaves:
             if leaf.kind == "centred":
@@ -261,9 +260,9 @@ class Edit:
         with self.graph.inserting_before(node):
             fake = value(term)
             if fake is not None and not fake.is_floating_point():
-                zero = self._call(torch.ops.aten.zeros_like.default, (term,), node)
+                zero = add_call(self.graph, torch.ops.aten.zeros_like.default, (term,), node)
             else:
-                zero = self._call(torch.ops.aten.sub.Tensor, (term, term), node)
+                zero = add_call(self.graph, torch.ops.aten.sub.Tensor, (term, term), node)
         self._set(node, name, zero)
 
     def fold_reader(self, linear: Linear, axis: Axis, gamma: Node | None, beta: Node | None, factor: float) -> None:
@@ -276,7 +275,7 @@ class Edit:
         with self.graph.inserting_before(node):
             if beta is not None:
                 dtype = fake_weight.dtype if linear.bias_arg is not None else fake_out.dtype
-                bias = self._call(ops.FOLD_SHIFT, (weight, beta, bias, factor, *sizes, dtype), node)
+                bias = add_call(self.graph, ops.FOLD_SHIFT, (weight, beta, bias, factor, *sizes, dtype), node)
             if gamma is not None:
                 weight = self._fold(ops.SCALE_FEATURES, (weight, gamma, *sizes), node)
         self._set(node, linear.weight_arg, weight)
@@ -286,7 +285,7 @@ class Edit:
             self._set(node, linear.bias_arg, bias)
             return
         with self.graph.inserting_after(node):
-            total = self._call(torch.ops.aten.add.Tensor, (node, node), node)
+            total = add_call(self.graph, torch.ops.aten.add.Tensor, (node, node), node)
         self._replace(node, total)
         total.args = (node, bias)
 
@@ -297,10 +296,10 @@ class Edit:
         drop_dead_code(self.graph)
         if self.widths:
             widths = {self._now(node): width for node, width in self.widths.items()}
-            resize(self.graph, widths, self.compressed, self._fake)
+            resize(self.graph, widths, self.compressed)
         alive = set(self.graph.nodes)  # a norm that only a dropped value read is gone
         written = {norm: node for norm, node in self.written.items() if node in alive}
-        fusion = Fusion(self.graph, written, self._call)
+        fusion = Fusion(self.graph, written)
         fusion.centre_outputs()
         fusion.share()
         for site in self.fused:
@@ -321,9 +320,10 @@ class Edit:
             correction += state.stored.width - state.stored.size
         args = (self._now(state.input), weight, bias, dim, norm.eps, norm.eps_place, correction, state.scale)
         with self.graph.inserting_before(norm.output):  # in the norm's own gradient mode
-            written = new = self._call(op, (*args, norm.compute_dtype, state.out_dtype, False), norm.output)
+            written = new = add_call(self.graph, op, (*args, norm.compute_dtype, state.out_dtype, False), norm.output)
             if is_row_major(tensor(state.output)) and not is_row_major(tensor(new)):
-                new = self._call(torch.ops.aten.contiguous.default, (new,), norm.output)  # a view may rely on it
+                # a view may rely on it
+                new = add_call(self.graph, torch.ops.aten.contiguous.default, (new,), norm.output)
         self._replace(state.output, new)
         self.written[norm] = written
 
@@ -354,7 +354,7 @@ class Edit:
         if want.dtype == have.dtype:
             return node
         with self.graph.inserting_before(like):
-            return self._call(torch.ops.aten.to.dtype, (node, want.dtype), like)
+            return add_call(self.graph, torch.ops.aten.to.dtype, (node, want.dtype), like)
 
     def _set(self, node: Node, name: str, new: Any) -> None:
         if name in node.kwargs:
@@ -365,24 +365,6 @@ class Edit:
         args = [*node.args, *[None] * (index + 1 - len(node.args))]
         args[index] = new
         node.args = tuple(args)
-
-    def _call(self, op: torch._ops.OpOverload, args: tuple[Any, ...], like: Node) -> Node:
-        """A new node whose fake value is computed, and whose module path, source line and part in a checkpointed region
-        are those of `like`."""
-        node = self.graph.call_function(op, args)
-        node.meta["val"] = self._fake(op, args)
-        for key in ("stack_trace", "nn_module_stack", "seq_nr", "custom"):
-            if key in like.meta:
-                node.meta[key] = like.meta[key]
-        inherit(node, like)
-        return node
-
-    @staticmethod
-    def _fake(op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Any:
-        fakes, named = torch.fx.node.map_arg((args, dict(kwargs or {})), lambda n: n.meta["val"])
-        leaves: list[Any] = [leaf for leaf in pytree.tree_leaves((fakes, named)) if isinstance(leaf, torch.Tensor)]
-        with leaves[0].fake_mode, torch.no_grad():  # every value of a graph is a fake
-            return op(*fakes, **named)
 
 
 def _output_dims(linear: Node) -> dict[str, int]:

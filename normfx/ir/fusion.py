@@ -4,20 +4,18 @@ value, the residual add that a norm reads, the norm before that add."""
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 from torch.fx import Graph, Node
 
 from normfx.ir import ops
+from normfx.ir.calls import add_call
 from normfx.ir.fused_ops import ADDS, BODIES, KINDS, NORM_ADD_NORM, AddNorm, NormAddNorm
 from normfx.ir.graph import SHAPE_READS, arguments, grad_modes, op_name, shape
 from normfx.ir.ops import Form
 from normfx.ir.recompute import region_of
 from normfx.ir.sites import Norm, Residual
-
-Call = Callable[[Any, tuple[Any, ...], Node], Node]
-"""A new node: op, arguments, and the node whose module path and source line it has."""
 
 
 class Fusion:
@@ -26,8 +24,8 @@ class Fusion:
     written: the op of each norm, kept up to date; shared: norms that became one with an earlier one
     """
 
-    def __init__(self, graph: Graph, written: dict[Norm, Node], call: Call) -> None:
-        self.graph, self.written, self.call = graph, dict(written), call
+    def __init__(self, graph: Graph, written: Mapping[Norm, Node]) -> None:
+        self.graph, self.written = graph, dict(written)
         self.shared: dict[Norm, Norm] = {}
         self.norms: dict[Node, list[Norm]] = {}
         self.modes = grad_modes(graph)
@@ -82,7 +80,7 @@ class Fusion:
             return  # a centred copy of the sum was made before its weight
         with self.graph.inserting_before(place):
             new = self._write(norm, inner, x, residual, alpha)
-            out, total = (self.call(operator.getitem, (new, i), like) for i, like in enumerate((norm, add)))
+            out, total = (add_call(self.graph, operator.getitem, (new, i), like) for i, like in enumerate((norm, add)))
         self.modes.update(dict.fromkeys((new, out, total), self.modes[norm]))
         for old, part in ((norm, out), (add, total)):
             old.replace_all_uses_with(part)
@@ -95,12 +93,12 @@ class Fusion:
         _, weight, bias, *_ = norm.args
         op: Any = norm.target
         if inner is None:
-            return self.call(ADDS[op], (*AddNorm(x, residual, weight, bias, alpha), *form_of(norm)), norm)
+            return add_call(self.graph, ADDS[op], (*AddNorm(x, residual, weight, bias, alpha), *form_of(norm)), norm)
         inner_op: Any = inner.target
         given, inner_weight, inner_bias, *_ = inner.args
         vectors = (inner_weight, inner_bias, weight, bias)
         head = NormAddNorm(given, residual, *vectors, alpha, KINDS[inner_op], KINDS[op])
-        return self.call(NORM_ADD_NORM, (*head, *form_of(inner), *form_of(norm)), norm)
+        return add_call(self.graph, NORM_ADD_NORM, (*head, *form_of(inner), *form_of(norm)), norm)
 
 
 def form_of(node: Node) -> Form:

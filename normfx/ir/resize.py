@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ import torch.utils._pytree as pytree
 from torch.fx import Graph, Node
 
 from normfx.errors import NormfxError
+from normfx.ir.calls import fake_result
 from normfx.ir.graph import LIKE, SHAPE_READS, SHAPED_AS, arguments, extent, is_getitem, op_name
 from normfx.ir.sites import Axis
 
@@ -56,11 +57,9 @@ def reads_size(user: Node, axis: Axis) -> bool:
     return name in SHAPE_READS and not (name == "aten::sym_size.int" and user.args[1] != axis.dim)
 
 
-def resize(
-    graph: Graph, widths: Mapping[Node, tuple[Axis, int]], sources: Iterable[Node], fake: Callable[..., Any]
-) -> None:
+def resize(graph: Graph, widths: Mapping[Node, tuple[Axis, int]], sources: Iterable[Node]) -> None:
     """Give values another number of entries along an axis, in place; `sources` have it already. Fakes are computed
-    anew of everything that follows: `fake(op, args, kwargs)`.
+    anew of everything that follows.
 
     Raises NormfxError where the new width would leave the graph.
     """
@@ -75,7 +74,7 @@ def resize(
         if node in widths:
             axis, size = widths[node]
             node.args = resized(node, axis, size)
-        before, node.meta["val"] = node.meta["val"], fake(node.target, node.args, node.kwargs)
+        before, node.meta["val"] = node.meta["val"], fake_result(node.target, node.args, node.kwargs)
         if _shapes(before) != _shapes(node.meta["val"]):
             changed.add(node)
 

@@ -87,7 +87,8 @@ def inline_canonical_ops(gm: GraphModule) -> GraphModule:
         else:
             assert isinstance(out, (tuple, list))
             for part in list(node.users):
-                part.replace_all_uses_with(out[part.args[1]])  # type: ignore[index]  # a getitem
+                index: Any = part.args[1]
+                part.replace_all_uses_with(out[index])
                 gm.graph.erase_node(part)
         gm.graph.erase_node(node)
     gm.recompile()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
+from normfx.ir.calls import add_call
 from normfx.ir.fused_ops import ADD_LAYER_NORM, AddNorm
 from normfx.ir.graph import grad_modes, shape, tensor
 from normfx.ir.ops import Form, accumulation_dtype
@@ -26,9 +25,9 @@ def use_native_norms(gm: GraphModule) -> None:
         if faster_spelled(given.x, modes[node]):
             continue
         with gm.graph.inserting_before(node):
-            total = _call(gm, node, aten.add.Tensor, (given.x, given.residual), alpha=given.alpha)
-            size = [shape(given.x)[-1]]
-            out = _call(gm, node, aten.layer_norm.default, (total, size, given.weight, given.bias, form.eps))
+            total = add_call(gm.graph, aten.add.Tensor, (given.x, given.residual), node, alpha=given.alpha)
+            args = (total, [shape(given.x)[-1]], given.weight, given.bias, form.eps)
+            out = add_call(gm.graph, aten.layer_norm.default, args, node)
         for part in list(node.users):
             part.replace_all_uses_with((out, total)[part.args[1]])
             gm.graph.erase_node(part)
@@ -43,12 +42,3 @@ def _is_native(given: AddNorm, form: Form) -> bool:
     last = form.dim % x.ndim == x.ndim - 1
     plain = form._replace(eps=0.0, dim=0) == Form(0, 0.0, "inside", 0, 1.0, accumulation_dtype(x.dtype), x.dtype, False)
     return last and plain and all(v.dtype == x.dtype and tuple(v.shape) == tuple(x.shape[-1:]) for v in vectors)
-
-
-def _call(gm: GraphModule, like: Node, target: Any, args: tuple[Any, ...], **named: Any) -> Node:
-    new = gm.graph.call_function(target, args, named)
-    new.meta = {k: v for k, v in like.meta.items() if k != "val"}
-    fakes: Any = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
-    with fakes[0].fake_mode, torch.no_grad():
-        new.meta["val"] = target(*fakes, **named)
-    return new

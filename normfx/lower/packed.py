@@ -14,6 +14,7 @@ from torch import Tensor, library
 from torch.fx import GraphModule, Node
 
 from normfx.ir.aliasing import escaping, storages_of
+from normfx.ir.calls import add_call
 from normfx.ir.graph import BAKED, arguments, op_name, parameter_only, value
 from normfx.ir.ops import define
 from normfx.ir.regions import is_autocast
@@ -90,20 +91,13 @@ def pack_linears(gm: GraphModule, free: frozenset[Node]) -> None:
             if copied + copy > COPIES:
                 continue
             copied += copy
-            packs[weight, out] = _insert(gm, node, PACK, weight, out)
+            with graph.inserting_before(node):
+                packs[weight, out] = add_call(graph, PACK, (weight, out), node)
             packs[weight, out].meta[BAKED] = True
-        new = _insert(gm, node, PACKED_LINEAR, x, packs[weight, out], bias, int(fake.shape[out]))
-        new.meta = {**node.meta, **new.meta}
+        with graph.inserting_before(node):
+            new = add_call(graph, PACKED_LINEAR, (x, packs[weight, out], bias, int(fake.shape[out])), node)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
-
-
-def _insert(gm: GraphModule, before: Node, target: Any, *args: Any) -> Node:
-    with gm.graph.inserting_before(before):
-        new = gm.graph.call_function(target, args)
-    with before.meta["val"].fake_mode:
-        new.meta["val"] = target(*torch.fx.node.map_arg(args, lambda n: n.meta["val"]))
-    return new
 
 
 def _product(node: Node) -> Product | None:

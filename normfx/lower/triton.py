@@ -12,6 +12,7 @@ import sympy
 import torch
 from torch.fx import GraphModule, Node
 
+from normfx.ir.calls import add_call
 from normfx.ir.cleanup import drop_dead_code
 from normfx.ir.fused_ops import ADDS, BODIES, KINDS, NORM_ADD_NORM, AddNorm, NormAddNorm
 from normfx.ir.graph import entries, grad_modes, shape, tensor, total, value
@@ -187,9 +188,9 @@ def _replace(gm: GraphModule, node: Node, call: Call) -> Node:
     """Write the op; parts of its result replace those of the canonical one."""
     operands, form = _operands(call)
     with gm.graph.inserting_before(node):
-        new = _call(gm, node, NORM if call.first is None else TWO_NORMS, (*operands, *form))
+        new = add_call(gm.graph, NORM if call.first is None else TWO_NORMS, (*operands, *form), node)
         place = 1 if call.first else len(new.meta["val"]) - 1  # of the sum
-        parts = [_call(gm, node, operator.getitem, (new, i)) for i in (0, place)]
+        parts = [add_call(gm.graph, operator.getitem, (new, i), node) for i in (0, place)]
     if node.target in KINDS:
         node.replace_all_uses_with(parts[0])
     for old in list(node.users):
@@ -197,14 +198,4 @@ def _replace(gm: GraphModule, node: Node, call: Call) -> Node:
         old.replace_all_uses_with(parts[index])
         gm.graph.erase_node(old)
     gm.graph.erase_node(node)
-    return new
-
-
-def _call(gm: GraphModule, like: Node, target: Any, args: tuple[Any, ...]) -> Node:
-    new = gm.graph.call_function(target, args)
-    new.meta = {k: v for k, v in like.meta.items() if k != "val"}
-    fakes: Any = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
-    first: Any = fakes[0][0] if target is operator.getitem else fakes[0]
-    with first.fake_mode:
-        new.meta["val"] = target(*fakes)
     return new

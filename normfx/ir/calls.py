@@ -1,0 +1,34 @@
+"""New calls in a canonical graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch.fx import Graph, Node
+
+from normfx.ir.recompute import inherit
+
+_INHERITED = ("stack_trace", "nn_module_stack", "seq_nr", "custom")
+
+
+def add_call(graph: Graph, op: Any, args: tuple[Any, ...], like: Node, **named: Any) -> Node:
+    """A call where the graph inserts, its fake value computed; its module path, source line and part in a checkpointed
+    region are those of `like`."""
+    node = graph.call_function(op, args, named)
+    node.meta["val"] = fake_result(op, args, named)
+    for key in _INHERITED:
+        if key in like.meta:
+            node.meta[key] = like.meta[key]
+    inherit(node, like)
+    return node
+
+
+def fake_result(op: Any, args: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+    """What an op makes of the fakes of its arguments; at least one of them is a tensor."""
+    fakes, fake_named = torch.fx.node.map_arg((args, dict(named)), lambda n: n.meta["val"])
+    tensors: list[Any] = [leaf for leaf in pytree.tree_leaves((fakes, fake_named)) if isinstance(leaf, torch.Tensor)]
+    with tensors[0].fake_mode, torch.no_grad():
+        return op(*fakes, **fake_named)
