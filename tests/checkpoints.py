@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import aot_eager
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.utils.checkpoint import checkpoint
 
@@ -52,7 +53,7 @@ class Layer(nn.Module):
         return x + self.down(F.dropout(F.gelu(self.up(self.norm2(x))), self.p, self.training))
 
 
-def checkpointed(layer: nn.Module, x: Tensor, **kwargs: Any) -> Tensor:
+def checkpointed(layer: Callable[[Tensor], Tensor], x: Tensor, **kwargs: Any) -> Tensor:
     out: Tensor = checkpoint(layer, x, **{"use_reentrant": False, **kwargs})
     return out
 
@@ -154,7 +155,7 @@ class Partitioned:
         """What backward computes from parameters alone, views of them aside."""
         primals = [n for n in self.backward.graph.find_nodes(op="placeholder") if n.name.startswith("primals")]
         known = parameter_only(self.backward.graph, [n for n in primals if not self._is_activation(n)])
-        return [n.name for n in known if n.op == "call_function" and not n.target.is_view]  # type: ignore[union-attr]
+        return [n.name for n in known if isinstance(n.target, OpOverload) and not n.target.is_view]
 
 
 def _bytes(node: Node) -> int:
@@ -196,7 +197,7 @@ def twice(layer: nn.Module, x: Tensor) -> Tensor:
 
 def inside(layer: nn.Module, x: Tensor) -> Tensor:
     """A checkpoint in a checkpoint, between other ops."""
-    return checkpointed(lambda v: checkpointed(layer, v * 1.5) * 0.5, x)  # type: ignore[arg-type]
+    return checkpointed(lambda v: checkpointed(layer, v * 1.5) * 0.5, x)
 
 
 def reentrant(layer: nn.Module, x: Tensor) -> Tensor:
@@ -213,7 +214,7 @@ def wrapped(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def around_nested(layer: nn.Module, x: Tensor) -> Tensor:
-    return checkpointed(lambda v: nested(layer, v), x)  # type: ignore[arg-type]
+    return checkpointed(lambda v: nested(layer, v), x)
 
 
 @torch.compiler.nested_compile_region

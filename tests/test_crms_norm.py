@@ -220,21 +220,13 @@ def outlier(channel: int, scale: float, gamma: float) -> Stack:
 
 
 OUTLIERS = [(3, 1, 1), (3, 100, 0.01), (255, 100, 1), (3, 1000, 1), (255, 1000, 5)]
-AMPLIFIED = pytest.param(
-    "drop", torch.float32, OUTLIERS[-1],
-    marks=pytest.mark.xfail(reason="all others pay for the outlier, or the readers for dropping it", strict=True),
-)  # fmt: skip
-HARD = [
-    *((basis, dtype, found) for basis in BASES for dtype in LOW_PRECISION for found in OUTLIERS[:-1]),
-    *(("orthonormal", dtype, OUTLIERS[-1]) for dtype in LOW_PRECISION),
-    ("drop", torch.bfloat16, OUTLIERS[-1]),
-    AMPLIFIED,
-]
+AMPLIFIED = OUTLIERS[-1]
+"""An outlier, and a γ that multiplies it: "drop" loses to eager either way, whether it goes or stays."""
+HARD = [(b, found) for b in BASES for found in OUTLIERS if (b, found) != ("drop", AMPLIFIED)]
 
 
-@pytest.mark.parametrize(("basis", "dtype", "found"), HARD)
-def test_outliers(basis: str, dtype: torch.dtype, found: tuple[int, float, float]) -> None:
-    """The error against float64 beside eager's own: float32, and bfloat16 under autocast. Anywhere, on every row."""
+def _errors(basis: str, dtype: torch.dtype, found: tuple[int, float, float]) -> tuple[float, float]:
+    """Of the compressed model and of eager against float64, in float32 or in bfloat16 under autocast."""
     ids = torch.randint(0, 97, (16, 16), generator=torch.Generator().manual_seed(1))
     model = outlier(*found)
     torch._dynamo.reset()
@@ -243,7 +235,24 @@ def test_outliers(basis: str, dtype: torch.dtype, found: tuple[int, float, float
         want = copy.deepcopy(model).double()(ids)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             own, eager = ((call(ids).double() - want).norm().item() for call in (compiled, model))
+    return own, eager
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@pytest.mark.parametrize(("basis", "found"), HARD)
+def test_outliers(basis: str, dtype: torch.dtype, found: tuple[int, float, float]) -> None:
+    """The error against float64 beside eager's own. Anywhere, on every row."""
+    own, eager = _errors(basis, dtype, found)
     assert own <= LOW_PRECISION[dtype] * eager, f"{own / eager:.2f}"
+
+
+def test_what_drop_makes_of_an_amplified_outlier() -> None:
+    """Why it is not the default basis: docs/crms.md says 2.05 times eager's error in float32, of the default
+    1.06. In bfloat16 it is within the bound."""
+    own, eager = _errors("drop", torch.float32, AMPLIFIED)
+    assert LOW_PRECISION[torch.float32] < own / eager < 2.1
+    own, eager = _errors("drop", torch.bfloat16, AMPLIFIED)
+    assert own <= LOW_PRECISION[torch.bfloat16] * eager
 
 
 def _chosen(model: nn.Module, basis: str) -> int:
