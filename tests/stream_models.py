@@ -327,6 +327,7 @@ ROWS: dict[str, tuple[Any, Any]] = {
     "B15 parallel": (_parallel_vit, _picture),
     "B16 exits": (Exits, _words),
     "B16 jump": (lambda: Exits(raw=True), _words),
+    "B16 drop path": (_timm("deit3_small_patch16_224", **_SMALL, drop_path_rate=0.9), _picture),
     "B18 clip": (_hf("CLIPVisionModel", "CLIPVisionConfig", "pooler_output", **VISION), _picture),
     "B18 mbart": (
         _hf("MBartForConditionalGeneration", "MBartConfig", "logits", **_SEQ2SEQ),

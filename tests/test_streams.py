@@ -6,20 +6,25 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from equivalence import assert_same_float64, transformed
+from equivalence import EagerBackend, assert_same_float64, transformed
 from stream_models import ROWS
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from normfx.report import SiteReport
 
 PROMOTED = {"B3 olmo2", "B13 qwen3", "D7 mixtral", "granite", "cohere"}
 """Models that ask for float32 by name."""
 QUICK = {"B2 mix", "B3 peri", "B4 hybrid", "B6 magneto", "B7 deepnorm", "B14 scale norm", "D7 experts", "D8 adapters"}
+TRAINED = {"B16 drop path"}
+"""Models in training mode."""
+OF_ANY_LENGTH = ("B10 depth", "B16 exits", "D7 experts", "D8 adapters", "E4 pruned")
 PACKAGES = {
-    "timm": ("vit", "deit", "parallel", "eva", "pvt", "cait", "mixer"),
+    "timm": ("vit", "deit", "drop path", "parallel", "eva", "pvt", "cait", "mixer"),
     "peft": ("lora", "prompts", "ia3"),
     "transformers": ("",),
 }
@@ -32,13 +37,13 @@ pytestmark = [
 
 
 def built(row: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """In eval, norms, biases and scales away from ones and zeros, so that a wrong fold shows."""
+    """Norms, biases and scales away from ones and zeros, so that a wrong fold shows."""
     for package, words in PACKAGES.items():
         if any(word in row for word in words):
             pytest.importorskip(package)
     torch.manual_seed(0)
     build, inputs = ROWS[row]
-    model = build().eval()
+    model = build().train(row in TRAINED)
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim <= 1:
@@ -76,6 +81,26 @@ def test_float64(row: str) -> None:
     model, inputs = built(row)
     report = assert_same_float64(model, inputs, promoted=row in PROMOTED)
     accepted(row, table(report.sites))
+
+
+@pytest.mark.parametrize("row", OF_ANY_LENGTH)
+def test_lengths(row: str) -> None:
+    """One graph, rewritten as that of a fixed length is, serves all lengths (E4)."""
+    model, inputs = built(row)
+    fixed = transformed(model, inputs)[1].counts
+    model, backend = model.double(), EagerBackend()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+    for tokens in (9, 12, 17, 8):
+        ids = torch.randint(1, 100, (2, tokens))
+        with torch.no_grad():
+            for want, got in zip(_tensors(model(ids)), _tensors(compiled(ids)), strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    assert len(backend.graphs) == 1 and backend.report.counts == fixed
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    return [o for o in pytree.tree_leaves(outputs) if isinstance(o, Tensor)]
 
 
 def accepted(name: str, text: str) -> None:

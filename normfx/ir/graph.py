@@ -123,6 +123,11 @@ def reads_entries(user: Node, node: Node) -> bool:
     return name not in SHAPE_READS and name not in MADE_LIKE
 
 
+def entry_readers(node: Node) -> list[Node]:
+    """Users of a value that read its entries."""
+    return [user for user in node.users if reads_entries(user, node)]
+
+
 def extent(dim: int | torch.SymInt) -> sympy.Expr:
     """A dimension as a sympy expression (never adds a guard)."""
     return dim.node.expr if isinstance(dim, torch.SymInt) else sympy.Integer(dim)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch.fx import Node
 
-from normfx.ir.graph import SHAPE_READS, arguments, is_getitem, occurrences, op_name, reads_entries, shape, value
+from normfx.ir.graph import SHAPE_READS, arguments, entry_readers, is_getitem, occurrences, op_name, shape, value
 from normfx.ir.sites import Axis, Linear, Norm, Readers, Scaled
 from normfx.recognize.axes import reshape_axis
 from normfx.recognize.flow import CASTS, PARTS, RESHAPES, Constants, flow
@@ -88,9 +88,7 @@ def find_readers(norm: Norm, parameters: frozenset[Node], constants: Constants, 
         others += norm.output.users
     while work:
         node, axis, factor = work.pop()
-        for user in node.users:
-            if not reads_entries(user, node):
-                continue
+        for user in entry_readers(node):
             same_mode = modes[user] == modes[norm.output]
             linear = linear_reader(user, node, axis, parameters, norm.bias is not None)
             factor_here = number_factor(user, node)

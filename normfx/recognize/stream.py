@@ -19,10 +19,10 @@ from torch.fx import Graph, Node
 from normfx.ir.graph import (
     arguments,
     bytes_of,
+    entry_readers,
     occurrences,
     op_name,
     packed_sources,
-    reads_entries,
     shape,
     size_hint,
     value,
@@ -118,8 +118,8 @@ def _mark_raw(graph: Graph, region: _Region) -> None:
         if node in region.conflicts:
             region.witness[node] = node
             continue
-        for user in node.users:
-            if not reads_entries(user, node) or _is_norm_use(node, user, region):
+        for user in entry_readers(node):
+            if _is_norm_use(node, user, region):
                 continue
             axis = next((a for o, a in region.flows[user].carried if o is node), None) if user in region.flows else None
             if axis != region.axes[node]:
@@ -157,7 +157,7 @@ def _origin(node: Node, region: _Region) -> tuple[Node | None, list[Node]]:
         if operand not in region.flows:
             known = operand in region.parameters or operand in region.outputs or op_name(operand) == "aten::embedding"
             return (None if known or value(operand) is None else operand), chain
-        if set(operand.users) != {node}:
+        if entry_readers(operand) != [node]:
             break
         node = operand
     return None, chain
@@ -267,7 +267,7 @@ def _scaled_writer(
 ) -> tuple[tuple[tuple[Node, Axis], ...], Node] | None:
     """(What stands between λ's product and the linear, which is last; λ) when the node is λ ⊙ linear with a parameter λ
     over the whole feature axis, and nobody else reads either (M11). Ops that pass rows on may stand between."""
-    if op_name(node) != "aten::mul.Tensor" or set(node.users) - _graph_users(users):
+    if op_name(node) != "aten::mul.Tensor" or set(entry_readers(node)) - _graph_users(users):
         return None
     args = arguments(node)
     for scale, source in ((args["self"], args["other"]), (args["other"], args["self"])):
@@ -281,7 +281,7 @@ def _scaled_writer(
             continue
         inside, path = axis, []
         mode = region.modes[node]
-        while len(source.users) == 1 and source not in region.barred and source not in region.outputs:
+        while len(entry_readers(source)) == 1 and source not in region.barred and source not in region.outputs:
             if op_name(source) == "aten::detach" or region.modes[source] != mode:
                 break  # λ would lose or gain a gradient
             step = flow(source, inside, region.constants)

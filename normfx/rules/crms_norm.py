@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from normfx.ir.graph import bytes_of, extent, op_name, reads_entries, shape, total
+from normfx.ir.graph import bytes_of, entry_readers, extent, op_name, shape, total
 from normfx.ir.resize import reads_size, resizable
 from normfx.ir.sites import Axis, Norm, Readers, Sites, Stream
 from normfx.recognize.flow import LINEARS
@@ -125,7 +125,7 @@ def _outside(site: Compressed) -> Iterator[Node]:
     """Readers of the stream's values that keep the width: they feed norms for which centring did not pay."""
     inside = {*site.values, *(node for norm in site.stream.norms for node in norm.nodes)}
     for node in site.stream.axes:
-        yield from (user for user in node.users if user not in inside and reads_entries(user, node))
+        yield from (user for user in entry_readers(node) if user not in inside)
 
 
 def _objections(readers: Readers) -> Iterator[tuple[str, str, tuple[Node, ...]]]:
