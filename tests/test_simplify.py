@@ -3,6 +3,8 @@ between whole rows of features, which a stream passes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -86,26 +88,61 @@ def test_what_is_cut_away_keeps_its_gradient_of_zeros() -> None:
     assert_same_float64(Model(), (torch.randn(2, 3, D),), {"fold": "live"})
 
 
-def test_a_returned_part_is_memory_of_its_own() -> None:
+class Joined(nn.Module):
+    """What `use` makes of the first tokens of a concatenation, beside a norm on all of them."""
+
+    def __init__(self, use: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.norm, self.read, self.use = nn.LayerNorm(D), nn.Linear(D, D), use
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        joined = torch.cat([x, y], 1)
+        return self.use(joined[:, :3]), self.read(self.norm(joined))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda part: part,
+        lambda part: F.dropout(part, 0.5, training=False),
+        torch.atleast_3d,
+        lambda part: part.contiguous(),
+        lambda part: part.unbind(1)[0],
+    ],
+)
+def test_a_returned_part_is_memory_of_its_own(use: Callable[[Tensor], Tensor]) -> None:
     """The graph returns a slice of what it joined, not of its input."""
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm, self.read = nn.LayerNorm(D), nn.Linear(D, D)
-
-        def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-            return torch.cat([x, y], 1)[:, :3], self.read(self.norm(x))
-
-    x, y = torch.randn(2, 3, D), torch.randn(2, 2, D)
+    x, y = torch.randn(1, 3, D), torch.randn(1, 2, D)
     graphs: list[GraphReport] = []
     torch._dynamo.reset()
     with listening(graphs.append), torch.no_grad():
-        part, _ = torch.compile(Model(), backend="normfx", options={"strict": True})(x, y)
+        part, _ = torch.compile(Joined(use), backend="normfx", options={"strict": True})(x, y)
     assert graphs and "fold_affine" in graphs[0].sites[0].rules
     before = x.clone()
     part.mul_(2.0)
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize(
+    ("use", "part"),
+    [
+        (lambda part: part.view(2, 3 * D) * 2.0, torch.randn(2, D, 3, dtype=torch.float64).mT),
+        (lambda part: part.exp().view(2, 3 * D), torch.randn(2, D, 3, dtype=torch.float64).mT),
+        (lambda part: part.view(2, 3 * D) * 2.0, torch.randn(2, 6, D, dtype=torch.float64)[:, ::2]),
+        (lambda part: part.as_strided((2, 4, D), (5 * D, D, 1)) * 2.0, torch.randn(2, 3, D, dtype=torch.float64)),
+        (lambda part: part * 2, torch.randn(2, 3, D, dtype=torch.float16)),
+        (lambda part: part.view(2, 3 * D) * 2.0, torch.randn(2, 6, D, dtype=torch.float64)[:, 2:5]),
+    ],
+    ids=["transposed", "transposed, a copy", "strided", "read around", "promoted", "a slice"],
+)
+def test_parts_laid_out_otherwise(use: Callable[[Tensor], Tensor], part: Tensor) -> None:
+    """A part is not what the concatenation makes of it: other strides, another dtype."""
+    model, rest = Joined(use).double(), torch.randn(2, 2, D, dtype=torch.float64)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=EagerBackend(), fullgraph=True)
+    for want, got in zip(model(part, rest), compiled(part, rest), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+        assert got.stride() == want.stride()
 
 
 @pytest.mark.parametrize("asked", [torch.float32, torch.float64])

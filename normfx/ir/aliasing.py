@@ -147,6 +147,29 @@ def escaping(graph: Graph, storages: dict[Node, frozenset[Storage]]) -> frozense
     return frozenset(s for node in graph.nodes if _lets_out(node) for n in node.all_input_nodes for s in storages[n])
 
 
+def may_leave(node: Node, storages: dict[Node, frozenset[Storage]]) -> bool:
+    """Whether the graph returns, writes or reads from beside the value memory that it has, or would have with other
+    strides, or hands it to something other than an ATen op."""
+    seen, work = {node}, [node]
+    while work:
+        item = work.pop()
+        for user in item.users:
+            if target_name(user) != "getitem" and not _stays_inside(user):
+                return True
+            shares = storages[user] & storages[item] or item in _aliased_by_schema(user)
+            if shares and user not in seen:
+                seen.add(user)
+                work.append(user)
+    return False
+
+
+def _stays_inside(node: Node) -> bool:
+    target = node.target
+    if not isinstance(target, OpOverload) or target.namespace != "aten":
+        return False
+    return not target._schema.is_mutable and not target._schema.name.startswith("aten::as_strided")
+
+
 def read_outside(graph: Graph, inside: frozenset[Node], storages: dict[Node, frozenset[Storage]]) -> Iterator[Node]:
     """The values inside that nodes outside read, each once; behind a view, what it is a view of."""
     found: set[Node] = set()

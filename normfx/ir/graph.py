@@ -133,10 +133,14 @@ def extent(dim: int | torch.SymInt) -> sympy.Expr:
     return dim.node.expr if isinstance(dim, torch.SymInt) else sympy.Integer(dim)
 
 
-def is_row_major(val: torch.Tensor) -> bool:
-    """Whether a value is known to be contiguous (never adds a guard)."""
+def is_row_major(val: torch.Tensor, cut: int = 0) -> bool:
+    """Whether a value is known to be contiguous, or a slice along dimension `cut` of something contiguous (never adds a
+    guard)."""
     packed = clamped = sympy.Integer(1)  # torch gives a new tensor strides for sizes of at least 1
-    for size, stride in zip(reversed(val.shape), reversed(val.stride()), strict=True):
+    for dim in reversed(range(val.ndim)):
+        size, stride = val.shape[dim], val.stride(dim)
+        if dim == cut - 1:
+            packed = clamped = extent(stride)
         if not is_one(size) and extent(stride) not in (packed, clamped):
             return False
         packed, clamped = packed * extent(size), clamped * extent(torch.sym_max(1, size))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch.fx import GraphModule, Node
 
-from normfx.ir.graph import arguments, grad_modes, op_name, reads_entries, shape, value
+from normfx.ir.aliasing import may_leave, storages_of
+from normfx.ir.graph import arguments, grad_modes, is_row_major, op_name, reads_entries, shape, tensor, value
 
 _JOINS = frozenset({"aten::cat", "aten::concat", "aten::concatenate"})
 
@@ -43,13 +43,16 @@ def read_parts(gm: GraphModule, written: frozenset[Node]) -> int:
     number.
 
     cat([a, b])[len(a):] is b: whoever reads it does not read a. Left alone: values that are written in place
-    (`written`), and slices whose memory leaves the graph, which would then be that of the part.
+    (`written`), slices whose memory leaves the graph, which would then be that of the part, and parts laid out
+    otherwise than the whole, of which a view may be impossible.
     """
-    modes = grad_modes(gm.graph)
+    modes, storages = grad_modes(gm.graph), storages_of(gm.graph)
     found: dict[Node, list[tuple[Node, tuple[Node, int, int]]]] = {}
     for node in gm.graph.nodes:
         place = _part(node)
-        if place is not None and written.isdisjoint({node, place[0], *node.all_input_nodes}) and not _leaves(node):
+        if place is None or not written.isdisjoint({node, place[0], *node.all_input_nodes}):
+            continue
+        if not may_leave(node, storages):
             found.setdefault(arguments(node)["self"], []).append((node, place))
     count = 0
     for joined, readers in found.items():
@@ -90,8 +93,14 @@ def _part(node: Node) -> tuple[Node, int, int] | None:
     start, end = bounds
     for part, first, behind in _places(arguments(joined)["tensors"], dim, ndim):
         if first <= start and end <= behind:
-            return part, start - first, end - first
+            return (part, start - first, end - first) if _laid_out_alike(part, joined, dim) else None
     return None
+
+
+def _laid_out_alike(part: Node, joined: Node, dim: int) -> bool:
+    """Whether a slice of a part differs from the same slice of the whole in its strides outside `dim` at most."""
+    same = tensor(part).dtype == tensor(joined).dtype  # a concatenation promotes
+    return same and is_row_major(tensor(joined)) and is_row_major(tensor(part), dim)
 
 
 def _bounds(args: dict[str, Any], length: Any) -> tuple[int, int] | None:
@@ -123,12 +132,3 @@ def _places(parts: Any, dim: int, ndim: int) -> Iterator[tuple[Node, int, int]]:
             return
         yield part, first, first + length
         first += length
-
-
-def _leaves(node: Node) -> bool:
-    """Whether the graph returns a value or a view of it, or hands it to something that is not an ATen op."""
-    for user in node.users:
-        view = isinstance(user.target, torch._ops.OpOverload) and user.target.is_view
-        if not op_name(user).startswith("aten::") or (view and _leaves(user)):
-            return True
-    return False
