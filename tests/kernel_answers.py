@@ -111,6 +111,11 @@ def inputs(spec: Spec, shape: list[int], shift: float, kind: str) -> tuple[dict[
     return tensors, random(*full).to(dtype["out"]), sum_grad
 
 
+def largest(tensor: Tensor) -> float:
+    """The largest magnitude of an entry; 0 of nothing."""
+    return tensor.abs().max().item() if tensor.numel() else 0.0
+
+
 def trains(spec: Spec) -> bool:
     """Backward reads the sum again, so that without it there is none."""
     return spec.residual is None or spec.sum is not None
@@ -119,18 +124,15 @@ def trains(spec: Spec) -> bool:
 def cancellation(s: Tensor, eps: float) -> float:
     """The largest mean over deviation of a row: by so much x − mean multiplies the rounding of the mean."""
     variance, mean = torch.var_mean(s.double(), -1, correction=0)
-    ratios = mean.abs() / (variance + eps).sqrt()
-    return ratios.max().item() if ratios.numel() else 0.0
+    return largest(mean / (variance + eps).sqrt())
 
 
 def terms(spec: Spec, tensors: dict[str, Tensor], out_grad: Tensor, rstd: Tensor) -> float:
     """The largest entry of rstd · k·γ ⊙ dy."""
-    if not out_grad.numel():
-        return 0.0
     inner = out_grad.double() * rstd.double().unsqueeze(-1) * spec.scale
     if "weight" in tensors:
         inner = inner * (tensors["weight"].double() + spec.unit_offset)
-    return inner.abs().max().item()
+    return largest(inner)
 
 
 def results(
@@ -195,17 +197,17 @@ def answer(case: dict[str, Any]) -> dict[str, float]:
         assert got.dtype == getattr(torch, dtype), f"{name} is {got.dtype}"
         if want.numel():
             unit = UNIT[got.dtype] + OPERATIONS * UNIT[torch.float32] * (1 + cancelled / 8)
-            scale = want.abs().max().item()
+            scale = largest(want)
             if name == "x_grad":  # a difference of terms of this size, which may cancel
                 scale = max(scale, terms(spec, tensors, out_grad, rstd))
-            elif name == "weight_grad" and out_grad.numel():  # a sum of these over rows
-                scale = max(scale, spec.scale * out_grad.abs().max().item())
+            elif name == "weight_grad":  # a sum of these over rows
+                scale = max(scale, spec.scale * largest(out_grad))
             allowed = unit * scale
             if spec.inner is not None and spec.sum is not None:
                 own = UNIT[getattr(torch, spec.sum)] + OPERATIONS * UNIT[torch.float32] * (1 + cancelled / 8)
-                most = max(between.abs().max().item(), terms(spec, tensors, out_grad, rstd))
+                most = max(largest(between), terms(spec, tensors, out_grad, rstd))
                 allowed += carried_on(spec.inner, own * most, tensors, name)
-            errors[name] = (got.double() - want).abs().max().item() / (allowed + 1e-300)
+            errors[name] = largest(got.double() - want) / (allowed + 1e-300)
     return errors
 
 
@@ -224,11 +226,11 @@ def carried_on(inner: Inner, error: float, tensors: dict[str, Tensor], name: str
     x = tensors["x"].double()
     z = x - x.mean(-1, keepdim=True) if inner.centre else x
     rstd = torch.rsqrt(z.square().sum(-1, keepdim=True) / (x.shape[-1] - inner.correction) + INNER_EPS)
-    normal = (z * rstd).abs().max().item()
+    normal = largest(z * rstd)
     error *= inner.scale
     if name == "x_grad":  # three terms of this size: of the entry, of the mean and along x̂
-        gamma = tensors["inner_weight"].double().abs().max().item() if "inner_weight" in tensors else 1.0
-        return error * rstd.max().item() * gamma * (2 + normal)
+        gamma = largest(tensors["inner_weight"].double()) if "inner_weight" in tensors else 1.0
+        return error * largest(rstd) * gamma * (2 + normal)
     return error * (x.numel() // x.shape[-1]) * (normal if name == "inner_weight_grad" else 1.0)
 
 
