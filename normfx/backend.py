@@ -25,7 +25,7 @@ from normfx.ir.fusion import centres_output
 from normfx.ir.names import module_path, source_line
 from normfx.ir.printer import print_graph
 from normfx.ir.recompute import keep_folds
-from normfx.ir.simplify import drop_casts, read_parts
+from normfx.ir.simplify import drop_identities, read_parts
 from normfx.ir.verify import verify
 from normfx.lower import choice
 from normfx.lower.folded import Compiled, Folding, compile_folded, hoist, is_frozen
@@ -174,7 +174,7 @@ def transform_canonical(
 
 
 def _simplify(gm: GraphModule) -> None:
-    drop_casts(gm)
+    drop_identities(gm)
     if read_parts(gm, mutated(gm.graph)):
         drop_dead_code(gm.graph)
 

@@ -14,10 +14,11 @@ import torch
 from torch.fx import GraphModule, Node
 
 from normfx.ir import ops
+from normfx.ir.aliasing import may_leave, storages_of
 from normfx.ir.calls import add_call, fake_result
 from normfx.ir.cleanup import drop_dead_code
 from normfx.ir.fusion import Fusion
-from normfx.ir.graph import BAKED, arguments, is_row_major, op_name, shape, tensor, value
+from normfx.ir.graph import BAKED, arguments, grad_modes, is_row_major, op_name, shape, tensor, value
 from normfx.ir.resize import resize
 from normfx.ir.sites import Axis, Linear, Norm, Residual
 from normfx.plan import Plan
@@ -117,6 +118,7 @@ class Edit:
         self.fused: list[Residual] = []
         calls = {getattr(node.target, "__name__", "") for node in gm.graph.nodes}
         self.switches_grad = "_set_grad_enabled" in calls
+        self.modes = grad_modes(gm.graph)
         self.linears = {node: arguments(node) for node in gm.graph.nodes if op_name(node) in LINEARS}
 
     def norm(self, norm: Norm) -> NormState:
@@ -152,10 +154,10 @@ class Edit:
     def center_value(self, node: Node, axis: Axis, users: Iterable[Node | Norm]) -> list[Node]:
         """Readers of a value read its centred copy, made right behind it.
 
-        A graph input that needs a gradient may first be read inside an enable_grad region of a graph that starts
-        without gradients: a copy made at the start would lose it, so there each reader gets its own.
+        Where gradients are not recorded, a value may still have one: a graph input of a graph that starts so, or one
+        handed on by an op that returns it itself. A copy made there would lose it, so each reader gets its own.
         """
-        if node.op == "placeholder" and self.switches_grad:
+        if self.switches_grad and (node.op == "placeholder" or not self.modes[node]):
             return self.center_operand(node, axis, users)
         behind = node
         while node.op == "placeholder" and behind.next.op == "placeholder":
@@ -254,12 +256,12 @@ class Edit:
         A tensor becomes c − c, so that a parameter still gets a zero gradient, and NaN or inf still spread.
         """
         term = arguments(node)[name]
-        if not isinstance(term, Node):
+        fake = value(term)
+        if fake is None:
             self._set(node, name, 0)
             return
         with self.graph.inserting_before(node):
-            fake = value(term)
-            if fake is not None and not fake.is_floating_point():
+            if not fake.is_floating_point():
                 zero = add_call(self.graph, torch.ops.aten.zeros_like.default, (term,), node)
             else:
                 zero = add_call(self.graph, torch.ops.aten.sub.Tensor, (term, term), node)
@@ -291,6 +293,8 @@ class Edit:
 
     def finish(self) -> None:
         """Write the norms, drop what they no longer need, check the graph."""
+        storages = storages_of(self.graph)
+        leaving = {norm for norm, state in self.norms.items() if may_leave(state.output, storages)}
         for norm, state in self.norms.items():
             self._write_norm(norm, state)
         drop_dead_code(self.graph)
@@ -301,7 +305,7 @@ class Edit:
         written = {norm: node for norm, node in self.written.items() if node in alive}
         fusion = Fusion(self.graph, written)
         fusion.centre_outputs()
-        fusion.share()
+        fusion.share(leaving)
         for site in self.fused:
             if site.norm in written:
                 fusion.fuse(site)

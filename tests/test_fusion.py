@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -145,6 +146,76 @@ def test_equal_norms_are_computed_once(eps: float, tap: bool, shared: bool) -> N
     assert ("(computed by two)" in str(report)) is shared
     after = report.graphs[0].after
     assert after.count("layer_norm(") == (1 if shared else 2)
+
+
+@pytest.mark.parametrize("returned", [1, 2])
+def test_returned_norms_have_memory_of_their_own(returned: int) -> None:
+    """What the caller writes into one result is not seen in the other."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(D)
+
+        def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+            s = x + y
+            last = F.dropout(self.norm(s), 0.5, training=False)
+            return self.norm(s), last if returned == 2 else torch.tanh(last)
+
+    with torch.no_grad():
+        torch._dynamo.reset()
+        compiled = torch.compile(Model(), backend="normfx", options={"strict": True})
+        first, second = compiled(torch.randn(2, 5, D), torch.randn(2, 5, D))
+        before = second.clone()
+        first.zero_()
+    assert torch.equal(second, before)
+
+
+class Twin(nn.Module):
+    """One value as both terms of the sum that a norm reads."""
+
+    def __init__(self, join: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.norm, self.last, self.write, self.join = nn.LayerNorm(D), nn.LayerNorm(D), nn.Linear(D, D), join
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(self.join(self.norm(self.write(x))))
+        return out
+
+
+@pytest.mark.parametrize(
+    "join",
+    [
+        lambda z: z + z,
+        lambda z: torch.add(z, z, alpha=2),
+        lambda z: z * 0.5 + z * 0.5,
+        lambda z: z + z * 0.5,
+        lambda z: z - z,
+    ],
+)
+def test_a_value_added_to_itself(join: Callable[[Tensor], Tensor]) -> None:
+    assert_same_float64(Twin(join), (torch.randn(2, 5, D),), floor=1.0)
+
+
+@pytest.mark.parametrize("records", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "rules", "native"),
+    [
+        ("post", "default,-fold_affine", 3),
+        ("swin", "default,-fold_affine", 1),  # behind a norm that became an RMSNorm, and an add
+        ("mix", "default,-fold_affine", 0),  # the one that stays emits centred rows
+        ("swin", "fuse_residual_norm", 4),
+        ("peri", "fuse_residual_norm", 7),
+    ],
+)
+def test_native_norms_of_a_cpu(kind: str, rules: str, native: int, records: bool) -> None:
+    """In inference in low precision the LayerNorms that keep their mean are torch's own, behind an add or before it."""
+    model, backend = Net(kind).to(torch.bfloat16), EagerBackend({"rules": rules})
+    torch._dynamo.reset()
+    with torch.set_grad_enabled(records):
+        torch.compile(model, backend=backend, fullgraph=True)(*ids())
+    targets = [node.target for node in backend.modules[0].graph.nodes]
+    assert targets.count(torch.ops.aten.layer_norm.default) == (0 if records else native)
 
 
 def test_norms_of_two_gradient_modes_stay_two() -> None:

@@ -136,7 +136,7 @@ def storages_of(graph: Graph) -> dict[Node, frozenset[Storage]]:
             own = own.union(*(found.get(n, frozenset()) for n in node.all_input_nodes))
         elif not own or target_name(node) == "getitem":
             own = own.union(*(found.get(n, frozenset()) for n in _aliased_by_schema(node)))
-        elif _is_identity_dropout(node):
+        elif is_identity_dropout(node):
             own |= found[node.args[0]]
         found[node] = own
     return found
@@ -190,7 +190,7 @@ def _lets_out(node: Node) -> bool:
     return target_name(node) != "getitem" and node.op not in ("placeholder", "get_attr")
 
 
-def _is_identity_dropout(node: Node) -> bool:
+def is_identity_dropout(node: Node) -> bool:
     """Dropout that returns its input itself in eager; the fakes of torch 2.13 do not show it."""
     if not isinstance(node.target, OpOverload) or len(node.args) < 3 or not isinstance(node.args[0], Node):
         return False

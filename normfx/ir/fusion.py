@@ -4,7 +4,7 @@ value, the residual add that a norm reads, the norm before that add."""
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from typing import Any
 
 from torch.fx import Graph, Node
@@ -12,7 +12,7 @@ from torch.fx import Graph, Node
 from normfx.ir import ops
 from normfx.ir.calls import add_call
 from normfx.ir.fused_ops import ADDS, BODIES, KINDS, NORM_ADD_NORM, AddNorm, NormAddNorm
-from normfx.ir.graph import SHAPE_READS, arguments, grad_modes, op_name, shape
+from normfx.ir.graph import SHAPE_READS, arguments, grad_modes, occurrences, op_name, shape
 from normfx.ir.ops import Form
 from normfx.ir.recompute import region_of
 from normfx.ir.sites import Norm, Residual
@@ -37,6 +37,8 @@ class Fusion:
             if not centrings or not all(self._centres(user, node) for user in centrings):
                 continue
             dtype: Any = centrings[0].args[4]
+            if any(centring.args[4] != dtype for centring in centrings):
+                continue
             form = form_of(node)._replace(out_dtype=dtype, centre_output=True)
             node.args = (*node.args[:3], *form)
             node.meta["val"] = centrings[0].meta["val"]
@@ -51,10 +53,15 @@ class Fusion:
         same = self.modes[user] == self.modes[node] and region_of(user) == region_of(node)
         return user.args[:4] == whole and same
 
-    def share(self) -> None:
-        """Norms that have become the same function of the same value are computed once."""
+    def share(self, leaving: Collection[Norm]) -> None:
+        """Norms that have become the same function of the same value are computed once.
+
+        leaving: norms whose memory the graph returns or writes; each has its own
+        """
         first: dict[Hashable, Norm] = {}
         for norm, node in sorted(self.written.items(), key=lambda item: item[1]):
+            if norm in leaving:
+                continue
             known = first.setdefault((node.target, node.args, self.modes[node], region_of(node)), norm)
             if known is not norm:
                 node.replace_all_uses_with(self.written[known])
@@ -73,7 +80,7 @@ class Fusion:
         if site.scaled is not None and residual is site.scaled:
             alpha, residual = alpha * _factor(residual), _source(residual)
         inner = self.written.get(site.inner) if site.inner is not None else None
-        if inner is not None and (x is not inner or set(inner.users) != {add}):
+        if inner is not None and (x is not inner or set(inner.users) != {add} or occurrences(add, inner) != 1):
             inner = None
         place = min([user for user in add.users if user is not norm and user < norm], default=norm)
         if any(vector > place for vector in norm.all_input_nodes[1:]):

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from normfx.ir.aliasing import may_leave, storages_of
-from normfx.ir.graph import arguments, grad_modes, is_row_major, op_name, reads_entries, shape, tensor, value
+from normfx.ir.aliasing import is_identity_dropout, may_leave, storages_of
+from normfx.ir.graph import (
+    arguments,
+    grad_modes,
+    is_getitem,
+    is_row_major,
+    op_name,
+    reads_entries,
+    shape,
+    tensor,
+    value,
+)
 
 _JOINS = frozenset({"aten::cat", "aten::concat", "aten::concatenate"})
 
@@ -16,26 +26,32 @@ _JOINS = frozenset({"aten::cat", "aten::concat", "aten::concatenate"})
 _CASTS = frozenset({"aten::to.dtype", "aten::to.dtype_layout", "aten::to.device", "aten::to.other", "aten::type_as"})
 
 
-def drop_casts(gm: GraphModule) -> int:
-    """Casts of a value to the dtype and device it has return that value itself: they go, in place. Returns how many.
+def drop_identities(gm: GraphModule) -> int:
+    """Ops that return their operand itself go, in place: casts to the dtype and device at hand, dropout of nothing.
+    Returns how many.
 
-    A model in float32 that asks for float32 has one at each norm.
+    A model in float32 that asks for float32 has such a cast at each norm. The operand's gradient passes even where none
+    are recorded, which is so of no other op.
     """
     count = 0
     for node in list(gm.graph.nodes):
-        if op_name(node) not in _CASTS:
-            continue
-        args = arguments(node)
-        source, now, before = args["self"], value(node), value(args["self"])
-        if now is None or before is None or args.get("copy") or args.get("memory_format") is not None:
-            continue
-        if (now.dtype, now.device, now.layout) == (before.dtype, before.device, before.layout):
-            node.replace_all_uses_with(source)
+        if is_identity_dropout(node) or op_name(node) == "aten::positive" or _casts_to_itself(node):
+            node.replace_all_uses_with(node.all_input_nodes[0])
             gm.graph.erase_node(node)
             count += 1
     if count:
         gm.recompile()
     return count
+
+
+def _casts_to_itself(node: Node) -> bool:
+    if op_name(node) not in _CASTS:
+        return False
+    args = arguments(node)
+    now, before = value(node), value(args["self"])
+    if now is None or before is None or args.get("copy") or args.get("memory_format") is not None:
+        return False
+    return (now.dtype, now.device, now.layout) == (before.dtype, before.device, before.layout)
 
 
 def read_parts(gm: GraphModule, written: frozenset[Node]) -> int:
@@ -52,12 +68,13 @@ def read_parts(gm: GraphModule, written: frozenset[Node]) -> int:
         place = _part(node)
         if place is None or not written.isdisjoint({node, place[0], *node.all_input_nodes}):
             continue
-        if not may_leave(node, storages):
-            found.setdefault(arguments(node)["self"], []).append((node, place))
+        joined = arguments(node)["self"]
+        if modes[node] == modes[joined] and not may_leave(node, storages):
+            found.setdefault(joined, []).append((node, place))
     count = 0
     for joined, readers in found.items():
         others = set(joined.users) - {node for node, _ in readers}
-        if any(_passes_gradients(user, joined, modes) for user in others):  # else a part might lose its own, which is 0
+        if _returns_gradients(joined, others, modes):  # else a part might lose its own, which is 0
             for node, (part, start, end) in readers:
                 args = arguments(node)
                 rest = (args["dim"], start) if "index" in args else (args["dim"], start, end)
@@ -68,11 +85,28 @@ def read_parts(gm: GraphModule, written: frozenset[Node]) -> int:
     return count
 
 
-def _passes_gradients(user: Node, joined: Node, modes: Mapping[Node, bool]) -> bool:
+def _returns_gradients(joined: Node, readers: Iterable[Node], modes: Mapping[Node, bool]) -> bool:
+    """Whether something the graph returns is made of the value by some of its readers, so that its gradient is not None
+    whatever the others do."""
+    work = [(joined, user) for user in readers]
+    seen = set()
+    while work:
+        operand, user = work.pop()
+        if user.op == "output":
+            return True
+        if user not in seen and _passes_gradients(operand, user, modes):
+            seen.add(user)
+            work += [(user, behind) for behind in user.users]
+    return False
+
+
+def _passes_gradients(operand: Node, user: Node, modes: Mapping[Node, bool]) -> bool:
+    if is_getitem(user):
+        return True
     fake = value(user)
     differentiable = fake is None or fake.is_floating_point()
-    same = modes[user] == modes[joined] and op_name(user) != "aten::detach"
-    return same and differentiable and reads_entries(user, joined)
+    known = op_name(user).startswith("aten::") and op_name(user) != "aten::detach"
+    return known and modes[user] == modes[operand] and differentiable and reads_entries(user, operand)
 
 
 def _part(node: Node) -> tuple[Node, int, int] | None:
@@ -87,20 +121,23 @@ def _part(node: Node) -> tuple[Node, int, int] | None:
     dim = args["dim"] % ndim
     if arguments(joined)["dim"] % ndim != dim:
         return None
-    bounds = _bounds(args, shape(joined)[dim])
+    length = shape(joined)[dim]
+    bounds = _bounds(args, length)
     if bounds is None:
         return None
     start, end = bounds
     for part, first, behind in _places(arguments(joined)["tensors"], dim, ndim):
         if first <= start and end <= behind:
-            return (part, start - first, end - first) if _laid_out_alike(part, joined, dim) else None
+            whole = not isinstance(length, int) or end - start == length
+            return (part, start - first, end - first) if _laid_out_alike(part, joined, 0 if whole else dim) else None
     return None
 
 
-def _laid_out_alike(part: Node, joined: Node, dim: int) -> bool:
-    """Whether a slice of a part differs from the same slice of the whole in its strides outside `dim` at most."""
+def _laid_out_alike(part: Node, joined: Node, cut: int) -> bool:
+    """Whether views of a slice of the whole are possible of the same slice of a part, which may itself be cut along
+    this dimension (0: it may not), as the whole is then."""
     same = tensor(part).dtype == tensor(joined).dtype  # a concatenation promotes
-    return same and is_row_major(tensor(joined)) and is_row_major(tensor(part), dim)
+    return same and is_row_major(tensor(joined)) and is_row_major(tensor(part), cut)
 
 
 def _bounds(args: dict[str, Any], length: Any) -> tuple[int, int] | None:

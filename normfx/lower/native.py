@@ -2,43 +2,79 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from normfx.ir.calls import add_call
-from normfx.ir.fused_ops import ADD_LAYER_NORM, AddNorm
+from normfx.ir.fused_ops import ADD_LAYER_NORM, ADDS, KINDS, NORM_ADD_NORM, AddNorm, NormAddNorm
 from normfx.ir.graph import grad_modes, shape, tensor
 from normfx.ir.ops import Form, accumulation_dtype
 from normfx.plan import faster_spelled
 
 aten = torch.ops.aten
+_OPS = {name: op for op, name in KINDS.items()}
 
 
 def use_native_norms(gm: GraphModule) -> None:
-    """Replace add_layer_norm by an add and `aten.layer_norm`, in place, where that is the same and faster."""
-    modes = grad_modes(gm.graph)
-    for node in gm.graph.find_nodes(op="call_function", target=ADD_LAYER_NORM):
+    """LayerNorms in ops with a residual add become `aten.layer_norm`, in place, where that is the same and faster."""
+    graph, modes = gm.graph, grad_modes(gm.graph)
+    for node in graph.find_nodes(op="call_function", target=NORM_ADD_NORM):
+        if _wins(node, modes[node]):
+            modes[_apart(graph, node)] = modes[node]
+    for node in graph.find_nodes(op="call_function", target=ADD_LAYER_NORM):
         count = len(AddNorm._fields)
         given, form = AddNorm(*node.args[:count]), Form(*node.args[count:])
-        if tensor(given.x).device.type != "cpu" or not _is_native(given, form):
+        if not _wins(node, modes[node]) or not _is_native(given.x, given.weight, given.bias, form):
             continue
-        if faster_spelled(given.x, modes[node]):
-            continue
-        with gm.graph.inserting_before(node):
-            total = add_call(gm.graph, aten.add.Tensor, (given.x, given.residual), node, alpha=given.alpha)
-            args = (total, [shape(given.x)[-1]], given.weight, given.bias, form.eps)
-            out = add_call(gm.graph, aten.layer_norm.default, args, node)
+        with graph.inserting_before(node):
+            total = add_call(graph, aten.add.Tensor, (given.x, given.residual), node, alpha=given.alpha)
+            out = _native(graph, total, given.weight, given.bias, form, node)
         for part in list(node.users):
             part.replace_all_uses_with((out, total)[part.args[1]])
-            gm.graph.erase_node(part)
-        gm.graph.erase_node(node)
+            graph.erase_node(part)
+        graph.erase_node(node)
     gm.recompile()
 
 
-def _is_native(given: AddNorm, form: Form) -> bool:
-    """Whether `aten.layer_norm` says what the norm computes."""
-    x = tensor(given.x)
-    vectors = [tensor(v) for v in (given.weight, given.bias) if v is not None]
-    last = form.dim % x.ndim == x.ndim - 1
-    plain = form._replace(eps=0.0, dim=0) == Form(0, 0.0, "inside", 0, 1.0, accumulation_dtype(x.dtype), x.dtype, False)
-    return last and plain and all(v.dtype == x.dtype and tuple(v.shape) == tuple(x.shape[-1:]) for v in vectors)
+def _wins(node: Node, records: bool) -> bool:
+    x: Any = node.args[0]
+    return tensor(x).device.type == "cpu" and not faster_spelled(x, records)
+
+
+def _apart(graph: Graph, node: Node) -> Node:
+    """Write norm_add_norm as its first norm and an op for the rest, if either norm is an `aten.layer_norm`."""
+    count, half = len(NormAddNorm._fields), len(Form._fields)
+    args: Sequence[Any] = node.args
+    given, forms = NormAddNorm(*args[:count]), args[count:]
+    inner, outer = Form(*forms[:half]), Form(*forms[half:])
+    first = given.inner == "layer_norm" and _is_native(given.x, given.inner_weight, given.inner_bias, inner)
+    last = given.outer == "layer_norm" and _is_native(given.x, given.weight, given.bias, outer)
+    if not first and not last:
+        return node
+    with graph.inserting_before(node):
+        if first:
+            x = _native(graph, given.x, given.inner_weight, given.inner_bias, inner, node)
+        else:
+            x = add_call(graph, _OPS[given.inner], (given.x, given.inner_weight, given.inner_bias, *inner), node)
+        rest = AddNorm(x, given.residual, given.weight, given.bias, given.alpha)
+        new = add_call(graph, ADDS[_OPS[given.outer]], (*rest, *outer), node)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+    return new
+
+
+def _native(graph: Graph, x: Node, weight: Node | None, bias: Node | None, form: Form, like: Node) -> Node:
+    return add_call(graph, aten.layer_norm.default, (x, [shape(x)[-1]], weight, bias, form.eps), like)
+
+
+def _is_native(x: Node, weight: Node | None, bias: Node | None, form: Form) -> bool:
+    """Whether `aten.layer_norm` says what a LayerNorm of values like x computes."""
+    like = tensor(x)
+    vectors = [tensor(v) for v in (weight, bias) if v is not None]
+    whole = all((v.dtype, tuple(v.shape)) == (like.dtype, tuple(like.shape[-1:])) for v in vectors)
+    last = form.dim % like.ndim == like.ndim - 1
+    plain = Form(form.dim, form.eps, "inside", 0, 1.0, accumulation_dtype(like.dtype), like.dtype, False)
+    return last and whole and form == plain

@@ -81,7 +81,8 @@ def _correction(factor: float, scale: float, size: int) -> int | None:
     """n with factor² = scale·(size − n)/size, if it is an integer from 0 to size − 1."""
     if isclose(factor * factor, scale, rel_tol=1e-9):
         return 0
-    divisor = round(size * factor * factor / scale)
+    quotient = size * factor * factor / scale
+    divisor = round(quotient) if quotient < size else size
     if not 1 <= divisor < size or not isclose(factor * factor * size, scale * divisor, rel_tol=1e-9):
         return None
     return size - divisor

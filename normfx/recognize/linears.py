@@ -58,9 +58,11 @@ def _matmul(call: Call) -> Flow | None:
 
 @op("_grouped_mm")
 def _grouped_mm(call: Call) -> Flow | None:
-    """Rows times the matrix of their group: along its columns linear in all the matrices."""
-    b = call.args["mat2"]
-    if call.args["bias"] is not None or call.axis.dim != call.ndim - 1:
+    """Rows times the matrix of their group: along its columns linear in all the matrices. Not so where the columns are
+    grouped (a matrix for each group times one matrix): each is read by its group's rows alone."""
+    a, b = call.args["self"], call.args["mat2"]
+    columns = len(shape(a)) == 3 and len(shape(b)) == 2
+    if call.args["bias"] is not None or call.axis.dim != call.ndim - 1 or columns:
         return None
     return one(b, call.axis.at(len(shape(b)) - 1))
 

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 
 from torch.fx import Node
 
-from normfx.ir.graph import SHAPE_READS, arguments, op_name, tensor, value
+from normfx.ir.graph import arguments, entry_readers, occurrences, op_name, tensor, value
 from normfx.ir.recompute import region_of
 from normfx.ir.sites import Norm, Residual, Scaled
 from normfx.recognize.readers import number_factor
@@ -110,9 +110,9 @@ def _fits(node: Node, other: Node) -> bool:
 
 
 def _other_readers(norm: Norm, add: Node) -> list[Node]:
-    """Readers of the sum that stay when the norm has become one op."""
+    """Readers of the sum, or of its shape, that stay when the norm has become one op."""
     inside = {n for n in norm.nodes if n is norm.output or all(user in norm.nodes for user in n.users)}
-    return [user for user in add.users if user not in inside and op_name(user) not in SHAPE_READS]
+    return [user for user in add.users if user not in inside]
 
 
 def _feeds(inner: Norm, output: Node, add: Node, barred: frozenset[Node], modes: Mapping[Node, bool]) -> bool:
@@ -139,4 +139,4 @@ def _scales(product: Node, add: Node, barred: frozenset[Node], modes: Mapping[No
 
 
 def _alone(node: Node, add: Node) -> bool:
-    return [user for user in node.users if op_name(user) not in SHAPE_READS] == [add]
+    return entry_readers(node) == [add] and occurrences(add, node) == 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any, TypeAlias
 
 import torch
@@ -26,7 +25,6 @@ class Form:
 Forms: TypeAlias = "Form | tuple[Form, ...]"
 Call: TypeAlias = "Mapping[str, Any]"
 
-HALF = Fraction(1, 2)
 CASTS = frozenset({
     "aten::to.dtype", "aten::to.dtype_layout", "aten::to.device", "aten::to.other", "aten::to.prim_dtype",
     "aten::_to_copy", "aten::type_as",
@@ -39,8 +37,8 @@ RESHAPES = frozenset({
 })  # fmt: skip
 LIKE = frozenset({"aten::type_as", "aten::to.other", "aten::expand_as", "aten::view_as", "aten::reshape_as"})
 """Ops that read only the shape or dtype of their second operand."""
-REDUCTIONS = frozenset({
-    "aten::mean.dim", "aten::mean", "aten::sum.dim_IntList", "aten::sum",
+MEANS = frozenset({"aten::mean.dim", "aten::mean", "aten::sum.dim_IntList", "aten::sum"})
+REDUCTIONS = MEANS | frozenset({
     "aten::var.correction", "aten::var.dim", "aten::var",
     "aten::std.correction", "aten::std.dim", "aten::std",
     "aten::var_mean.correction", "aten::var_mean.dim", "aten::var_mean",

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
+from normfx.ir import ops
 from normfx.ir.graph import arguments, is_one, op_name, value
 from normfx.recognize import algebra
 from normfx.recognize.algebra import M, S, X
@@ -28,6 +29,7 @@ from normfx.recognize.row_ops import HANDLERS
 from normfx.recognize.rows import (
     CASTS,
     COPIES,
+    MEANS,
     REDUCTIONS,
     Rows,
     operands,
@@ -198,7 +200,8 @@ def _extent(rows: Rows, output: Node) -> tuple[Node, frozenset[Node]]:
 
 
 def _compute_dtype(rows: Rows, nodes: frozenset[Node]) -> torch.dtype:
-    """dtype in which the norm's mean of squares first appears."""
+    """dtype in which the norm's squares are summed: a mean of squares has that of its squares, and ops that square
+    themselves (var, norm) are wide inside."""
     for node in rows.forms:
         if node in nodes and op_name(node) in REDUCTIONS:
             form = rows.forms[node]
@@ -206,7 +209,7 @@ def _compute_dtype(rows: Rows, nodes: frozenset[Node]) -> torch.dtype:
             if not algebra.proportional(first.poly, M) and first.poly.number is None:
                 val = node.meta["val"]
                 dtype: torch.dtype = (val[0] if isinstance(form, tuple) else val).dtype
-                return dtype
+                return dtype if op_name(node) in MEANS else ops.accumulation_dtype(dtype)
     raise AssertionError("a norm has a mean of squares")
 
 

@@ -72,9 +72,9 @@ class Call:
 
 
 def _is_number(operand: Any) -> bool:
-    """A number that may be dropped: inf and NaN are not, they would no longer spread."""
+    """A number that may be dropped: inf and NaN are not, they would no longer spread, nor is what may be one."""
     if isinstance(operand, Node):
-        return isinstance(operand.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool, int, float))
+        return isinstance(operand.meta.get("val"), (torch.SymInt, torch.SymBool, int))
     return isinstance(operand, (bool, int)) or (isinstance(operand, float) and math.isfinite(operand))
 
 
