@@ -177,6 +177,29 @@ def test_grouped_products(bias: bool) -> None:
     assert _codes(report, 0, "fold_affine") == (["reader_not_linear"] if bias else [])
 
 
+@pytest.mark.skipif(not _traces_grouped_float32(), reason="this torch traces grouped products in bfloat16 only")
+def test_grouped_columns() -> None:
+    """A matrix for each group of columns: a mean over all columns is no mean of one group's."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.norm, self.read = nn.Embedding(10, 8), nn.LayerNorm(8), nn.Linear(8, 4)
+            self.weight = nn.Parameter(torch.randn(16, 8))
+
+        def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+            ends = torch.tensor([3, 8], dtype=torch.int32)
+            out: Tensor = self.read(self.norm(torch._grouped_mm(x, self.weight, offs=ends) + self.table(ids)))
+            return out
+
+    model, given, backend = Model(), (torch.randn(2, 5, 16), torch.arange(5)), EagerBackend()
+    torch._dynamo.reset()
+    want, want_grads = outputs_and_grads(model, model, given)
+    got, got_grads = outputs_and_grads(torch.compile(model, backend=backend, fullgraph=True), model, given)
+    assert_same_results(want, want_grads, got, got_grads, tolerance=2e-5, floor=1.0)
+    assert _codes(backend.report, 0, "pre_rms_norm") == ["uncentred_input"]
+
+
 def test_one_packed_expert_refuses_the_stream() -> None:
     """All or none: the other expert is left alone too."""
     report = _check("packed_expert")

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from equivalence import LOW_PRECISION, EagerBackend, assert_low_precision, assert_same_float64, transformed
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from normfx.ir import fused_ops, ops
 from normfx.lower import triton as lowering
@@ -232,6 +233,57 @@ def test_norms_of_two_gradient_modes_stay_two() -> None:
     (own,) = torch.autograd.grad(compiled(x).sum(), x)
     (want,) = torch.autograd.grad(Model()(x).sum(), x)
     torch.testing.assert_close(own, want, rtol=1e-12, atol=1e-12)
+
+
+class Quiet(nn.Module):
+    """An add and its norms, one of them without gradients."""
+
+    def __init__(self, quiet: str) -> None:
+        super().__init__()
+        self.quiet, self.inner, self.norm = quiet, nn.LayerNorm(D), nn.LayerNorm(D)
+        self.write, self.read = nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y, z = torch.tanh(self.write(x)), x.sin()
+        with torch.set_grad_enabled(self.quiet != "inner"):
+            y = self.inner(y)
+        with torch.set_grad_enabled(self.quiet != "scaled"):
+            z = z * 1.5
+        s = y + z
+        with torch.set_grad_enabled(self.quiet != "reader"):
+            early = s.cos()
+        with torch.set_grad_enabled(self.quiet != "norm"):
+            out = self.norm(s)
+        return self.read(out), early, s.exp()
+
+
+@pytest.mark.parametrize(
+    ("quiet", "fused"),
+    [
+        ("", [True, True]), ("inner", [False, True]), ("scaled", [True, True]), ("reader", [False, False]),
+        ("norm", [False, False]),
+    ],
+)  # fmt: skip
+def test_what_records_no_gradients_stays_apart(quiet: str, fused: list[bool]) -> None:
+    report = assert_same_float64(Quiet(quiet), (torch.randn(2, 5, D),), {"rules": "fuse_residual_norm", "fold": "live"})
+    assert [bool(site.rules) for site in report.sites] == fused
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_norms_of_two_checkpoints_stay_two(apart: bool) -> None:
+    """Each is recomputed with its own region."""
+
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            def half(s: Tensor) -> Tensor:
+                return torch.tanh(F.layer_norm(s, (D,)))
+
+            if apart:
+                return checkpoint(half, x, use_reentrant=False) * checkpoint(half, x, use_reentrant=False)
+            return half(x) * half(x)
+
+    report = assert_same_float64(Model(), (torch.randn(3, D),), {"rules": "default", "lowering": "triton"})
+    assert sum(bool(site.shares) for site in report.sites) == (0 if apart else 1)
 
 
 def test_a_centred_norm_that_others_read_keeps_its_output() -> None:

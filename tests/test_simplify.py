@@ -88,6 +88,88 @@ def test_what_is_cut_away_keeps_its_gradient_of_zeros() -> None:
     assert_same_float64(Model(), (torch.randn(2, 3, D),), {"fold": "live"})
 
 
+@pytest.mark.parametrize("dead", ["comparison", "index", "detached", "without gradients"])
+def test_a_part_keeps_its_gradient_of_zeros(dead: str) -> None:
+    """What else reads the join hands no gradient on: the prompt's zeros come through the slice."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.prompt, self.norm, self.read = nn.Parameter(torch.ones(2, 1, D)), nn.LayerNorm(D), nn.Linear(D, D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            joined = torch.cat([x, self.prompt], 1)
+            twice = joined * 2
+            with torch.no_grad():
+                quiet = joined.exp()
+            other = {
+                "comparison": lambda: (twice > 0)[:, :3],
+                "index": lambda: twice.argmax(-1)[:, :3, None],
+                "detached": lambda: twice.detach()[:, :3],
+                "without gradients": lambda: quiet[:, :3],
+            }[dead]()
+            out: Tensor = self.read(self.norm(joined[:, :3])) * other
+            return out
+
+    assert_same_float64(Model(), (torch.randn(2, 3, D),), {"fold": "live"})
+
+
+def test_a_join_without_gradients_gives_its_parts_none() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part, self.norm, self.read = nn.Parameter(torch.ones(2, 3, D)), nn.LayerNorm(D), nn.Linear(D, D)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            part = self.part * 2
+            with torch.no_grad():
+                joined = torch.cat([part, x], 1)
+                other = joined.exp()
+            return self.read(self.norm(x) + joined[:, :3]), other
+
+    assert_same_float64(Model(), (torch.randn(2, 3, D),), {"fold": "live"})
+
+
+@pytest.mark.parametrize(
+    "hand_on",
+    [
+        lambda x: F.dropout(x, 0.5, training=False),
+        lambda x: F.dropout(x, 0.0),
+        lambda x: F.alpha_dropout(x, 0.5, training=False),
+        lambda x: +x,
+        lambda x: x.double(),
+        lambda x: x.resolve_conj(),
+        torch.atleast_3d,
+        lambda x: torch.broadcast_tensors(x, torch.ones(D))[0],
+        lambda x: x.view(2, 5, D),
+        lambda x: x.expand(2, 5, D),
+        lambda x: x.clone(),
+    ],
+)
+def test_inputs_handed_on_where_no_gradients_are_recorded(hand_on: Callable[[Tensor], Tensor]) -> None:
+    """An op that returns its operand itself keeps its gradient; a copy or view has none."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.writes, self.norms = (
+                nn.ModuleList(nn.Linear(D, D) for _ in range(3)),
+                nn.ModuleList(nn.LayerNorm(D) for _ in range(4)),
+            )
+            self.read = nn.Linear(D, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                x = hand_on(x)
+            for norm, write in zip(self.norms, self.writes, strict=False):
+                x = x + write(torch.tanh(norm(x)))
+            out: Tensor = self.read(self.norms[3](x))
+            return out
+
+    report = assert_same_float64(Model(), (torch.randn(2, 5, D),), {"fold": "live"})
+    assert report.counts["to_rms_norm"] == 4
+
+
 class Joined(nn.Module):
     """What `use` makes of the first tokens of a concatenation, beside a norm on all of them."""
 
@@ -143,6 +225,24 @@ def test_parts_laid_out_otherwise(use: Callable[[Tensor], Tensor], part: Tensor)
     for want, got in zip(model(part, rest), compiled(part, rest), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
         assert got.stride() == want.stride()
+
+
+def test_nothing_is_left_of_dropout_in_eval() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.drop = nn.LayerNorm(D), nn.Dropout(0.1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.drop(self.norm(self.drop(x))) * 2.0
+            return out
+
+    for training in (False, True):
+        backend = EagerBackend()
+        torch._dynamo.reset()
+        torch.compile(Model().train(training), backend=backend)(torch.randn(2, 3, D))
+        left = [node for node in backend.modules[0].graph.nodes if op_name(node) == "aten::dropout"]
+        assert len(left) == (2 if training else 0)
 
 
 @pytest.mark.parametrize("asked", [torch.float32, torch.float64])
