@@ -99,7 +99,7 @@ def parse_rules(spec: str | Iterable[str], start: tuple[str, ...], where: str) -
     """
     if isinstance(spec, str):
         words = [w.strip() for w in spec.split(",") if w.strip()]
-    elif isinstance(spec, Iterable):
+    elif isinstance(spec, Iterable) and not isinstance(spec, Mapping):
         words = [str(w) for w in spec]
         if not words:
             return ()

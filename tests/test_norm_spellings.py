@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from equivalence import EagerBackend, assert_low_precision
 from norm_records import EPS, D, Parameters, assert_recomputes, centre, mean, parameters, rms, trace
-from torch import Tensor
+from torch import Tensor, nn
 
 BF16 = torch.bfloat16
 
@@ -215,6 +216,21 @@ SPELLINGS: dict[str, Case] = {
         "LayerNorm",
         affine="wb",
     ),
+    "float16 variance": Case(
+        lambda p, x: centre(x) / (x.var(-1, correction=0, keepdim=True) + EPS).sqrt(), "LayerNorm", dtype=torch.float16
+    ),
+    "float16 length": Case(
+        lambda p, x: x / x.norm(dim=-1, keepdim=True), "RMSNorm", eps=0.0, correction=D - 1, dtype=torch.float16
+    ),
+    "float16 squares": Case(
+        lambda p, x: x * (mean(x.square()) + EPS).rsqrt(), "RMSNorm", dtype=torch.float16, compute=torch.float16
+    ),
+    "factors beyond float64's squares": Case(
+        lambda p, x: x * 1e200 * (mean(x.square()) + EPS).rsqrt() * 1e-200,
+        "RMSNorm",
+        dtype=torch.float64,
+        compute=torch.float64,
+    ),
     "scalar γ": Case(lambda p, x: p["g"] * x * (mean(x.square()) + EPS).rsqrt(), "RMSNorm", affine="g"),
     "only β": Case(lambda p, x: x * (mean(x**2) + EPS).rsqrt() + p["b"], "RMSNorm", affine="b"),
     "per head, view": Case(lambda p, x: F.rms_norm(x.view(2, 3, 2, 4), (4,), None, EPS), "RMSNorm", dims=(3,)),
@@ -240,6 +256,32 @@ def test_spelling(case: Case) -> None:
     assert norm.obstacle == "" and norm.output in norm.nodes and norm.input not in norm.nodes
     assert norm.output in gm.graph.output_node().all_input_nodes
     assert_recomputes(gm, norms, *p.values(), x)
+
+
+class Lengths(nn.Module):
+    """Rows over their length, or deviation, of which the squares are beyond float16."""
+
+    def __init__(self, deviation: bool) -> None:
+        super().__init__()
+        self.deviation, self.write, self.read = deviation, nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.write(x)
+        y = y - y.mean(-1, keepdim=True)
+        scale = y.std(-1, correction=0, keepdim=True) if self.deviation else y.norm(dim=-1, keepdim=True)
+        out: Tensor = self.read(y / scale)
+        return out
+
+
+@pytest.mark.parametrize("deviation", [False, True])
+def test_ops_that_square_themselves_are_wide_inside(deviation: bool) -> None:
+    torch.manual_seed(0)
+    model = Lengths(deviation)
+    with torch.no_grad():
+        model.write.bias[1] += 600.0
+    backend = EagerBackend()
+    assert_low_precision(model, [(torch.randn(8, 16, D),) for _ in range(4)], backend, torch.float16)
+    assert len(backend.report.sites) == 1
 
 
 # ---------------------------------------------------------------- look-alikes

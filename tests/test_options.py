@@ -46,6 +46,7 @@ def test_environment_changes_the_rules_given() -> None:
         ({"rule": "all"}, {}, ["option 'rule'", "rules", "fold", "lowering"]),
         ({"rules": "pre_rms"}, {}, ["rule 'pre_rms'", *RULE_NAMES, "default"]),
         ({"rules": 3}, {}, ["options['rules']", "int"]),
+        ({"rules": {"all": 1}}, {}, ["options['rules']", "dict"]),
         ({"fold": "frosen"}, {}, ["value 'frosen'", "auto", "live"]),
         ({"lowering": "cuda"}, {}, ["value 'cuda'", "auto", "inductor"]),
         ({"strict": "yes"}, {}, ["options['strict']", "True or False"]),

@@ -34,11 +34,11 @@ def inductor_options(mode: str | None, options: Mapping[str, Any]) -> dict[str, 
     if mode is not None and mode != "default":
         modes = torch._inductor.list_mode_options()  # private; torch 2.11 to 2.15
         if mode not in modes:
-            raise OptionError.unknown("mode", mode, ("default", *modes), "mode")
+            raise OptionError.unknown("mode", mode, tuple({"default": None, **modes}), "torch.compile")
         patches.update(modes[mode])
     known = set(torch._inductor.list_options())
     for key, given in options.items():
-        name = key.replace("-", "_")
+        name = str(key).replace("-", "_")
         if name not in known:
             raise OptionError(
                 f"normfx: unknown Inductor option {key!r} in options['inductor']; see torch._inductor.list_options()"

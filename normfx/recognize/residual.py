@@ -3,6 +3,7 @@ norm before the add (sandwich norms)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, TypeAlias
 
@@ -56,7 +57,7 @@ def _residual(
 ) -> Residual:
     alpha = arguments(add)["alpha"]
     code, detail = _obstacle(norm, add, terms, barred, modes)
-    if code or not isinstance(alpha, int | float):
+    if code or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         return Residual(norm, add, "other", 1.0, obstacle=code or "broadcast", detail=detail)
     alpha = alpha * _ADDS[op_name(add)]
     roles = [pair for pair in (_ROLES if alpha == 1.0 else _ROLES[:1]) if _alike(terms[pair[1]], add)]
