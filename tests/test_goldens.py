@@ -79,6 +79,7 @@ class Goldens(TestCase):
             """\
 layer_norm: 5, rms_norm: 0, to_rms_norm: 5, fold_affine: 5, fuse_residual_norm: 4, pre_rms_norm: 5, centrings: 0, folds: 20, graphs: 1, graph_breaks: 0
 model.transformer.h.0.ln_1  LayerNorm  pre_rms_norm, fold_affine
+  fuse_residual_norm refused (broadcast): the sum is not of two values of its own shape and dtype: embedding_1
 model.transformer.h.0.ln_2  LayerNorm  pre_rms_norm, fold_affine, fuse_residual_norm
 model.transformer.h.1.ln_1  LayerNorm  pre_rms_norm, fold_affine, fuse_residual_norm
 model.transformer.h.1.ln_2  LayerNorm  pre_rms_norm, fold_affine, fuse_residual_norm
@@ -95,48 +96,43 @@ graph 0: predicted bytes a call: pre_rms_norm 46,080 to 35,328, fold_affine 15,3
 %3 = embedding(model.transformer.wpe.weight, %4): f32[1, 12, 32]
 %5 = center(%3, dim=2): f32[1, 12, 32]
 %6 = add(%2, %5): f32[2, 12, 32]
-%7 = dropout(%6, 0, False): f32[2, 12, 32]
-%8 = rms_norm(%7, dim=2, eps=1e-05): f32[2, 12, 32]  # model.transformer.h.0.ln_1
-%9 = fold_shift(model.transformer.h.0.attn.c_attn.weight, model.transformer.h.0.ln_1.bias, bias=model.transformer.h.0.attn.c_attn.bias, dim=0): f32[96]
-%10 = scale_features(model.transformer.h.0.attn.c_attn.weight, model.transformer.h.0.ln_1.weight, dim=0): f32[32, 96]
-%11 = addmm(%9, %12, %10): f32[24, 96]
-%13 = center(model.transformer.h.0.attn.c_proj.bias, dim=0): f32[32]
-%14 = center(model.transformer.h.0.attn.c_proj.weight, dim=1): f32[32, 32]
-%15 = addmm(%13, %16, %14): f32[24, 32]
-%17 = dropout(%18, 0, False): f32[2, 12, 32]
-%19, %20 = add_rms_norm(%17, %7, dim=2, eps=1e-05): f32[2, 12, 32], f32[2, 12, 32]  # model.transformer.h.0.ln_2
-%21 = fold_shift(model.transformer.h.0.mlp.c_fc.weight, model.transformer.h.0.ln_2.bias, bias=model.transformer.h.0.mlp.c_fc.bias, dim=0): f32[128]
-%22 = scale_features(model.transformer.h.0.mlp.c_fc.weight, model.transformer.h.0.ln_2.weight, dim=0): f32[32, 128]
-%23 = addmm(%21, %24, %22): f32[24, 128]
-%25 = add(%26, %27): f32[2, 12, 128]
-%28 = add(%29, 1): f32[2, 12, 128]
-%30 = center(model.transformer.h.0.mlp.c_proj.bias, dim=0): f32[32]
-%31 = center(model.transformer.h.0.mlp.c_proj.weight, dim=1): f32[128, 32]
-%32 = addmm(%30, %33, %31): f32[24, 32]
-%34 = dropout(%35, 0, False): f32[2, 12, 32]
-%36, %37 = add_rms_norm(%20, %34, dim=2, eps=1e-05): f32[2, 12, 32], f32[2, 12, 32]  # model.transformer.h.1.ln_1
-%38 = fold_shift(model.transformer.h.1.attn.c_attn.weight, model.transformer.h.1.ln_1.bias, bias=model.transformer.h.1.attn.c_attn.bias, dim=0): f32[96]
-%39 = scale_features(model.transformer.h.1.attn.c_attn.weight, model.transformer.h.1.ln_1.weight, dim=0): f32[32, 96]
-%40 = addmm(%38, %41, %39): f32[24, 96]
-%42 = center(model.transformer.h.1.attn.c_proj.bias, dim=0): f32[32]
-%43 = center(model.transformer.h.1.attn.c_proj.weight, dim=1): f32[32, 32]
-%44 = addmm(%42, %45, %43): f32[24, 32]
-%46 = dropout(%47, 0, False): f32[2, 12, 32]
-%48, %49 = add_rms_norm(%46, %37, dim=2, eps=1e-05): f32[2, 12, 32], f32[2, 12, 32]  # model.transformer.h.1.ln_2
-%50 = fold_shift(model.transformer.h.1.mlp.c_fc.weight, model.transformer.h.1.ln_2.bias, bias=model.transformer.h.1.mlp.c_fc.bias, dim=0): f32[128]
-%51 = scale_features(model.transformer.h.1.mlp.c_fc.weight, model.transformer.h.1.ln_2.weight, dim=0): f32[32, 128]
-%52 = addmm(%50, %53, %51): f32[24, 128]
-%54 = add(%55, %56): f32[2, 12, 128]
-%57 = add(%58, 1): f32[2, 12, 128]
-%59 = center(model.transformer.h.1.mlp.c_proj.bias, dim=0): f32[32]
-%60 = center(model.transformer.h.1.mlp.c_proj.weight, dim=1): f32[128, 32]
-%61 = addmm(%59, %62, %60): f32[24, 32]
-%63 = dropout(%64, 0, False): f32[2, 12, 32]
-%65 = add_rms_norm(%49, %63, dim=2, eps=1e-05): f32[2, 12, 32]  # model.transformer.ln_f
-%66 = fold_shift(model.transformer.wte.weight, model.transformer.ln_f.bias, dim=1): f32[100]
-%67 = scale_features(model.transformer.wte.weight, model.transformer.ln_f.weight, dim=1): f32[100, 32]
-%68 = linear(%69, %67, %66): f32[2, 12, 100]
-return [%68]
+%7 = rms_norm(%6, dim=2, eps=1e-05): f32[2, 12, 32]  # model.transformer.h.0.ln_1
+%8 = fold_shift(model.transformer.h.0.attn.c_attn.weight, model.transformer.h.0.ln_1.bias, bias=model.transformer.h.0.attn.c_attn.bias, dim=0): f32[96]
+%9 = scale_features(model.transformer.h.0.attn.c_attn.weight, model.transformer.h.0.ln_1.weight, dim=0): f32[32, 96]
+%10 = addmm(%8, %11, %9): f32[24, 96]
+%12 = center(model.transformer.h.0.attn.c_proj.bias, dim=0): f32[32]
+%13 = center(model.transformer.h.0.attn.c_proj.weight, dim=1): f32[32, 32]
+%14 = addmm(%12, %15, %13): f32[24, 32]
+%16, %17 = add_rms_norm(%18, %6, dim=2, eps=1e-05): f32[2, 12, 32], f32[2, 12, 32]  # model.transformer.h.0.ln_2
+%19 = fold_shift(model.transformer.h.0.mlp.c_fc.weight, model.transformer.h.0.ln_2.bias, bias=model.transformer.h.0.mlp.c_fc.bias, dim=0): f32[128]
+%20 = scale_features(model.transformer.h.0.mlp.c_fc.weight, model.transformer.h.0.ln_2.weight, dim=0): f32[32, 128]
+%21 = addmm(%19, %22, %20): f32[24, 128]
+%23 = add(%24, %25): f32[2, 12, 128]
+%26 = add(%27, 1): f32[2, 12, 128]
+%28 = center(model.transformer.h.0.mlp.c_proj.bias, dim=0): f32[32]
+%29 = center(model.transformer.h.0.mlp.c_proj.weight, dim=1): f32[128, 32]
+%30 = addmm(%28, %31, %29): f32[24, 32]
+%32, %33 = add_rms_norm(%17, %34, dim=2, eps=1e-05): f32[2, 12, 32], f32[2, 12, 32]  # model.transformer.h.1.ln_1
+%35 = fold_shift(model.transformer.h.1.attn.c_attn.weight, model.transformer.h.1.ln_1.bias, bias=model.transformer.h.1.attn.c_attn.bias, dim=0): f32[96]
+%36 = scale_features(model.transformer.h.1.attn.c_attn.weight, model.transformer.h.1.ln_1.weight, dim=0): f32[32, 96]
+%37 = addmm(%35, %38, %36): f32[24, 96]
+%39 = center(model.transformer.h.1.attn.c_proj.bias, dim=0): f32[32]
+%40 = center(model.transformer.h.1.attn.c_proj.weight, dim=1): f32[32, 32]
+%41 = addmm(%39, %42, %40): f32[24, 32]
+%43, %44 = add_rms_norm(%45, %33, dim=2, eps=1e-05): f32[2, 12, 32], f32[2, 12, 32]  # model.transformer.h.1.ln_2
+%46 = fold_shift(model.transformer.h.1.mlp.c_fc.weight, model.transformer.h.1.ln_2.bias, bias=model.transformer.h.1.mlp.c_fc.bias, dim=0): f32[128]
+%47 = scale_features(model.transformer.h.1.mlp.c_fc.weight, model.transformer.h.1.ln_2.weight, dim=0): f32[32, 128]
+%48 = addmm(%46, %49, %47): f32[24, 128]
+%50 = add(%51, %52): f32[2, 12, 128]
+%53 = add(%54, 1): f32[2, 12, 128]
+%55 = center(model.transformer.h.1.mlp.c_proj.bias, dim=0): f32[32]
+%56 = center(model.transformer.h.1.mlp.c_proj.weight, dim=1): f32[128, 32]
+%57 = addmm(%55, %58, %56): f32[24, 32]
+%59 = add_rms_norm(%44, %60, dim=2, eps=1e-05): f32[2, 12, 32]  # model.transformer.ln_f
+%61 = fold_shift(model.transformer.wte.weight, model.transformer.ln_f.bias, dim=1): f32[100]
+%62 = scale_features(model.transformer.wte.weight, model.transformer.ln_f.weight, dim=1): f32[100, 32]
+%63 = linear(%64, %62, %61): f32[2, 12, 100]
+return [%63]
 """,
         )
 
@@ -163,31 +159,28 @@ graph 0: predicted bytes a call: pre_rms_norm 39,168 to 26,112, fold_affine 8,70
 %5 = cat([%3, %6], 1): f32[2, 17, 32]
 %7 = center(model.embeddings.position_embeddings, dim=2): f32[1, 17, 32]
 %8 = add(%5, %7): f32[2, 17, 32]
-%9 = dropout(%8, 0, False): f32[2, 17, 32]
-%10 = rms_norm(%9, dim=2, eps=1e-12): f32[2, 17, 32]  # model.layers.0.layernorm_before
-%11 = fold_shift(model.layers.0.attention.q_proj.weight, model.layers.0.layernorm_before.bias, bias=model.layers.0.attention.q_proj.bias, dim=1): f32[32]
-%12 = scale_features(model.layers.0.attention.q_proj.weight, model.layers.0.layernorm_before.weight, dim=1): f32[32, 32]
-%13 = linear(%10, %12, %11): f32[2, 17, 32]
-%14 = fold_shift(model.layers.0.attention.k_proj.weight, model.layers.0.layernorm_before.bias, bias=model.layers.0.attention.k_proj.bias, dim=1): f32[32]
-%15 = scale_features(model.layers.0.attention.k_proj.weight, model.layers.0.layernorm_before.weight, dim=1): f32[32, 32]
-%16 = linear(%10, %15, %14): f32[2, 17, 32]
-%17 = fold_shift(model.layers.0.attention.v_proj.weight, model.layers.0.layernorm_before.bias, bias=model.layers.0.attention.v_proj.bias, dim=1): f32[32]
-%18 = scale_features(model.layers.0.attention.v_proj.weight, model.layers.0.layernorm_before.weight, dim=1): f32[32, 32]
-%19 = linear(%10, %18, %17): f32[2, 17, 32]
-%20 = center(model.layers.0.attention.o_proj.weight, dim=0): f32[32, 32]
-%21 = center(model.layers.0.attention.o_proj.bias, dim=0): f32[32]
-%22 = linear(%23, %20, %21): f32[2, 17, 32]
-%24 = dropout(%22, 0, False): f32[2, 17, 32]
-%25, %26 = add_rms_norm(%24, %9, dim=2, eps=1e-12): f32[2, 17, 32], f32[2, 17, 32]  # model.layers.0.layernorm_after
-%27 = fold_shift(model.layers.0.mlp.fc1.weight, model.layers.0.layernorm_after.bias, bias=model.layers.0.mlp.fc1.bias, dim=1): f32[64]
-%28 = scale_features(model.layers.0.mlp.fc1.weight, model.layers.0.layernorm_after.weight, dim=1): f32[64, 32]
-%29 = linear(%25, %28, %27): f32[2, 17, 64]
-%30 = center(model.layers.0.mlp.fc2.weight, dim=0): f32[32, 64]
-%31 = center(model.layers.0.mlp.fc2.bias, dim=0): f32[32]
-%32 = linear(%33, %30, %31): f32[2, 17, 32]
-%34 = dropout(%32, 0, False): f32[2, 17, 32]
-%35 = add_rms_norm(%34, %26, model.layernorm.weight, bias=model.layernorm.bias, dim=2, eps=1e-12): f32[2, 17, 32]  # model.layernorm
-return [%35]
+%9 = rms_norm(%8, dim=2, eps=1e-12): f32[2, 17, 32]  # model.layers.0.layernorm_before
+%10 = fold_shift(model.layers.0.attention.q_proj.weight, model.layers.0.layernorm_before.bias, bias=model.layers.0.attention.q_proj.bias, dim=1): f32[32]
+%11 = scale_features(model.layers.0.attention.q_proj.weight, model.layers.0.layernorm_before.weight, dim=1): f32[32, 32]
+%12 = linear(%9, %11, %10): f32[2, 17, 32]
+%13 = fold_shift(model.layers.0.attention.k_proj.weight, model.layers.0.layernorm_before.bias, bias=model.layers.0.attention.k_proj.bias, dim=1): f32[32]
+%14 = scale_features(model.layers.0.attention.k_proj.weight, model.layers.0.layernorm_before.weight, dim=1): f32[32, 32]
+%15 = linear(%9, %14, %13): f32[2, 17, 32]
+%16 = fold_shift(model.layers.0.attention.v_proj.weight, model.layers.0.layernorm_before.bias, bias=model.layers.0.attention.v_proj.bias, dim=1): f32[32]
+%17 = scale_features(model.layers.0.attention.v_proj.weight, model.layers.0.layernorm_before.weight, dim=1): f32[32, 32]
+%18 = linear(%9, %17, %16): f32[2, 17, 32]
+%19 = center(model.layers.0.attention.o_proj.weight, dim=0): f32[32, 32]
+%20 = center(model.layers.0.attention.o_proj.bias, dim=0): f32[32]
+%21 = linear(%22, %19, %20): f32[2, 17, 32]
+%23, %24 = add_rms_norm(%21, %8, dim=2, eps=1e-12): f32[2, 17, 32], f32[2, 17, 32]  # model.layers.0.layernorm_after
+%25 = fold_shift(model.layers.0.mlp.fc1.weight, model.layers.0.layernorm_after.bias, bias=model.layers.0.mlp.fc1.bias, dim=1): f32[64]
+%26 = scale_features(model.layers.0.mlp.fc1.weight, model.layers.0.layernorm_after.weight, dim=1): f32[64, 32]
+%27 = linear(%23, %26, %25): f32[2, 17, 64]
+%28 = center(model.layers.0.mlp.fc2.weight, dim=0): f32[32, 64]
+%29 = center(model.layers.0.mlp.fc2.bias, dim=0): f32[32]
+%30 = linear(%31, %28, %29): f32[2, 17, 32]
+%32 = add_rms_norm(%30, %24, model.layernorm.weight, bias=model.layernorm.bias, dim=2, eps=1e-12): f32[2, 17, 32]  # model.layernorm
+return [%32]
 """,
         )
 
