@@ -193,6 +193,32 @@ def test_norm_output_is_contiguous(stored: bool) -> None:
     assert report.counts["to_rms_norm"] == 1 and ("crms_norm" in report.sites[0].rules) == stored
 
 
+@pytest.mark.parametrize("where", [False, True])
+def test_numbers_of_the_graph_are_dropped(where: bool) -> None:
+    """The length, which is one number for all features, leaves a centred stream like any other constant."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.write, self.read = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+            self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(2))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.table(ids)
+            x = torch.where(ids[..., None] > 4, x, ids.shape[1]) if where else x + ids.shape[1]
+            x = x + self.write(torch.tanh(self.norms[0](x)))
+            out: Tensor = self.read(self.norms[1](x))
+            return out
+
+    model, backend = Model().double(), EagerBackend()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+    for length in (3, 7, 5):
+        ids = torch.arange(2 * length).reshape(2, length)
+        torch.testing.assert_close(compiled(ids), model(ids), rtol=1e-12, atol=1e-12)
+    assert len(backend.graphs) == 1 and backend.report.counts["to_rms_norm"] == 2
+
+
 def test_norm_output_is_contiguous_at_any_size() -> None:
     model, backend = Patches(True).double(), EagerBackend()
     compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
