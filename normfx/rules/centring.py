@@ -89,7 +89,7 @@ def pieces(stream: Stream) -> Iterator[Stream]:
     if rest:
         paid = {leaf.node for leaf in stream.part(chosen).leaves}
         unpaid = stream.part(rest)
-        yield replace(unpaid, leaves=tuple(leaf for leaf in unpaid.leaves if leaf.node not in paid))
+        yield replace(unpaid, leaves=tuple(leaf for leaf in unpaid.leaves if leaf.node not in paid), left=True)
 
 
 def cost(stream: Stream) -> Cost:
@@ -130,11 +130,12 @@ def guard(stream: Stream) -> Iterator[tuple[str, str, tuple[Node, ...]]]:
         nodes = tuple(leaf.node for leaf in blocked if leaf.obstacle == code)
         yield code, ", ".join(node.name for node in nodes), nodes
     price = cost(stream)
-    if blocked or _pays(price, stream):
+    if blocked or (_pays(price, stream) and not stream.left):
         return
     explicit = [leaf for leaf in stream.leaves if leaf.explicit]
     weights = [weight for leaf in stream.leaves for weight in _live(leaf, stream)]
-    if _pays(Cost(price.before, price.after - _total(stream, set(stream.leaves) - set(explicit))), stream):
+    live = _total(stream, set(stream.leaves) - set(explicit))
+    if not explicit or _pays(Cost(price.before, price.after - live), stream):
         size = size_hint(total(entries(shape(w)) for w in weights), _nodes(stream))
         rows = size_hint(total(entries(shape(norm.input)) for norm in stream.norms), _nodes(stream))
         yield "live_weights", f"{len(weights)} weights of {size} entries, {rows} normalised", tuple(weights)
