@@ -1,4 +1,4 @@
-"""Equal forms of a canonical graph in which less is read of more values."""
+"""Equal forms of a canonical graph in which less is computed, and less is read of more values."""
 
 from __future__ import annotations
 
@@ -21,8 +21,6 @@ from normfx.ir.graph import (
 )
 
 _JOINS = frozenset({"aten::cat", "aten::concat", "aten::concatenate"})
-
-
 _CASTS = frozenset({"aten::to.dtype", "aten::to.dtype_layout", "aten::to.device", "aten::to.other", "aten::type_as"})
 
 
