@@ -188,8 +188,11 @@ def _encoder(norm_first: bool = True) -> nn.Module:
 
 
 CASES = (
-    Case("gpt2", "transformers", _gpt2(attn_implementation="sdpa"), _text, 5, 0, 5, 5),
-    Case("gpt2 eager attention", "transformers", _gpt2(attn_implementation="eager"), _text, 5, 0, 5, 5),
+    Case("gpt2", "transformers", _gpt2(attn_implementation="sdpa"), _text, 5, 0, 5, 5, 0, frozenset({"broadcast"})),
+    Case(
+        "gpt2 eager attention", "transformers", _gpt2(attn_implementation="eager"), _text, 5, 0, 5, 5, 0,
+        frozenset({"broadcast"}),
+    ),
     Case("gpt_neox parallel", "transformers", _causal("GPTNeoXForCausalLM", "GPTNeoXConfig"), _text, 5, 0, 5, 5),
     Case(
         "gpt_neox serial", "transformers",
@@ -232,11 +235,14 @@ CASES = (
         _causal("BloomForCausalLM", "BloomConfig", n_layer=2, n_head=4), _text, 6, 0, 6, 5, 1,
         frozenset({"reader_not_linear"}),
     ),
-    Case("whisper", "transformers", _whisper, lambda: (_floats(2, 8, 32), _ids(2, 6)), 12, 0, 12, 12, 1),
+    Case(
+        "whisper", "transformers", _whisper, lambda: (_floats(2, 8, 32), _ids(2, 6)), 12, 0, 12, 12, 1,
+        frozenset({"broadcast"}),
+    ),
     Case(
         "bert post-norm", "transformers",
         _hf("BertModel", "BertConfig", "last_hidden_state", {"add_pooling_layer": False}, **TEXT), _text, 5, 0, 1, 0, 0,
-        frozenset({"uncentred_input", "observed", "reader_not_linear", "returned"}),
+        frozenset({"uncentred_input", "reader_not_linear", "returned"}),
     ),
     Case("llama", "transformers", _causal("LlamaForCausalLM", "LlamaConfig"), _text, 0, 5, 0, 5),
     Case(

@@ -205,6 +205,8 @@ def _compute_dtype(rows: Rows, nodes: frozenset[Node]) -> torch.dtype:
     for node in rows.forms:
         if node in nodes and op_name(node) in REDUCTIONS:
             form = rows.forms[node]
+            if isinstance(form, tuple) and all(user.args[1] != 0 for user in node.users if user in nodes):
+                continue  # var_mean for its mean alone
             first = form[0] if isinstance(form, tuple) else form
             if not algebra.proportional(first.poly, M) and first.poly.number is None:
                 val = node.meta["val"]
