@@ -48,6 +48,7 @@ def load(folder: Path) -> dict[str, Any]:
     return loaded
 
 
+@pytest.mark.slow
 def test_run_and_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("--models", "test_bench:tiny", "--task", "forward,training", "--variants", "eager,inductor,normfx")
     assert bench(tmp_path, *arguments) == 0
@@ -141,6 +142,7 @@ def test_numbers() -> None:
     assert relative_error([torch.tensor([3.0, 0.5]), torch.tensor([4.0])], exact) == pytest.approx(0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
 def test_memory_is_that_of_a_process_of_its_own() -> None:
     ballast = torch.ones(256 * 2**20)  # 1 GiB here, which a child's ru_maxrss would begin with

@@ -126,7 +126,7 @@ def test_library_models(name: str) -> None:
     ("call", "partition"),
     [
         (checkpointed, min_cut_rematerialization_partition),
-        (inside, min_cut_rematerialization_partition),
+        pytest.param(inside, min_cut_rematerialization_partition, marks=pytest.mark.slow),
         pytest.param(checkpointed, default_partition, marks=pytest.mark.slow),
     ],
 )

@@ -111,7 +111,7 @@ def test_all_models(name: str, basis: str, width: str, norms: int) -> None:
     _check(name, basis, width, norms)
 
 
-@pytest.mark.parametrize(("name", "norms"), [("ViT", 5), ("Dinov2", 0)])
+@pytest.mark.parametrize(("name", "norms"), [pytest.param("ViT", 5, marks=pytest.mark.slow), ("Dinov2", 0)])
 def test_classifiers(name: str, norms: int) -> None:
     """ViT's head reads its last norm. DINOv2's reads two rows side by side: no linear over the norm's features."""
     torch.manual_seed(0)

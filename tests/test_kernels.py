@@ -70,13 +70,16 @@ def forms(width: int, dtype: str) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "dtype", ["float32", *(pytest.param(d, marks=pytest.mark.slow) for d in ("bfloat16", "float16"))]
+)
 def test_float64(dtype: str) -> None:
     check([{"spec": form, "shape": [3]} for width in WIDTHS if width <= 1024 for form in forms(width, dtype)])
 
 
+@pytest.mark.slow
 def test_wide_rows() -> None:
-    """Of each width some forms; the marker `slow` has the others."""
+    """Of each width some forms."""
     wide = [w for w in WIDTHS if w > 1024]
     check(
         [
@@ -108,7 +111,7 @@ def test_many_wide_rows(width: int) -> None:
     check([{"spec": forms(width, "bfloat16")[3], "shape": [257]}])
 
 
-@pytest.mark.parametrize("width", [1, 127, 1024])
+@pytest.mark.parametrize("width", [1, 127, pytest.param(1024, marks=pytest.mark.slow)])
 def test_shapes(width: int) -> None:
     """No rows, one row, one to four dimensions, and rows that do not lie side by side."""
     shapes: list[list[int]] = [[0], [1], [], [2, 3], [2, 1, 3], [0, 3]]
@@ -118,7 +121,7 @@ def test_shapes(width: int) -> None:
     check(cases)
 
 
-@pytest.mark.parametrize("width", [128, 1023, 20000])
+@pytest.mark.parametrize("width", [128, 1023, pytest.param(20000, marks=pytest.mark.slow)])
 def test_hard_values(width: int) -> None:
     """A mean of a thousand deviations, rows of zeros with and without ε; infinities and NaN as eager has them."""
     affine = {"weight": "float32", "bias": "float32"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import pytest
 import torch
 from equivalence import EagerBackend, assert_low_precision, assert_same_float64, transformed
@@ -10,11 +12,17 @@ from models import CASES, Case, named
 from normfx.backend import listening
 from normfx.report import GraphReport, Report
 
+QUICK = {
+    "gpt2", "gpt_neox parallel", "opt", "dinov2", "timm vit", "torchvision vit", "encoder", "bloom", "whisper",
+    "bert post-norm", "llama", "t5",
+}  # fmt: skip
+"""The other models are `slow`."""
+LOW = {"gpt2", "timm vit", "encoder", "whisper", "llama"}
 
-@pytest.fixture(params=CASES, ids=lambda c: c.name.replace(" ", "-"))
-def case(request: pytest.FixtureRequest) -> Case:
-    found: Case = request.param
-    return found
+
+def _cases(quick: Collection[str]) -> pytest.MarkDecorator:
+    marked = [(c, () if c.name in quick else (pytest.mark.slow,)) for c in CASES]
+    return pytest.mark.parametrize("case", [pytest.param(c, id=c.name.replace(" ", "-"), marks=m) for c, m in marked])
 
 
 def _assert_expected(case: Case, report: Report) -> None:
@@ -29,11 +37,13 @@ def _assert_expected(case: Case, report: Report) -> None:
     )  # torch frames are hidden
 
 
+@_cases(QUICK)
 def test_decisions_and_float64(case: Case) -> None:
     report = assert_same_float64(case.make(), case.inputs(), promoted=case.promoted)
     _assert_expected(case, report)
 
 
+@_cases(LOW)
 @pytest.mark.parametrize(
     "dtype",
     [pytest.param(torch.float32, marks=pytest.mark.slow, id="float32"), pytest.param(torch.bfloat16, id="bfloat16")],
@@ -75,7 +85,9 @@ def test_generate_token_by_token() -> None:
     assert sum(Report((g,)).counts["to_rms_norm"] for g in graphs) >= 5
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "opt"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "opt", *(pytest.param(n, marks=pytest.mark.slow) for n in ("llama", "gemma2"))]
+)
 def test_dynamic_lengths(name: str) -> None:
     """One graph for all lengths, the same decisions as with static shapes."""
     pytest.importorskip("transformers")
@@ -91,6 +103,7 @@ def test_dynamic_lengths(name: str) -> None:
 
 
 @pytest.mark.slow
+@_cases(())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_low_precision_under_inductor(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NORMFX_STRICT", "1")

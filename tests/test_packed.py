@@ -59,7 +59,7 @@ def test_next_call_after_a_write(name: str) -> None:
     check(call, model)
 
 
-QUICK = {"gpt2", "torchvision vit", "whisper", "llama"}
+QUICK = {"gpt2", "torchvision vit"}
 SOME = [pytest.param(c, id=c.name.replace(" ", "-"), marks=[] if c.name in QUICK else pytest.mark.slow) for c in CASES]
 
 

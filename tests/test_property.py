@@ -25,7 +25,7 @@ def _check(steps: tuple[Step, ...], options: dict[str, str] | None = None) -> No
         assert site.rules or site.refusals
 
 
-@settings(max_examples=25, **QUIET)
+@settings(max_examples=15, **QUIET)
 @given(programs())
 @example((("post_norm", 0), ("number", 0), ("branch", 0)))  # a centring between a norm and its multiple
 def test_random_residual_networks(steps: tuple[Step, ...]) -> None:

@@ -20,6 +20,11 @@ from normfx.report import SiteReport
 PROMOTED = {"B3 olmo2", "B13 qwen3", "D7 mixtral", "granite", "cohere"}
 """Models that ask for float32 by name."""
 QUICK = {"B2 mix", "B3 peri", "B4 hybrid", "B6 magneto", "B7 deepnorm", "B14 scale norm", "D7 experts", "D8 adapters"}
+SLOW = {
+    "B1 bert", "B11 swin v2", "B13 qwen3", "B15 deit-iii", "B15 beit", "B15 cait", "B18 clip", "B18 mbart", "D7 mixtral",
+    "D8 ia3", "D8 prompts", "E4 eva-02", "E5 mixer", "E5 pvt v2", "E5 tsmixer", "cohere", "granite",
+}  # fmt: skip
+"""Those whose decisions are `slow` too."""
 TRAINED = {"B16 drop path"}
 """Models in training mode."""
 OF_ANY_LENGTH = ("B10 depth", "B16 exits", "D7 experts", "D8 adapters", "E4 pruned")
@@ -68,7 +73,10 @@ def _refused(site: SiteReport) -> str:
 ALL = [pytest.param(row, marks=[] if row in QUICK else pytest.mark.slow, id=row.replace(" ", "-")) for row in ROWS]
 
 
-@pytest.mark.parametrize("row", [pytest.param(row, id=row.replace(" ", "-")) for row in ROWS if row != "E5 pvt v2"])
+DECIDED = [pytest.param(row, id=row.replace(" ", "-"), marks=[pytest.mark.slow] if row in SLOW else []) for row in ROWS]
+
+
+@pytest.mark.parametrize("row", DECIDED)
 def test_decisions(row: str) -> None:
     model, inputs = built(row)
     _, report = transformed(model, inputs)
