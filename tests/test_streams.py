@@ -21,8 +21,8 @@ PROMOTED = {"B3 olmo2", "B13 qwen3", "D7 mixtral", "granite", "cohere"}
 """Models that ask for float32 by name."""
 QUICK = {"B2 mix", "B3 peri", "B4 hybrid", "B6 magneto", "B7 deepnorm", "B14 scale norm", "D7 experts", "D8 adapters"}
 SLOW = {
-    "B1 bert", "B11 swin v2", "B13 qwen3", "B15 deit-iii", "B15 beit", "B15 cait", "B18 clip", "B18 mbart", "D7 mixtral",
-    "D8 ia3", "D8 prompts", "E4 eva-02", "E5 mixer", "E5 pvt v2", "E5 tsmixer", "cohere", "granite",
+    "B1 bert", "B11 swin v2", "B13 qwen3", "B15 deit-iii", "B15 beit", "B15 cait", "B18 clip", "B18 mbart",
+    "D7 mixtral", "D8 ia3", "D8 prompts", "E4 eva-02", "E5 mixer", "E5 pvt v2", "E5 tsmixer", "cohere", "granite",
 }  # fmt: skip
 """Those whose decisions are `slow` too."""
 TRAINED = {"B16 drop path"}
