@@ -33,6 +33,7 @@ RIGHT = {"normfx", "normfx-op", "eager", "writes-into-grad"}
 NAMES = ",".join(sorted((RIGHT | WRONG | {"no-such-norm", "not-installed"}) - {"normfx", "normfx-op"}))
 
 
+@pytest.mark.slow
 def test_results_are_checked(tmp_path: Path) -> None:
     """The generated kernels, really run, are right in all norms, forward and backward, in rows that fill a block and
     rows that do not; every rival of wrong_rivals.py that is wrong is found out."""

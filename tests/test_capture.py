@@ -109,7 +109,7 @@ def gpt2(attention: str) -> nn.Module:
     return transformers.GPT2LMHeadModel(config).double()
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("training", [True, False])
 def test_gpt2(attention: str, training: bool) -> None:
     model = gpt2(attention).train(training)

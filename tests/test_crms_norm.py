@@ -167,7 +167,7 @@ def test_packed_readers_stay_packed() -> None:
     assert [r.code for r in site.refusals if r.rule == "crms_norm"] == ["packed_weight"]
 
 
-@pytest.mark.parametrize("fold", ["auto", "frozen"])
+@pytest.mark.parametrize("fold", [pytest.param("auto", marks=pytest.mark.slow), "frozen"])
 def test_under_inductor(fold: str) -> None:
     """Kept and frozen folds, a changed parameter, and rows of any number."""
     model = Stack(d=16, layers=1)

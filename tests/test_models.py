@@ -14,7 +14,7 @@ from normfx.report import GraphReport, Report
 
 QUICK = {
     "gpt2", "gpt_neox parallel", "opt", "dinov2", "timm vit", "torchvision vit", "encoder", "bloom", "whisper",
-    "bert post-norm", "llama", "t5",
+    "bert post-norm", "llama",
 }  # fmt: skip
 """The other models are `slow`."""
 LOW = {"gpt2", "timm vit", "encoder", "whisper", "llama"}

@@ -37,7 +37,7 @@ def _check_compressed(steps: tuple[Step, ...]) -> None:
     _check(steps, {"rules": "default,+crms_norm", "crms_basis": basis, "crms_width": "exact", "fold": "live"})
 
 
-@settings(max_examples=15, **QUIET)
+@settings(max_examples=8, **QUIET)
 @given(programs())
 @example((("branch", 0), ("head_write", 0), ("branch", 0)))  # a writer that reads a norm, and takes its γ
 def test_random_compressed_streams(steps: tuple[Step, ...]) -> None:
