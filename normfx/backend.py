@@ -19,8 +19,9 @@ from normfx.capture import Captured, capture
 from normfx.compression import stored
 from normfx.errors import NormfxError, NormfxWarning, StageError, stage_warning
 from normfx.ir import ops
-from normfx.ir.aliasing import functionalize_local, mutated
+from normfx.ir.aliasing import mutated
 from normfx.ir.cleanup import drop_dead_code
+from normfx.ir.functionalize import functionalize_local
 from normfx.ir.fusion import centres_output
 from normfx.ir.names import module_path, source_line
 from normfx.ir.printer import print_graph

@@ -16,7 +16,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from normfx.capture import capture
-from normfx.ir.aliasing import functionalize_local, mutated
+from normfx.ir.aliasing import mutated
+from normfx.ir.functionalize import functionalize_local
 from normfx.ir.verify import verify
 
 aten = torch.ops.aten

@@ -22,7 +22,7 @@ FLOORS = (
     ("kernels",),
     ("ir.ops", "ir.graph", "ir.regions", "ir.names", "ir.cleanup"),
     ("ir.sites", "ir.aliasing", "ir.expand", "ir.sources", "ir.recompute"),
-    ("ir.fused_ops", "ir.simplify", "ir.verify", "ir.printer", "ir.inline", "ir.calls"),
+    ("ir.fused_ops", "ir.functionalize", "ir.simplify", "ir.verify", "ir.printer", "ir.inline", "ir.calls"),
     ("ir.fusion", "ir.resize"),
     ("capture", "specialize"),
     ("recognize.axes", "recognize.algebra", "recognize.barriers"),
@@ -82,6 +82,7 @@ PRIVATE_ROOMS = frozenset(
         "lower.packed",
         "lower.verified",
         "ir.aliasing",
+        "ir.functionalize",
         "ir.expand",
         "ir.sources",
     }

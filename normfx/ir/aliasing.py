@@ -1,26 +1,24 @@
 """Which values of a canonical graph share storage, and what is written in place.
 
-An in-place write is a barrier: a consumer may not move a read of the value across it. `functionalize_local`
-removes the barriers that are not needed (`x += f(x)` on a value nobody else sees), `mutated` names the rest.
+An in-place write is a barrier: a consumer may not move a read of the value across it. `mutated` names those that
+ir/functionalize.py leaves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator, OpOverload
-from torch._subclasses import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
-from normfx.ir.regions import attribute, carried, replayed_modes, target_name
+from normfx.ir.regions import attribute, carried, target_name
 
 Storage = int
 
-_RANDOM_TWINS = frozenset({"dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"})
+RANDOM_TWINS = frozenset({"dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"})
 """Random ops whose out-of-place form draws the same numbers in the same order."""
 
 _WRITES_STATISTICS = frozenset(
@@ -80,42 +78,6 @@ def mutated(graph: Graph) -> frozenset[Node]:
     return frozenset(
         node for node, held in storages.items() if any(last_write.get(s, -1) > position[node] for s in held)
     )
-
-
-def functionalize_local(gm: GraphModule) -> int:
-    """Turn in-place ops on fresh local values into their out-of-place form; returns how many were turned.
-
-    Left alone: values that share storage with an input, a tensor attribute or a carried node; values with an
-    older alias that is read later; ops that change a value's strides, shape or dtype in ways its out-of-place
-    form would not; writes without grad to a value made with grad, which keep the value's gradient where the
-    out-of-place form has none.
-    """
-    storages, position = storages_of(gm.graph), {node: i for i, node in enumerate(gm.graph.nodes)}
-    copied = carried(gm.graph)
-    grad_on: dict[Node, bool] = {}
-    count = 0
-    with replayed_modes(gm.graph) as nodes:
-        for node in nodes:
-            grad_on[node] = torch.is_grad_enabled()
-            functional = _functional(node)
-            if functional is None or node in copied or not isinstance(node.args[0], Node):
-                continue
-            older = _older_aliases(node, storages, position)
-            if not _is_local(node, older, copied, position, grad_on):
-                continue
-            result = _evaluate(node, functional)
-            if result is not None:
-                new = _replace(gm, node, functional, result, position)
-                position[new], storages[new], grad_on[new] = (
-                    position.pop(node),
-                    storages.pop(node),
-                    grad_on[node],
-                )
-                count += 1
-    if count:
-        gm.graph.lint()
-        gm.recompile()
-    return count
 
 
 # ---------------------------------------------------------------- storages
@@ -195,7 +157,7 @@ def is_identity_dropout(node: Node) -> bool:
     if not isinstance(node.target, OpOverload) or len(node.args) < 3 or not isinstance(node.args[0], Node):
         return False
     name = node.target._schema.name.split("::")[1]
-    return name in _RANDOM_TWINS and (node.args[2] is False or node.args[1] in (0, 0.0))
+    return name in RANDOM_TWINS and (node.args[2] is False or node.args[1] in (0, 0.0))
 
 
 def _identities(value: Any) -> Iterator[Storage]:
@@ -297,112 +259,3 @@ def _may_return_input(graph: Graph, node: Node) -> bool:
             if value.op == "placeholder":
                 return True
     return False
-
-
-# ---------------------------------------------------------------- out of place
-
-
-def _functional(node: Node) -> OpOverload | None:
-    """`aten::add.Tensor` for `aten::add_.Tensor`; None for every other op and where autograd knows no such
-    form.
-    """
-    op = node.target
-    if node.op != "call_function" or not isinstance(op, OpOverload) or op.namespace != "aten":
-        return None
-    name = op._schema.name.split("::")[1]
-    if not name.endswith("_") or name.endswith("__") or torch.Tag.inplace_view in op.tags:
-        return None
-    if name == "copy_":  # torch 2.13 and 2.15 have no derivative for `aten::copy`
-        return None
-    if torch.Tag.nondeterministic_seeded in op.tags and name[:-1] not in _RANDOM_TWINS:
-        return None
-    twin = getattr(getattr(torch.ops.aten, name[:-1], None), op._overloadname, None)
-    if not isinstance(twin, OpOverload) or not _same_signature(op, twin, node.kwargs):
-        return None
-    kernels = ("CompositeImplicitAutograd", "Autograd")
-    known = any(torch._C._dispatch_has_kernel_for_dispatch_key(str(twin._name), key) for key in kernels)
-    return twin if known else None
-
-
-def _same_signature(op: OpOverload, twin: OpOverload, kwargs: Iterable[str]) -> bool:
-    mine, other = op._schema.arguments, twin._schema.arguments
-    writes = [a.name for a in mine if a.alias_info is not None and a.alias_info.is_write]
-    types = [str(a.type) for a in mine] == [str(a.type) for a in other]
-    names = {a.name for a in mine} & {a.name for a in other}
-    return types and names >= set(kwargs) and writes == [mine[0].name] and not twin._schema.is_mutable
-
-
-def _older_aliases(node: Node, storages: dict[Node, frozenset[Storage]], position: dict[Node, int]) -> list[Node]:
-    """Values made before `node` that share storage with what it writes, the written value included."""
-    held = storages[node.args[0]]  # type: ignore[index]
-    return [n for n, s in storages.items() if s & held and position[n] < position[node]]
-
-
-def _is_local(
-    node: Node, older: Iterable[Node], copied: set[Node], position: dict[Node, int], grad_on: dict[Node, bool]
-) -> bool:
-    target, here = node.args[0], position[node]
-    for alias in older:
-        made_here = isinstance(alias.target, OpOverload) or target_name(alias) == "getitem"
-        if alias.op != "call_function" or alias in copied or not made_here:
-            return False
-        if alias is not target and any(position[user] > here for user in alias.users):
-            return False
-        if not grad_on[node] and grad_on[alias]:
-            return False
-    return bool(list(older))
-
-
-def _evaluate(node: Node, functional: OpOverload) -> FakeTensor | None:
-    """Value of the out-of-place form; None where it is not what the in-place op stores, up to a cast."""
-    stored = node.meta.get("val")
-    if not isinstance(stored, FakeTensor):
-        return None
-    args, kwargs = pytree.tree_map_only(Node, lambda n: n.meta.get("val"), (node.args, node.kwargs))
-    device = stored.device.type
-    with stored.fake_mode, enable_python_dispatcher(), torch.no_grad():
-        result = functional(*args, **kwargs)
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                plain = functional(*args, **kwargs)
-            if plain.dtype != result.dtype:  # autocast acts on this form and not on the in-place one
-                return None
-    same = _sizes(result) == _sizes(stored) and result.device == stored.device
-    return result if same and _offset(result) == _offset(stored) else None
-
-
-def _sizes(value: torch.Tensor) -> list[Any]:
-    """Sizes and strides as numbers and sympy expressions: comparing them adds no guard."""
-    return [_expression(x) for x in (*value.shape, *value.stride())]
-
-
-def _offset(value: torch.Tensor) -> Any:
-    return _expression(value.storage_offset())
-
-
-def _expression(size: Any) -> Any:
-    return size.node.expr if isinstance(size, torch.SymInt) else size
-
-
-def _replace(
-    gm: GraphModule, node: Node, functional: OpOverload, result: FakeTensor, position: dict[Node, int]
-) -> Node:
-    """Put the out-of-place form in the node's place and hand it to every later user of the written value.
-
-    The new node keeps the fake of the old one, so that views made of it later still share its storage.
-    """
-    target, stored = node.args[0], node.meta["val"]
-    assert isinstance(target, Node)
-    later = [user for user in target.users if position[user] > position[node]]
-    with gm.graph.inserting_before(node):
-        new = gm.graph.call_function(functional, node.args, node.kwargs)
-        new.meta = dict(node.meta)
-        if result.dtype != stored.dtype:
-            new.meta["val"] = result
-            new = gm.graph.call_function(torch.ops.aten.to.dtype, (new, stored.dtype))
-            new.meta = dict(node.meta)
-    for user in later:
-        user.replace_input_with(target, new)
-    node.replace_all_uses_with(new)
-    gm.graph.erase_node(node)
-    return new
