@@ -43,6 +43,7 @@ from normfx.rewrite import Rewritten, rewrite
 from normfx.specialize import specialize_epsilons
 from normfx.weights.kept import keepable, kept_values
 from normfx.weights.live import live_folds
+from normfx.weights.native import start_native_library
 
 log = logging.getLogger("normfx")
 
@@ -74,6 +75,8 @@ def normfx(
     settings = Options.parse(options, mode)
     patches = inductor_options(settings.mode, settings.inductor)
     freezes = is_frozen(settings.fold, patches)
+    if settings.fold != "live":
+        start_native_library()
     ready = transform(gm, example_inputs, settings, freezes)
     if ready.graph_module is gm:
         compiled = Compiled(compile_graph(gm, example_inputs, patches))

@@ -43,7 +43,8 @@ FLOORS = (
     ("plan",),
     ("rewrite", "weights"),
     ("compression",),
-    ("weights.expression", "weights.handles", "weights.probe", "weights.live"),
+    ("weights.expression", "weights.handles", "weights.native", "weights.samples", "weights.live"),
+    ("weights.watch",),
     ("weights.kept", "weights.store"),
     ("lower", "lower.norm_ops"),
     ("lower.two_norms",),
@@ -116,7 +117,11 @@ PRIVATE_NAMES = {
         "torch.amp.autocast_mode._exit_autocast",
     },
     "weights.kept": {"torch._subclasses.FakeTensor"},
-    "weights.probe": {"torch._inductor.codecache.CppCodeCache"},
+    "weights.native": {"torch._inductor.codecache.CppCodeCache"},
+    # whether a tensor is memory of its own
+    "weights.watch": {"torch._C._functorch.is_functorch_wrapped_tensor"},
+    # folds are computed out of sight of the modes that a caller is in
+    "weights.store": {"torch.utils._python_dispatch._disable_current_modes"},
     "ir.verify": {
         "torch._dispatch.python.enable_python_dispatcher",
         "torch._subclasses.FakeTensor",

@@ -9,17 +9,17 @@ frozen: beside it a second variant in which all parameters are constants, so tha
 from __future__ import annotations
 
 import sys
-import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch._inductor.config as inductor_config
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._inductor.codecache import PyCodeCache
-from torch._subclasses import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
 from normfx.errors import NormfxWarning, StageError, stage_warning
@@ -29,8 +29,8 @@ from normfx.lower.gemm import packing
 from normfx.lower.inductor import compile_graph
 from normfx.rewrite import feed
 from normfx.weights.kept import Kept, is_plain, records_gradients
-from normfx.weights.probe import start_native_library
-from normfx.weights.store import Fold, Folds, Seen, Watch, picker
+from normfx.weights.store import STORE, Fold, Folds, picker
+from normfx.weights.watch import Stamp, Watch, identity, is_ordinary
 
 REFREEZE_AFTER = 64
 """Calls with unchanged parameters before the frozen variant is built again; doubled each time."""
@@ -99,7 +99,6 @@ def hoist(gm: GraphModule, kept: Sequence[Kept]) -> Folding | None:
     """Make inputs of the kept values of a graph, in place; None when there are none."""
     if not kept:
         return None
-    start_native_library()
     placeholders = gm.graph.find_nodes(op="placeholder")
     sources = list(dict.fromkeys(node for item in kept for node in item.sources))
     held = [node for node in sources if node.op == "get_attr"]
@@ -153,8 +152,8 @@ class FrozenTemplate:
         self.static = not any(isinstance(node.meta.get("val"), torch.SymInt) for node in inputs)
 
     def build(self, arguments: Sequence[Any]) -> Callable[..., Any]:
-        """Compile with the parameters among these arguments as constants."""
-        values = dict(zip(self.names, (arguments[i] for i in self.picks), strict=True))
+        """Compile with copies of the parameters among these arguments as constants: a variant keeps no model alive."""
+        values = dict(zip(self.names, _copies([arguments[i] for i in self.picks]), strict=True))
         if self.folding is not None:
             folds = self.folding.folds.values((*arguments, *self.folding.attributes))
             values.update(zip((n.name for n in self.folding.inputs), folds, strict=True))
@@ -167,6 +166,17 @@ class FrozenTemplate:
             compiled = compile_graph(gm, rest, self.patches)
         _release_modules(loaded)
         return compiled
+
+
+def _copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Copies with the same strides; tensors that are the same stay the same."""
+    made: dict[Any, torch.Tensor] = {}
+    with torch.inference_mode(False), torch.no_grad():
+        for t in tensors:
+            if identity(t) not in made:
+                empty = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
+                made[identity(t)] = empty.copy_(t)
+    return [made[identity(t)] for t in tensors]
 
 
 def _release_modules(loaded: int) -> None:
@@ -198,6 +208,18 @@ def with_constants(gm: GraphModule, values: Mapping[str, torch.Tensor]) -> Graph
     return result
 
 
+@dataclass(frozen=True, eq=False)
+class _Variant:
+    """A frozen variant, and what it was made of."""
+
+    watch: Watch
+    generation: int
+    call: Callable[..., Any]
+
+    def current(self, tensors: Sequence[torch.Tensor]) -> bool:
+        return self.generation == STORE.generation and not self.watch.changed(tensors)
+
+
 class Frozen:
     """Calls the frozen variant while the parameters are those it was made of, else the kept one."""
 
@@ -208,29 +230,27 @@ class Frozen:
         self._strict = strict
         self._template = template
         self._kept = kept
-        self._lock = threading.Lock()
         self._pick = picker(template.picks)
         self._rest = picker(template.kept_inputs)
         self._patience = REFREEZE_AFTER
         self._calls = 0
-        self._last: tuple[Watch, Seen] | None = None
-        self._state: tuple[Watch, Callable[..., Any]] | None = None
+        self._last: tuple[Watch, list[Stamp]] | None = None
+        self._variant: _Variant | None = None
         self._never = False
+        self._building = False
         self._freeze(example_inputs)
 
     @property
     def frozen(self) -> bool:
         """Whether the next call, with unchanged parameters, runs the frozen variant."""
-        return self._state is not None
+        return self._variant is not None
 
     def __call__(self, *args: Any) -> Any:
-        state = self._state
-        if state is not None:
-            watch, compiled = state
-            if watch.current(self._watched(args)):
-                return compiled(*self._rest(args))
-            with self._lock:
-                self._thaw(watch, self._watched(args))
+        variant = self._variant
+        if variant is not None:
+            if variant.current(self._watched(args)):
+                return variant.call(*self._rest(args))
+            self._thaw(variant, self._watched(args))
         elif not self._never:
             self._consider(args)
         return self._kept(*args)
@@ -241,48 +261,73 @@ class Frozen:
     def _freeze(self, arguments: Sequence[Any]) -> None:
         """Build the frozen variant. What it reads is seen before it is read."""
         watched = self._watched(arguments)
-        if any(isinstance(t, FakeTensor) or t.is_inference() for t in watched):
+        watch = Watch(watched) if all(map(is_ordinary, watched)) else None
+        if watch is None or not watch.trackable:
             self._never = True
             return
         try:
-            watch = Watch(watched)
-            seen = watch.read(watched)
-            compiled = self._template.build(arguments)
+            generation, stamps = STORE.generation, watch.read(watched)
+            call = self._template.build(arguments)
         except Exception as error:
             if self._strict:
                 raise StageError("freeze", error) from error
             warnings.warn(stage_warning("freeze", error), NormfxWarning, stacklevel=2)
             self._never = True
             return
-        watch.accept(watched, seen)
-        self._state = watch, compiled
+        watch.accept(watched, stamps)
+        watch.on_deleted = partial(_thaw_deleted, weakref.ref(self))
+        self._variant = _Variant(watch, generation, call)
         self.freezes += 1
 
-    def _thaw(self, watch: Watch, watched: tuple[torch.Tensor, ...]) -> None:
+    def _thaw(self, variant: _Variant, watched: tuple[torch.Tensor, ...]) -> None:
         """Let go of the frozen variant: a parameter changed, or another set of parameters came."""
-        if self._state is None or self._state[0] is not watch:
-            return
-        self._state = None
-        self._last, self._calls = None, 0
-        self._never = (not watch.same(watched) and not watch.expired) or not self._template.static
+        if not all(map(is_ordinary, watched)):
+            return  # someone looks at shapes alone; the parameters may be as they were
+        with STORE.lock:
+            if self._variant is not variant:
+                return
+            self.let_go()
+            others = variant.watch.identities != tuple(map(identity, watched)) and not variant.watch.expired
+            self._never = others or not self._template.static
+
+    def let_go(self) -> None:
+        """Drop the frozen variant, and the memory of its constants."""
+        self._variant, self._last, self._calls = None, None, 0
 
     def _consider(self, arguments: Sequence[Any]) -> None:
-        """Freeze anew when nothing changed between two looks, `patience` calls apart."""
+        """Freeze again when nothing changed between two looks, `patience` calls apart."""
         self._calls += 1
-        if self._calls < self._patience:
+        watched = self._watched(arguments)
+        if self._calls < self._patience or not all(map(is_ordinary, watched)):
             return
-        with self._lock:
-            if self._state is not None or self._never or self._calls < self._patience:
+        with STORE.lock:
+            if self._variant is not None or self._never or self._building or self._calls < self._patience:
                 return
             self._calls = 0
-            watched = self._watched(arguments)
-            if self._last is not None and self._last[0].same(watched):
-                watch, before = self._last
-                self._last = watch, watch.read(watched)
-                if before == self._last[1]:
-                    self._patience *= 2
-                    self._freeze(arguments)
-                return
-            self._never = self._last is not None and not self._last[0].expired
-            watch = Watch(watched)
-            self._last = watch, watch.read(watched)
+            self._building = self._is_stable(watched)
+        if self._building:
+            try:
+                self._freeze(arguments)  # not under the lock: it takes as long as a compilation
+            finally:
+                self._building = False
+
+    def _is_stable(self, watched: tuple[torch.Tensor, ...]) -> bool:
+        """Whether the parameters are those of the last look, unchanged. This becomes the last look."""
+        if self._last is not None and self._last[0].identities == tuple(map(identity, watched)):
+            watch, before = self._last
+            stamps = watch.read(watched)
+            self._last = watch, stamps
+            if before == stamps:
+                self._patience *= 2
+            return before == stamps
+        self._never = self._last is not None and not self._last[0].expired
+        watch = Watch(watched)
+        self._last = watch, watch.read(watched)
+        return False
+
+
+def _thaw_deleted(frozen: weakref.ref[Frozen]) -> None:
+    """The model is gone: its constants go too."""
+    found = frozen()
+    if found is not None:
+        found.let_go()

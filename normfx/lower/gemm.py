@@ -44,7 +44,7 @@ def packing() -> Iterator[None]:
 def onednn_is_faster() -> bool:
     """Whether a packed oneDNN linear beats a packed MKL one in float32 here; measured once a process, in 50 ms."""
     mkl_backend: Any = torch.backends.mkl
-    if not _onednn_works(torch.float32) or not mkl_backend.is_available():
+    if not onednn_works(torch.float32) or not mkl_backend.is_available():
         return False
     with torch.inference_mode(False), torch.no_grad():
         x, weight, bias = _layer(torch.float32)
@@ -55,14 +55,15 @@ def onednn_is_faster() -> bool:
 @functools.cache
 def packed_is_faster(dtype: torch.dtype) -> bool:
     """Whether a packed oneDNN linear beats ATen's `addmm` here; measured once a process and dtype, in 50 ms."""
-    if not _onednn_works(dtype):
+    if not onednn_works(dtype):
         return False
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         x, weight, bias = _layer(dtype)
         return _is_faster(_packed(x, weight, bias), lambda: torch.addmm(bias, x, weight.t()))
 
 
-def _onednn_works(dtype: torch.dtype) -> bool:
+def onednn_works(dtype: torch.dtype) -> bool:
+    """Whether oneDNN can pack a weight of this dtype on this processor, and multiply by it."""
     backend: Any = torch.backends.mkldnn
     if not backend.is_available() or not backend.enabled:
         return False

@@ -14,6 +14,7 @@ from normfx.ir.graph import BAKED, grad_modes, parameter_only, value
 from normfx.ir.regions import is_autocast
 from normfx.recognize.composed import is_autocast_neutral
 from normfx.weights.expression import Expression, expression
+from normfx.weights.native import watches_pages
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,13 +34,18 @@ def records_gradients(graph: Graph) -> bool:
 def keepable(
     graph: Graph, weights: frozenset[Node], trained: frozenset[Node], everywhere: bool = True
 ) -> frozenset[Node]:
-    """Those of the weights whose folds may be kept: nobody asks for their gradient, in the present gradient mode.
+    """Those of the weights whose folds may be kept: no one asks for their gradient, in the present gradient mode.
 
     weights:    parameters, buffers and constants; `trained`: those that want a gradient
-    everywhere: on every device; else on the CPU, where looking at the parameters does not wait for a device
+    everywhere: also where looking at the parameters is slow or not exact: on devices, where it waits for them and looks at
+                samples, and on the CPU where the kernel does not tell which pages were written
     """
     wanted = trained if records_gradients(graph) else frozenset()
-    return frozenset(n for n in weights - wanted if is_plain(n) and (everywhere or _fake(n).device.type == "cpu"))
+    plain = frozenset(n for n in weights - wanted if is_plain(n))
+    if everywhere:
+        return plain
+    near = frozenset(n for n in plain if _fake(n).device.type == "cpu")
+    return near if near and watches_pages() else frozenset()
 
 
 def is_plain(node: Node) -> bool:

@@ -1,36 +1,37 @@
 """Kept folds: values of expressions on parameters, computed when a source changed and only then.
 
-Dynamo does not guard which parameters a compiled graph is called with: one callable may serve many modules. So
-validity is checked against the arguments of each call. A source is the same if it is the same storage (held by a
-weak reference, so that its identity cannot be used again), at the same address, with the same version and the same
-samples (probe.py), and no optimiser has stepped over it. Whatever differs is recomputed before the graph runs, in
-place, so that the graph's static inputs stay where they are.
+Dynamo does not guard which parameters a compiled graph is called with: one callable may serve many modules. So validity
+is checked against the arguments of each call. A kept value belongs to an expression and the identities of its sources
+(storage, address, layout), and is true as long as their stamps (watch.py) are those at which it was computed. Whatever
+differs is computed again before the graph runs, in place, so that the graph's static inputs stay where they are.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef  # private in name only; torch 2.11 to 2.15
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.utils._python_dispatch import _disable_current_modes  # private; torch 2.11 to 2.15
 
 from normfx.weights.expression import Expression
 from normfx.weights.handles import put_behind, size_in_bytes
-from normfx.weights.probe import Probe, address_of, pointer_of, probe, storage_of, version_of
+from normfx.weights.watch import Identity, Stamp, Watch, identity, is_ordinary, storage_of
 
-# torch leaves these two untyped
-_weak_reference: Callable[[torch.UntypedStorage], Any] = StorageWeakRef
+# torch leaves this one untyped
 _register_hook: Callable[[Callable[..., None]], Any] = register_optimizer_step_post_hook
 
-Identity = tuple[int, int]
-"""Storage and address of a source. Never used again while a StorageWeakRef on the storage is held."""
+PARAMETER_SETS = 256
+"""Parameter sets that one compiled graph keeps values of: as many as the layers of the largest models. The set that was
+used longest ago makes room."""
 
 
 @dataclass(eq=False)
@@ -38,24 +39,27 @@ class Entry:
     """One kept value, or the handle of one (handles.py).
 
     identities, sources: what it was computed from, with references that keep the identities from being used again
-    value:               None once its memory was handed on to a successor
-    seen:                version and samples of each source when it was computed; None: recompute
+    value:               None until it is computed, and once its memory was handed on to a successor
+    seen:                the stamps of its sources at which the value was computed; None: it is to be computed
     """
 
     expression: Expression
     identities: tuple[Identity, ...]
     sources: tuple[Any, ...]
     value: Tensor | None
-    seen: tuple[Any, ...] | None = None
+    seen: tuple[Stamp, ...] | None = None
 
     @property
     def expired(self) -> bool:
-        """Whether a source is gone, so that nobody can ask for this value again."""
+        """Whether a source is gone, so that no one can ask for this value again."""
         return any(source.expired() for source in self.sources)
 
 
 class Store:
-    """All kept values of the process, shared by all compiled graphs that fold the same parameters the same way."""
+    """All kept values of the process, shared by all compiled graphs that fold the same parameters the same way.
+
+    generation: grows when values become untrue that a watch may still believe in
+    """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -74,7 +78,7 @@ class Store:
         with self.lock:
             written = None if storages is None else frozenset(storages)
             for entry in self.entries():
-                if written is None or not written.isdisjoint(storage for storage, _ in entry.identities):
+                if written is None or not written.isdisjoint(source.storage for source in entry.identities):
                     entry.seen = None
             self.generation += 1
 
@@ -93,81 +97,30 @@ class Store:
 
 STORE = Store()
 
+if hasattr(os, "register_at_fork"):
+    # a refresh is finished first: a child would inherit half of it, and a lock that no one releases
+    os.register_at_fork(before=STORE.lock.acquire, after_in_parent=STORE.lock.release, after_in_child=STORE.lock.release)
+
 
 def refold() -> None:
-    """Compute all kept folded weights anew at the next call.
+    """Compute all kept folded weights newly at the next call.
 
-    Needed only after single entries of a parameter were written behind autograd's back, through `.data`, NumPy or
-    DLPack, where the sampled fingerprint may not see it. See docs/folds.md.
+    Needed only after a write that docs/folds.md lists as invisible.
     """
     STORE.forget()
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Fused optimisers write parameters without bumping their versions."""
+    """Fused optimisers write parameters on a device without bumping their versions. On the CPU the memory tells."""
     if torch.compiler.is_compiling() or not len(STORE):
-        return  # a compiled step bumps the versions
-    parameters = (p for group in optimizer.param_groups for p in group["params"])
-    STORE.forget(storage_of(p)._cdata for p in parameters if isinstance(p, Tensor) and p.layout == torch.strided)
+        return
+    parameters = (p for group in optimizer.param_groups for p in group["params"] if isinstance(p, Tensor))
+    written = {storage_of(p)._cdata for p in parameters if p.device.type != "cpu" and p.layout == torch.strided}
+    if written:
+        STORE.forget(written)
 
 
 _register_hook(_after_step)
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What a Watch read: the store's generation, version and samples of each source."""
-
-    generation: int
-    versions: list[int]
-    samples: list[tuple[int, ...]]
-
-    def of(self, positions: Iterable[int]) -> tuple[Any, ...]:
-        return tuple((self.versions[i], self.samples[i]) for i in positions)
-
-
-class Watch:
-    """Tells whether a list of tensors is what it was: identities, versions and samples.
-
-    untrackable: one of them was made under inference_mode and has no version; nothing is believed of the list
-    """
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.references = tuple(_weak_reference(storage_of(t)) for t in tensors)
-        self.storages = [reference.cdata for reference in self.references]
-        self.pointers = [*map(pointer_of, tensors)]
-        self.untrackable = any(t.is_inference() for t in tensors)
-        self._probe: Probe = probe(tensors)
-        self._generation = -1
-
-    @property
-    def identities(self) -> list[Identity]:
-        return list(zip(self.storages, self.pointers, strict=True))
-
-    @property
-    def expired(self) -> bool:
-        return any(reference.expired() for reference in self.references)
-
-    def same(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these are the tensors that are watched."""
-        return [*map(pointer_of, tensors)] == self.pointers and [
-            *map(address_of, map(storage_of, tensors))
-        ] == self.storages
-
-    def current(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these are the watched tensors, as they were accepted."""
-        return self._generation == STORE.generation and not self._probe.changed(tensors)
-
-    def read(self, tensors: Sequence[Tensor]) -> Seen:
-        """What they are now. Read before anything is computed from them, so that a later write shows."""
-        versions = [0] * len(tensors) if self.untrackable else [*map(version_of, tensors)]
-        return Seen(STORE.generation, versions, self._probe.read(tensors))
-
-    def accept(self, tensors: Sequence[Tensor], seen: Seen) -> None:
-        """Compare with this from now on. Only after all that depends on it is up to date: other threads look."""
-        if not self.untrackable:
-            self._probe.accept(tensors, seen.versions, seen.samples)
-            self._generation = seen.generation
 
 
 @dataclass(frozen=True)
@@ -184,6 +137,9 @@ class Fold:
     dtype: torch.dtype
     device: torch.device
 
+    def compute(self, sources: Sequence[Tensor]) -> Tensor:
+        return self.expression(*(sources[i] for i in self.sources))
+
     def memory(self) -> Tensor:
         with torch.inference_mode(False):
             return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
@@ -192,17 +148,22 @@ class Fold:
 class _Binding:
     """The kept values of one graph for one set of parameters."""
 
-    def __init__(self, watch: Watch, entries: list[Entry]) -> None:
+    def __init__(self, watch: Watch) -> None:
         self.watch = watch
-        self.entries = entries
+        self.entries: list[Entry] = []
         self.values: tuple[Tensor, ...] = ()
+        self.generation = -1
+
+    def current(self, sources: Sequence[Tensor]) -> bool:
+        """Whether the values are true to these tensors."""
+        return self.generation == STORE.generation and not self.watch.changed(sources)
 
 
 class Folds:
     """The folds of one compiled graph: `values(arguments)` are their values, true to the arguments of this call.
 
     picks:     positions of the sources among the arguments
-    rebinds:   a changed value gets new memory in place of being overwritten: needed where a backward pass may still
+    rebinds:   a changed value gets new memory instead of being overwritten: needed where a backward pass may still
                hold the old one
     refreshes: values computed so far, the first time included
     """
@@ -213,45 +174,51 @@ class Folds:
         self._rebinds = rebinds
         self._pick = picker(picks)
         self._latest: _Binding | None = None
-        self._by_storage: dict[int, list[_Binding]] = {}
+        self._bindings: dict[tuple[Identity, ...], _Binding] = {}
 
     @property
     def bytes(self) -> int:
         """Bytes of the values of the latest parameter set."""
-        return sum(map(size_in_bytes, self._latest.values)) if self._latest else 0
+        latest = self._latest
+        return sum(map(size_in_bytes, latest.values)) if latest else 0
 
     @property
     def parameter_sets(self) -> int:
-        return sum(map(len, self._by_storage.values()))
+        return len(self._bindings)
 
     def values(self, arguments: Sequence[Any]) -> tuple[Tensor, ...]:
         """The folded values for these arguments of the graph."""
         sources = self._pick(arguments)
         latest = self._latest
-        if latest is not None and latest.watch.current(sources):
+        if latest is not None and latest.current(sources):
             return latest.values
-        with STORE.lock:
+        if not all(map(is_ordinary, sources)):
+            return tuple(fold.compute(sources) for fold in self.folds)
+        with STORE.lock, _disable_current_modes():  # whoever looks at the caller's operations must not see these
             return self._refreshed(sources)
 
     def _refreshed(self, sources: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         binding = self._find(sources)
-        watch = binding.watch
-        if not watch.current(sources):
-            seen = watch.read(sources)
+        if not binding.current(sources):
+            _check_memory(sources)
+            stamps = binding.watch.read(sources)
+            binding.watch.forget()  # an exception below leaves some values new and some old
             for fold, entry in zip(self.folds, binding.entries, strict=True):
-                wanted = seen.of(fold.sources)
-                if watch.untrackable or entry.seen != wanted:
+                wanted = tuple(stamps[i] for i in fold.sources)
+                if not binding.watch.trackable or entry.seen != wanted or entry.value is None:
                     self._compute(fold, entry, sources)
                     entry.seen = wanted
             binding.values = tuple(entry.value for entry in binding.entries if entry.value is not None)
-            watch.accept(sources, seen)
-        if binding is not self._latest:
-            self._latest = binding
-            self._drop_expired()
+            binding.watch.accept(sources, stamps)
+            binding.generation = STORE.generation
+        self._latest = binding
         return binding.values
 
     def _compute(self, fold: Fold, entry: Entry, sources: Sequence[Tensor]) -> None:
-        fresh = fold.expression(*(sources[i] for i in fold.sources))
+        if entry.seen is not None:
+            STORE.generation += 1  # other graphs share the value, and may know its sources by samples that can come back
+        entry.seen = None
+        fresh = fold.compute(sources)
         if self._rebinds or entry.value is None:
             entry.value = fold.memory()
         with torch.inference_mode(False), torch.no_grad():
@@ -263,35 +230,64 @@ class Folds:
 
     def _find(self, sources: tuple[Tensor, ...]) -> _Binding:
         """The binding of these tensors, made when they come for the first time."""
-        first = storage_of(sources[0])._cdata
-        for binding in self._by_storage.get(first, ()):
-            if binding.watch.same(sources):
-                return binding
-        watch = Watch(sources)
-        dead = [binding for group in self._by_storage.values() for binding in group if binding.watch.expired]
-        entries = [self._entry(k, watch, dead) for k in range(len(self.folds))]
-        binding = _Binding(watch, entries)
-        self._by_storage.setdefault(first, []).append(binding)
+        identities = tuple(map(identity, sources))
+        binding = self._bindings.pop(identities, None)
+        if binding is None:
+            binding = self._bind(sources)
+        self._bindings[identities] = binding  # the last one is the one used last
         return binding
 
-    def _entry(self, k: int, watch: Watch, dead: Sequence[_Binding]) -> Entry:
-        """The entry of fold k: shared, or new, and then in the memory of one whose sources are gone."""
+    def _bind(self, sources: tuple[Tensor, ...]) -> _Binding:
+        binding = _Binding(Watch(sources))
+        binding.watch.on_deleted = partial(_drop, weakref.ref(self), weakref.ref(binding))
+        old = [b for b in self._bindings.values() if b.watch.expired or b.watch.moved(binding.watch)]
+        excess = len(self._bindings) - len(old) - PARAMETER_SETS + 1
+        old += [b for b in self._bindings.values() if b not in old][: max(excess, 0)]
+        for gone in old:
+            self.retire(gone)
+        binding.entries = [self._entry(k, binding, old) for k in range(len(self.folds))]
+        return binding
+
+    def _entry(self, k: int, binding: _Binding, old: Sequence[_Binding]) -> Entry:
+        """The entry of fold k: shared, or new, and then in the memory of one that no one asks for any more."""
         fold = self.folds[k]
-        identities = tuple((watch.storages[i], watch.pointers[i]) for i in fold.sources)
+        identities = tuple(binding.watch.identities[i] for i in fold.sources)
 
         def make() -> Entry:
-            old = next((b.entries[k] for b in dead if b.entries[k].expired and b.entries[k].value is not None), None)
-            entry = Entry(fold.expression, identities, tuple(watch.references[i] for i in fold.sources), None)
-            if old is not None and not self._rebinds:
-                entry.value, old.value = old.value, None
+            references = tuple(binding.watch.references[source.storage] for source in identities)
+            entry = Entry(fold.expression, identities, references, None)
+            donors = (b.entries[k] for b in old if b.entries[k].expired and b.entries[k].value is not None)
+            donor = next(donors, None)
+            if donor is not None and not self._rebinds:
+                entry.value, donor.value = donor.value, None
             return entry
 
         return STORE.entry((fold.expression, identities, self._rebinds), make)
 
-    def _drop_expired(self) -> None:
-        """Let go of parameter sets that nobody can come with again."""
-        left = {first: [b for b in group if not b.watch.expired] for first, group in self._by_storage.items()}
-        self._by_storage = {first: group for first, group in left.items() if group}
+    def retire(self, binding: _Binding) -> None:
+        """Let go of a parameter set that no one can come with again."""
+        if self._latest is binding:
+            self._latest = None
+        self._bindings.pop(binding.watch.identities, None)
+
+
+def _drop(folds: weakref.ref[Folds], binding: weakref.ref[_Binding]) -> None:
+    """The model is gone, and its folds go too."""
+    owner, gone = folds(), binding()
+    if owner is not None and gone is not None:
+        owner.retire(gone)
+
+
+def _check_memory(tensors: Sequence[Tensor]) -> None:
+    """Raises for a tensor whose storage was freed, as eager mode does: kernels would read what is not there."""
+    for tensor in tensors:
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
+        if tensor.numel() and storage_of(tensor).nbytes() < needed:
+            raise RuntimeError(
+                f"normfx: a parameter of shape {tuple(tensor.shape)} has no memory: its storage was freed or made "
+                f"smaller ({storage_of(tensor).nbytes()} bytes, {needed} needed). Fill it before calling the model."
+            )
 
 
 def picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:

@@ -1,0 +1,75 @@
+"""The compiled part of the package: memory.cpp, built once per machine and loaded once per process."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+import threading
+from importlib import resources
+
+log = logging.getLogger("normfx")
+
+_VOID, _COUNT = ctypes.c_void_p, ctypes.c_int64
+
+_SIGNATURES = {
+    "normfx_watches_pages": (_COUNT, []),
+    "normfx_allow_pages": (None, [_COUNT]),
+    "normfx_watch": (_VOID, [_VOID, _VOID, _VOID, _COUNT]),
+    "normfx_unwatch": (None, [_VOID]),
+    "normfx_read": (None, [_VOID, _VOID, _VOID]),
+    "normfx_changed": (_COUNT, [_VOID, _VOID, _VOID]),
+    "normfx_blocks": (_COUNT, [_COUNT]),
+}
+
+_loading = threading.Lock()
+
+
+def _new_lock() -> None:
+    """Gives a forked child its own lock: a thread of the parent may have held the old one."""
+    global _loading
+    _loading = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_lock)
+
+
+def start_native_library() -> None:
+    """Begins to compile or load the C++ functions while Inductor compiles the graph."""
+    threading.Thread(target=native_library, name="normfx-memory", daemon=True).start()
+
+
+def native_library() -> ctypes.PyDLL | None:
+    """The C++ functions; compiling them takes 3 s on a new machine. None where no C++ compiler works."""
+    with _loading:
+        return _load()
+
+
+@functools.cache
+def _load() -> ctypes.PyDLL | None:
+    from torch._inductor.codecache import CppCodeCache  # private; torch 2.11 to 2.15
+
+    source = resources.files("normfx.weights").joinpath("memory.cpp").read_text(encoding="utf-8")
+    try:
+        # calls keep the interpreter's lock: they are short, and no other thread may free what they read
+        compiled = CppCodeCache.load(source)
+        library = ctypes.PyDLL(compiled._name)
+    except Exception as error:  # any compiler trouble: values are then computed at every call
+        log.warning("normfx: folded weights are computed at every call, because no C++ code can be compiled: %s", error)
+        return None
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+@functools.cache
+def watches_pages() -> bool:
+    """Whether the kernel tells which pages of memory were written (Linux 6.7 or newer, userfaultfd allowed)."""
+    library = native_library()
+    watches = library is not None and bool(library.normfx_watches_pages())
+    if not watches:
+        log.info("normfx: the kernel does not tell which pages were written; fold='auto' computes folds in the graph")
+    return watches

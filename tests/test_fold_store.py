@@ -1,0 +1,474 @@
+"""The fold store under attack: aliases with other layouts, exchanges, failures, freed memory, threads, forks, deletion."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from folding import KEPT, X, check, compiled, folding, net
+from torch import Tensor, nn
+
+import normfx
+from normfx.lower import gemm, packed
+from normfx.weights import store
+
+WIDE = 80
+"""Weights of this width are watched by pages where the kernel helps."""
+
+
+# ---------------------------------------------------------------- layout and extent
+
+
+class Pair(nn.Module):
+    """One norm, read by a layer and by another whose weight is the same memory in another layout."""
+
+    def __init__(self, make: Callable[[Tensor], Tensor], width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.a = nn.Linear(width, width)
+        nn.init.normal_(self.norm.weight)
+        nn.init.normal_(self.norm.bias)
+        self.b = nn.Parameter(make(self.a.weight.detach()))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.norm(x)
+        return self.a(h), nn.functional.linear(h, self.b)
+
+
+class Autoencoder(nn.Module):
+    """Nothing to fold; both products may be packed."""
+
+    def __init__(self, make: Callable[[Tensor], Tensor], width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.a = nn.Linear(width, width, bias=False)
+        self.b = nn.Parameter(make(self.a.weight.detach()))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.a(torch.tanh(self.norm(x)))
+        return h, nn.functional.linear(h[..., : self.b.shape[1]], self.b)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda w: w.t(),
+    "first rows": lambda w: w[: w.shape[0] // 2],
+    "all rows but one": lambda w: w[1:],
+    "every other row": lambda w: w[::2],
+    "the same": lambda w: w,
+}
+
+
+@pytest.mark.parametrize("fold", KEPT)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("kind", [Pair, Autoencoder])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_one_memory_in_two_layouts(
+    name: str, kind: type[nn.Module], dtype: torch.dtype, fold: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed, "packed_is_faster", gemm.onednn_works)
+    monkeypatch.setattr(packed, "LEAST", dict.fromkeys(packed.LEAST, 1))
+    model = kind(LAYOUTS[name], 24).to(dtype)  # type: ignore[call-arg]
+    x = torch.randn(5, 24, dtype=dtype)
+    call = torch.compile(model, backend="normfx", fullgraph=True, options={"fold": fold, "strict": True})
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(call(x), model(x), rtol=1e-5, atol=1e-5)
+            model.a.weight.data.mul_(1.7)
+
+
+def test_the_same_parameter_in_another_layout() -> None:
+    """`p.data = p.data.t()`: the same object, storage and address."""
+    model = net(width=WIDE)
+    run = torch.compile(lambda m, x: m(x), backend="normfx", options={"fold": "cached", "strict": True}, dynamic=False)
+    with torch.no_grad():
+        for _ in range(4):
+            torch.testing.assert_close(run(model, X), model(X), rtol=0, atol=1e-10)
+            model.up.weight.data = model.up.weight.data.t()
+            model.down.weight.data = model.down.weight.data.t()
+
+
+# ---------------------------------------------------------------- exchanges
+
+
+@pytest.mark.parametrize("fold", KEPT)
+@pytest.mark.parametrize("width", [16, WIDE])
+def test_there_and_back_while_another_graph_looked(width: int, fold: str) -> None:
+    """A, B, A: the average's weights come and go through `.data`, and only a second graph sees them."""
+    model, average = net(0, width=width), net(1, width=width)
+    first, second = compiled(model, fold), compiled(lambda x: model(x), fold)
+    before = check(first, model)
+    check(second, model)
+    kept = [p.detach().clone() for p in model.parameters()]
+    for _ in range(2):
+        for p, q in zip(model.parameters(), average.parameters(), strict=True):
+            p.data.copy_(q.data)
+        between = check(second, model, before)
+        for p, saved in zip(model.parameters(), kept, strict=True):
+            p.data.copy_(saved)
+        check(first, model, between)
+        check(first, model)
+        check(second, model)
+
+
+@pytest.mark.parametrize("fold", KEPT)
+def test_two_shapes_of_one_callable(fold: str) -> None:
+    """Two graphs of one model share its kept values."""
+    model, average = net(0), net(1)
+    run = torch.compile(model, backend="normfx", dynamic=False, options={"fold": fold, "strict": True})
+    kept = [p.detach().clone() for p in model.parameters()]
+    with torch.no_grad():
+        for _ in range(3):
+            for rows in (slice(0, 3), slice(0, 2)):
+                torch.testing.assert_close(run(X[rows]), model(X[rows]), rtol=0, atol=1e-10)
+            for p, q in zip(model.parameters(), average.parameters(), strict=True):
+                p.data.copy_(q.data)
+            torch.testing.assert_close(run(X[:2]), model(X[:2]), rtol=0, atol=1e-10)
+            for p, saved in zip(model.parameters(), kept, strict=True):
+                p.data.copy_(saved)
+            torch.testing.assert_close(run(X), model(X), rtol=0, atol=1e-10)
+
+
+ADAPTERS = ["LoraConfig", "LoHaConfig", "LoKrConfig", "VeraConfig", "RandLoraConfig", "ShiraConfig"]
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_merged_and_unmerged(name: str) -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    settings = {"target_modules": ["up", "down"], "r": 2}
+    model = peft.get_peft_model(net(width=WIDE), getattr(peft, name)(**settings)).double().eval()
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    call = compiled(model, "cached")
+    check(call, model)
+    for _ in range(2):
+        model.merge_adapter()
+        check(call, model)
+        model.unmerge_adapter()
+        check(call, model)
+        with torch.no_grad():
+            for parameter in (p for p in model.parameters() if p.requires_grad):
+                parameter.data.mul_(1.5)
+        check(call, model)
+
+
+# ---------------------------------------------------------------- freed memory, failures, growth
+
+
+@pytest.mark.parametrize("fold", KEPT)
+def test_freed_weights_raise(fold: str) -> None:
+    """As eager mode does; the memory is not read."""
+    model = net(width=WIDE)
+    call = compiled(model, fold)
+    before = check(call, model)
+    storage = model.up.weight.untyped_storage()
+    size, kept = storage.nbytes(), model.up.weight.detach().clone()
+    storage.resize_(0)
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            model(X)
+        with pytest.raises(RuntimeError, match="has no memory"):
+            call(X)
+    storage.resize_(size)
+    model.up.weight.data.copy_(2 * kept)
+    check(call, model, before)
+
+
+def test_freed_and_filled_again_keeps_one_set() -> None:
+    """What FSDP and offloading do in every step."""
+    model = net(width=WIDE)
+    call = compiled(model, "cached")
+    before = check(call, model)
+    size = store.STORE.bytes
+    hold: list[Tensor] = []
+    for step in range(40):
+        for p in model.parameters():
+            kept, storage = p.detach().clone(), p.untyped_storage()
+            nbytes = storage.nbytes()
+            storage.resize_(0)
+            hold.append(torch.empty(nbytes, dtype=torch.uint8))  # so that the next memory is elsewhere
+            storage.resize_(nbytes)
+            p.data.copy_(kept * (1.01 if step % 2 else 0.98))
+        before = check(call, model, before)
+        del hold[:-3]
+    assert folding().parameter_sets <= 2 and store.STORE.bytes <= 2 * size
+
+
+def test_slices_of_a_bank_are_bounded() -> None:
+    bank = torch.randn(store.PARAMETER_SETS + 60, 6, 8, dtype=torch.float64)
+    norm = nn.LayerNorm(8).double()
+
+    def read(weight: Tensor, x: Tensor) -> Tensor:
+        return nn.functional.linear(norm(x), weight)
+
+    run = torch.compile(read, backend="normfx", fullgraph=True, options={"fold": "cached", "strict": True})
+    x = torch.randn(3, 8, dtype=torch.float64)
+    nn.init.normal_(norm.weight)
+    with torch.no_grad():
+        for weights in (bank, bank.flip(0)):
+            for weight in weights:
+                parameter = nn.Parameter(weight, requires_grad=False)
+                torch.testing.assert_close(run(parameter, x), read(parameter, x), rtol=0, atol=1e-12)
+    assert 1 < folding().parameter_sets <= store.PARAMETER_SETS
+
+
+@pytest.mark.parametrize("fold", KEPT)
+def test_an_exception_in_the_middle_of_a_refresh(fold: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = net()
+    call = compiled(model, fold)
+    before = check(call, model)
+    kept = [p.detach().clone() for p in model.parameters()]
+    for last in (1, 2, 3):
+        left = [last]
+
+        def compute(self: store.Fold, sources: list[Tensor], left: list[int] = left) -> Tensor:
+            left[0] -= 1
+            if left[0] < 0:
+                raise MemoryError
+            return self.expression(*(sources[i] for i in self.sources))
+
+        for p in model.parameters():
+            p.data.mul_(1.5)
+        with monkeypatch.context() as patch:
+            patch.setattr(store.Fold, "compute", compute)
+            with pytest.raises(MemoryError):
+                call(X)
+        for p, saved in zip(model.parameters(), kept, strict=True):
+            p.data.copy_(saved)
+        check(call, model)
+        assert torch.equal(before, model(X))
+
+
+# ---------------------------------------------------------------- writers that tell no one
+
+
+def compiled_fused_step(model: nn.Module) -> None:
+    """Few rows have a gradient, as in a head of many tasks."""
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+        p.grad.view(-1)[3:5] = 1.0
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.5, fused=True)
+    torch.compile(lambda: optimiser.step())()
+
+
+def storage_copy(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.untyped_storage().copy_(torch.randn_like(p).untyped_storage())
+
+
+def vector_entry(model: nn.Module) -> None:
+    """The flat vector has a version counter of its own."""
+    vector = nn.utils.parameters_to_vector(model.parameters()).detach()
+    nn.utils.vector_to_parameters(vector, model.parameters())
+    model(X)
+    vector[::50] += 1.0
+
+
+def second_parameter(model: nn.Module) -> None:
+    other = nn.Parameter(model.up.weight.data)
+    with torch.no_grad():
+        other[3:5] += 1.0
+
+
+def custom_op(model: nn.Module) -> None:
+    """Torch believes the schema, and hands out no version."""
+    library = torch.library.Library("normfx_tests", "FRAGMENT")
+    if not hasattr(torch.ops.normfx_tests, "bump"):
+        library.define("bump(Tensor w) -> ()")
+        library.impl("bump", lambda w: w.data.numpy().__setitem__(0, 9.0), "CPU")
+    torch.ops.normfx_tests.bump(model.up.weight.detach()[5])
+    library._destroy()
+
+
+def block(model: nn.Module) -> None:
+    model.up.weight.data[5:9] = 0.5
+
+
+def column(model: nn.Module) -> None:
+    model.up.weight.data[:, 3] = 0.5
+
+
+def twentieth(model: nn.Module) -> None:
+    weight = model.up.weight.data.view(-1)
+    weight[torch.randperm(weight.numel())[: weight.numel() // 20]] += 1.0
+
+
+SILENT = [compiled_fused_step, storage_copy, vector_entry, second_parameter, custom_op, block, column, twentieth]
+
+
+@pytest.mark.parametrize("fold", KEPT)
+@pytest.mark.parametrize("write", SILENT)
+def test_writers_that_tell_no_one(write: Callable[[nn.Module], None], fold: str) -> None:
+    model = net(width=WIDE)
+    call = compiled(model, fold)
+    before = check(call, model)
+    write(model)
+    check(call, model, before)
+
+
+def in_process(code: str) -> None:
+    """Runs a script that has this folder's modules; one thread, since OpenMP does not survive a fork."""
+    head = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nimport torch; torch.set_num_threads(1)\n"
+    done = subprocess.run([sys.executable, "-c", head + code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+
+
+COLLECTIVES = """
+import os, torch.distributed as dist, torch.multiprocessing as mp
+from folding import check, compiled, net
+
+def run(rank, file):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    model = net(rank, width=80)
+    call = compiled(model, "cached")
+    before = check(call, model)
+    for p in model.parameters():
+        dist.all_reduce(p.detach())
+    before = check(call, model, before)
+    with torch.no_grad():
+        model.up.weight[rank] += 1
+    check(call, model)
+    dist.broadcast(model.up.weight.detach()[:2], src=0)
+    check(call, model)
+    dist.barrier()
+
+if __name__ == "__main__":
+    import tempfile
+    mp.start_processes(run, (tempfile.mktemp(),), nprocs=2, start_method="fork")
+"""
+
+
+@pytest.mark.slow
+def test_collectives() -> None:
+    in_process(COLLECTIVES)
+
+
+FORKS = """
+import os, threading, time
+from folding import X, check, net
+from normfx.backend import normfx
+
+model = net(width=80)
+calls = []
+
+def backend(gm, inputs):
+    compiled = normfx(gm, inputs, options={"fold": "cached", "strict": True})
+    return lambda *args: (calls.append((compiled, args)), compiled(*args))[1]
+
+call = torch.no_grad()(torch.compile(model, backend=backend))
+check(call, model)
+compiled, args = calls[0]
+stop = threading.Event()
+
+def refresh():  # below Dynamo: its guards have a lock of their own, with which forks hang as well
+    while not stop.is_set():
+        model.norm1.bias.data.add_(0.001)
+        compiled(*args)
+
+thread = threading.Thread(target=refresh)
+thread.start()
+children = []
+for _ in range(12):
+    time.sleep(0.02)
+    child = os.fork()
+    if child == 0:
+        check(call, model)
+        model.up.weight.data[3:4] = 2.0
+        check(call, model)
+        os._exit(0)
+    children.append(child)
+codes = [os.waitpid(child, 0)[1] for child in children]
+stop.set()
+thread.join()
+check(call, model)
+assert codes == [0] * 12, codes
+"""
+
+
+def test_forks_while_a_thread_refreshes() -> None:
+    in_process(FORKS)
+
+
+SHARED = """
+import os
+from folding import check, compiled, net
+
+model = net(width=80).share_memory()
+call = compiled(model, "cached")
+before = check(call, model)
+for entry in (0, 3000):
+    child = os.fork()
+    if child == 0:
+        model.up.weight.data.view(-1)[entry] += 50.0
+        os._exit(0)
+    os.waitpid(child, 0)
+    before = check(call, model, before)
+"""
+
+
+def test_another_process_writes_shared_weights() -> None:
+    in_process(SHARED)
+
+
+# ---------------------------------------------------------------- deletion
+
+
+@pytest.mark.parametrize("fold", KEPT)
+def test_a_deleted_model_goes_at_once(fold: str) -> None:
+    """While the callable stays, and is not called again."""
+    run = torch.compile(lambda m, x: m(x), backend="normfx", options={"fold": fold, "strict": True})
+    model = net(width=WIDE)
+    with torch.no_grad():
+        run(model, X)
+    if fold == "frozen":
+        assert folding().freezes == 1 and "frozen" in folding().variants
+    memory = [weakref.ref(p.untyped_storage()) for p in model.parameters()]
+    assert store.STORE.bytes > 0
+    del model
+    gc.collect()
+    assert [reference() for reference in memory] == [None] * len(memory)
+    assert store.STORE.bytes == 0
+    assert "frozen" not in folding().variants
+
+
+def test_threads_over_several_models() -> None:
+    """One callable, many models, many threads: each gets the values of its own arguments."""
+    run = torch.compile(lambda m, x: m(x), backend="normfx", options={"fold": "cached", "strict": True})
+    models = [net(seed, width=WIDE) for seed in range(4)]
+    wrong: list[float] = []
+
+    def work(model: nn.Module) -> None:
+        with torch.no_grad():
+            for step in range(30):
+                model.up.weight.data[step % WIDE] += 1.0
+                error = (run(model, X) - model(X)).abs().max().item()
+                if not error < 1e-9:
+                    wrong.append(error)
+
+    with torch.no_grad():
+        run(models[0], X)
+    threads = [threading.Thread(target=work, args=(model,)) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_refold_still_computes_everything_newly() -> None:
+    model = net()
+    call = compiled(model, "cached")
+    check(call, model)
+    before = folding().refreshes
+    normfx.refold()
+    check(call, model)
+    assert folding().refreshes == 2 * before

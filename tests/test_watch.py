@@ -1,0 +1,252 @@
+"""Watches of memory: what is seen, with and without the kernel's help, and what identifies a tensor."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from normfx.weights import native
+from normfx.weights.samples import Samples
+from normfx.weights.watch import Watch, identity
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.complex128, torch.int8]
+
+
+@pytest.fixture(params=["pages", "contents"])
+def library(request: pytest.FixtureRequest) -> Iterator[object]:
+    """The C++ functions, with the kernel's help where there is any, and without."""
+    found = native.native_library()
+    assert found is not None
+    found.normfx_allow_pages(request.param == "pages")
+    yield found
+    found.normfx_allow_pages(1)
+
+
+def accepted(tensors: list[Tensor]) -> Watch:
+    watch = Watch(tensors)
+    watch.accept(tensors, watch.read(tensors))
+    if watch.changed(tensors):  # pages that nothing had touched are there only once they were read
+        watch.accept(tensors, watch.read(tensors))
+    assert not watch.changed(tensors)
+    return watch
+
+
+def sees(watch: Watch, tensors: list[Tensor], write: Callable[[], object]) -> bool:
+    """Whether a write is seen, once: the state after it can be accepted."""
+    write()
+    seen = watch.changed(tensors)
+    watch.accept(tensors, watch.read(tensors))
+    assert not watch.changed(tensors)
+    return seen
+
+
+def entry(tensor: Tensor, index: int) -> Callable[[], object]:
+    flat = tensor.detach().view(torch.uint8).reshape(-1).numpy()
+
+    def write() -> None:
+        flat[index] ^= 1
+
+    return write
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 3, 100, 5000, 300_000])
+def test_one_bit_anywhere_is_seen(library: object, dtype: torch.dtype, size: int) -> None:
+    tensors = [torch.ones(size, dtype=torch.float32).to(dtype), torch.ones(7)]
+    watch = accepted(tensors)
+    last = tensors[0].nbytes - 1
+    for index in {0, 1 % (last + 1), last // 3, last // 2, max(last - 4097, 0), last}:
+        assert sees(watch, tensors, entry(tensors[0], index)), index
+    assert sees(watch, tensors, entry(tensors[1], 27))
+
+
+def test_signs_of_all_entries(library: object) -> None:
+    """The highest bit of every word changes: a hash that only multiplies would not tell two of them from none."""
+    tensors = [torch.randn(n, dtype=torch.float64) for n in (1, 2, 8, 9, 16, 17, 64, 1000, 100_000)]
+    watch = accepted(tensors)
+    for tensor in tensors:
+        assert sees(watch, tensors, lambda tensor=tensor: tensor.data.neg_())
+    for tensor in tensors[1:]:
+        assert sees(watch, tensors, lambda tensor=tensor: tensor.data[:2].neg_())
+
+
+def test_watched_by_pages_where_the_kernel_helps() -> None:
+    """What this file tests with `pages` is not the same as without."""
+    library = native.native_library()
+    assert library is not None
+    if not native.watches_pages():
+        pytest.skip("this kernel does not tell which pages were written")
+    before = library.normfx_blocks(1)
+    tensors = [torch.randn(100_000), torch.randn(10)]
+    watch = accepted(tensors)
+    assert library.normfx_blocks(1) == before + 1, "one is large enough"
+    del watch
+    assert library.normfx_blocks(1) == before
+
+
+def test_untouched_zeros(library: object) -> None:
+    """Pages that nothing has touched yet are not in the page table."""
+    tensors = [torch.zeros(1 << 20)]
+    watch = accepted(tensors)
+    assert sees(watch, tensors, lambda: tensors[0].data[500_000:500_001].fill_(1))
+
+
+def test_layouts_are_part_of_the_identity(library: object) -> None:
+    square = torch.randn(64, 64)
+    forms = [square, square.t(), square[:32], square.view(-1), square.view(torch.int32), square[:, :64:2], square[1:]]
+    assert len(set(map(identity, forms))) == len(forms)
+    for form in forms:
+        watch = accepted([form])
+        for other in forms:
+            assert watch.changed([other]) == (other is not form)
+        assert [watch.read([o])[0] == (0,) for o in forms] == [o is not form for o in forms]
+    parameter = torch.nn.Parameter(square.clone())
+    watch = accepted([parameter])
+    parameter.data = parameter.data.t()  # the same object, storage and address
+    assert watch.changed([parameter])
+    conjugate = torch.randn(4, dtype=torch.complex64)
+    assert identity(conjugate) != identity(conjugate.conj())
+
+
+def test_every_alias_of_the_memory(library: object) -> None:
+    """One memory with several storages, tensors and version counters: a write through any is seen through all."""
+    buffer = np.zeros(1 << 18, dtype=np.float32)
+    whole, part = torch.from_numpy(buffer), torch.from_numpy(buffer[1000:200_000])
+    tensors = [whole, part, whole[5000:100_000], torch.nn.Parameter(whole.data)]
+    watches = [accepted([tensor]) for tensor in tensors]
+    for position in (50_000, 50_001):
+        buffer[position] += 1
+        for watch, tensor in zip(watches, tensors, strict=True):
+            assert sees(watch, [tensor], lambda: None)
+    buffer[3000] += 1
+    assert [w.changed([t]) for w, t in zip(watches, tensors, strict=True)] == [True, True, False, True]
+
+
+def test_what_comes_back_is_still_a_change_to_whom_it_was_not_shown(library: object) -> None:
+    """A, B, A: who looked at B makes A's epoch a new one."""
+    for size in (8, 100_000):
+        tensor = torch.randn(size)
+        kept = tensor.clone()
+        first, second = accepted([tensor]), accepted([tensor])
+        tensor.data.zero_()
+        assert second.changed([tensor])
+        second.accept([tensor], second.read([tensor]))
+        tensor.data.copy_(kept)
+        assert first.changed([tensor]), "a value shared with the second watch was computed from the zeros"
+
+
+def test_memory_shared_with_other_processes(library: object, tmp_path: Path) -> None:
+    """Another process, or another mapping of the same file, writes: this one's page table does not show it."""
+    file = tmp_path / "weights"
+    file.write_bytes(bytes(1 << 20))
+    shared = torch.from_file(str(file), shared=True, size=1 << 18)
+    watch = accepted([shared])
+    with file.open("r+b") as opened, mmap.mmap(opened.fileno(), 0) as other:
+        assert sees(watch, [shared], lambda: other.__setitem__(500_000, 7))
+    parameter = torch.randn(1 << 18).share_memory_()
+    watch = accepted([parameter])
+
+    def in_a_child() -> None:
+        child = os.fork()
+        if child == 0:
+            parameter.numpy()[77_777] = 5.0
+            os._exit(0)
+        os.waitpid(child, 0)
+
+    assert sees(watch, [parameter], in_a_child)
+
+
+def test_private_mappings_of_files(library: object, tmp_path: Path) -> None:
+    """What `torch.load(mmap=True)` and safetensors hand out."""
+    file = tmp_path / "weights"
+    np.arange(1 << 18, dtype=np.float32).tofile(file)
+    tensor = torch.from_file(str(file), shared=False, size=1 << 18)
+    watch = accepted([tensor])
+    for index in (0, 70_000, (1 << 18) - 1):
+        assert sees(watch, [tensor], lambda index=index: tensor.data[index : index + 1].add_(1))
+
+
+def test_writes_of_the_kernel(library: object, tmp_path: Path) -> None:
+    """`readinto` writes without a store instruction of the process."""
+    file = tmp_path / "weights"
+    file.write_bytes(os.urandom(400_000))
+    tensor = torch.zeros(100_000)
+    watch = accepted([tensor])
+    with file.open("rb", buffering=0) as opened:
+        assert sees(watch, [tensor], lambda: opened.readinto(memoryview(tensor.numpy()).cast("B")[8192:16384]))
+
+
+def test_freed_and_filled_again(library: object) -> None:
+    tensor = torch.randn(100_000)
+    watch = accepted([tensor])
+    size = tensor.untyped_storage().nbytes()
+    tensor.untyped_storage().resize_(0)
+    assert watch.changed([tensor])
+    assert watch.read([tensor]) == [(0,)]
+    tensor.untyped_storage().resize_(size)
+    tensor.data.fill_(1.0)
+    again = accepted([tensor])
+    assert sees(again, [tensor], entry(tensor, 200_000))
+
+
+def test_another_mapping_at_the_same_place(library: object) -> None:
+    """The kernel forgets what it watched when the memory is mapped again; normfx must not take silence for peace."""
+    with mmap.mmap(-1, 1 << 20) as memory:
+        tensor = torch.frombuffer(memory, dtype=torch.float32)
+        watch = accepted([tensor])
+        if hasattr(memory, "madvise"):
+            tensor.data.fill_(3.0)
+            watch.accept([tensor], watch.read([tensor]))
+            memory.madvise(mmap.MADV_DONTNEED)
+        assert sees(watch, [tensor], lambda: tensor.data[1000:1001].fill_(5.0))
+        del tensor, watch
+
+
+def test_in_a_forked_child(library: object) -> None:
+    """The kernel's watch does not follow into the child; both see their own writes, and only those."""
+    tensors = [torch.randn(100_000), torch.randn(10)]
+    watch = accepted(tensors)
+    child = os.fork()
+    if child == 0:
+        watch.accept(tensors, watch.read(tensors))
+        good = not watch.changed(tensors) and sees(watch, tensors, entry(tensors[0], 50_000))
+        os._exit(0 if good and sees(watch, tensors, entry(tensors[1], 5)) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert not watch.changed(tensors)
+    assert sees(watch, tensors, entry(tensors[0], 50_000))
+
+
+def test_nothing_grows(library: object) -> None:
+    before = library.normfx_blocks(0)  # type: ignore[attr-defined]
+    for _ in range(50):
+        tensors = [torch.randn(50_000), torch.randn(3)]
+        accepted(tensors)
+    assert library.normfx_blocks(0) <= before  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_samples_of_devices(dtype: torch.dtype) -> None:
+    """Here on the CPU: what is read is the same."""
+    tensors = [torch.randn(8, 10).to(dtype).t(), torch.randn(3).to(dtype), torch.randn(0).to(dtype)]
+    samples = Samples(tensors)
+    seen = samples.read(tensors)
+    assert [len(group) > 0 for group in seen] == [True, True, False]
+    tensors[1].data.fill_(7)
+    assert samples.read(tensors)[1] != seen[1] and samples.read(tensors)[0] == seen[0]
+    tensors[0].data.fill_(7)
+    assert samples.read(tensors)[0] != seen[0]
+
+
+def test_without_a_compiler_nothing_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("normfx.weights.watch.native_library", lambda: None)
+    tensors = [torch.randn(10)]
+    watch = Watch(tensors)
+    watch.accept(tensors, watch.read(tensors))
+    assert not watch.trackable and watch.changed(tensors)
