@@ -28,7 +28,8 @@ class Options:
     rules:     names of the rules that may fire, in the order of RULE_NAMES
     fold:      "live" writes folds as graph expressions on the parameters; "cached" keeps their values where no gradient
                is needed and renews them when a parameter changed; "frozen" adds a variant with constants; "auto":
-               frozen where Inductor's `freezing` is on, else cached on the CPU and live elsewhere
+               frozen where Inductor's `freezing` is on, else cached on the CPU where the kernel tells which pages were
+               written, and live elsewhere
     lowering:  "inductor" hands every norm to Inductor; "triton" runs norms on generated kernels where there are any
                (on CUDA); "auto" where they are predicted to move fewer bytes and were tested
     crms_basis: in which basis crms_norm stores rows: "orthonormal" or "drop" (see rules/crms_norm.py)

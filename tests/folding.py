@@ -36,7 +36,7 @@ class Net(nn.Module):
 
 
 def net(seed: int = 0, dtype: torch.dtype = torch.float64, width: int = 16) -> Net:
-    """Weights of a width of 80 and more are watched by pages, where the kernel helps, smaller ones by their contents."""
+    """Weights of a width of 80 are watched by pages where the kernel helps, those of 16 by their contents."""
     torch.manual_seed(seed)
     return Net(width).to(dtype).eval()
 
@@ -74,4 +74,3 @@ def check(call: Callable[[Tensor], Tensor], model: nn.Module, before: Tensor | N
     if before is not None:
         assert (expected - before).abs().max() > 1e-3, "the write does not show: the check could not fail"
     return expected
-

@@ -52,7 +52,7 @@ def replace_one(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("write", [replace_one, WRITES["p.data.add_"], WRITES["parameter replaced"]])
 def test_values_stay_at_their_address(write: Callable[[nn.Module], object]) -> None:
-    """CUDA graphs replay on fixed addresses. (Where every parameter is replaced at once, the model counts as deleted.)"""
+    """CUDA graphs replay on fixed addresses. (A model whose parameters are all replaced at once counts as deleted.)"""
     model = net()
     call = compiled(model, "cached")
     before = check(call, model)

@@ -37,8 +37,8 @@ def keepable(
     """Those of the weights whose folds may be kept: no one asks for their gradient, in the present gradient mode.
 
     weights:    parameters, buffers and constants; `trained`: those that want a gradient
-    everywhere: also where looking at the parameters is slow or not exact: on devices, where it waits for them and looks at
-                samples, and on the CPU where the kernel does not tell which pages were written
+    everywhere: also where looking at the parameters is slow or not exact: on devices, where it waits for them and looks
+                at samples, and on the CPU where the kernel does not tell which pages were written
     """
     wanted = trained if records_gradients(graph) else frozenset()
     plain = frozenset(n for n in weights - wanted if is_plain(n))

@@ -99,7 +99,9 @@ STORE = Store()
 
 if hasattr(os, "register_at_fork"):
     # a refresh is finished first: a child would inherit half of it, and a lock that no one releases
-    os.register_at_fork(before=STORE.lock.acquire, after_in_parent=STORE.lock.release, after_in_child=STORE.lock.release)
+    os.register_at_fork(
+        before=STORE.lock.acquire, after_in_parent=STORE.lock.release, after_in_child=STORE.lock.release
+    )
 
 
 def refold() -> None:
@@ -216,7 +218,9 @@ class Folds:
 
     def _compute(self, fold: Fold, entry: Entry, sources: Sequence[Tensor]) -> None:
         if entry.seen is not None:
-            STORE.generation += 1  # other graphs share the value, and may know its sources by samples that can come back
+            STORE.generation += (
+                1  # other graphs share the value, and may know its sources by samples that can come back
+            )
         entry.seen = None
         fresh = fold.compute(sources)
         if self._rebinds or entry.value is None:

@@ -1,12 +1,13 @@
 """Detects whether a list of tensors is what it was: the same memory, read in the same layout, with the same contents.
 
-On the CPU the contents are watched exactly (memory.cpp), whatever writes them. On other devices versions and samples are
-compared (samples.py), which a write through `.data` can escape.
+On the CPU the contents are watched exactly (memory.cpp), whatever writes them. On other devices versions and samples
+are compared (samples.py), which a write through `.data` can escape.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from operator import attrgetter
@@ -153,11 +154,15 @@ class _Memory:
         return epochs[:]
 
     def comparison(self, tensors: Sequence[Tensor], epochs: Sequence[int]) -> Callable[[], bool]:
-        """A function that tells whether these tensors, while they are alive, differ from what they were at these epochs."""
+        """A function that tells whether these tensors, while they live, differ from what they were at these epochs."""
         arrays = _pointers(tensors), (ctypes.c_uint64 * self._count)(*epochs)
-        call, handle = self._library.normfx_changed, self._handle
         places = [ctypes.c_void_p(ctypes.addressof(array)) for array in arrays]
-        return lambda _kept=(self, arrays): call(handle, *places) != 0
+        call = functools.partial(self._library.normfx_changed, self._handle, *places)
+
+        def changed(kept: Any = (self, arrays)) -> bool:
+            return bool(call())
+
+        return changed
 
 
 def _memory(tensors: Sequence[Tensor]) -> _Memory | None:
@@ -171,7 +176,8 @@ def _pointers(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
 
 def _is_written_by_devices(tensor: Tensor) -> bool:
     """Whether a device may write this memory, which the kernel does not see."""
-    return torch.cuda.is_initialized() and tensor.is_pinned()
+    initialised: Callable[[], bool] = torch.cuda.is_initialized  # torch leaves it untyped
+    return initialised() and tensor.is_pinned()
 
 
 def is_ordinary(tensor: Tensor) -> bool:
