@@ -23,7 +23,7 @@ FLOORS = (
     ("ir.ops", "ir.regions", "ir.names", "ir.cleanup"),
     ("ir.aliasing", "ir.barriers"),
     ("ir.graph",),
-    ("ir.sites", "ir.order", "ir.expand", "ir.sources", "ir.recompute"),
+    ("ir.sites", "ir.order", "ir.packing", "ir.expand", "ir.sources", "ir.recompute"),
     ("ir.fused_ops", "ir.functionalize", "ir.simplify", "ir.verify", "ir.printer", "ir.inline", "ir.calls"),
     ("ir.fusion", "ir.resize"),
     ("capture", "specialize"),

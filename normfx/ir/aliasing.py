@@ -189,6 +189,11 @@ def _bound(node: Node) -> Iterator[tuple[Any, Node]]:
                 yield argument, leaf
 
 
+def operands_by_name(node: Node) -> list[tuple[str, Node]]:
+    """The nodes among the arguments of an op, those in lists too, each with the name of its schema argument."""
+    return [(argument.name, operand) for argument, operand in _bound(node)]
+
+
 # ---------------------------------------------------------------- writes
 
 

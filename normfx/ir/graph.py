@@ -161,29 +161,6 @@ def is_one(dim: int | torch.SymInt) -> bool:
     return isinstance(dim, int) and dim == 1
 
 
-_INDEXING = frozenset({"aten::embedding", "aten::index.Tensor", "aten::index_select", "aten::gather", "aten::take"})
-
-
-def packed_sources(weight: Node) -> tuple[Node, ...]:
-    """Integer values that a floating weight is computed from: packed or quantised storage (indices do not count)."""
-    found: list[Node] = []
-    seen: set[Node] = set()
-    work = [weight]
-    while work:
-        node = work.pop()
-        fake = value(node)
-        if node in seen or fake is None:
-            continue
-        seen.add(node)
-        if not fake.is_floating_point() and not fake.is_complex() and fake.dtype != torch.bool and fake.ndim > 0:
-            found.append(node)
-        elif op_name(node) in _INDEXING:
-            work.append(node.all_input_nodes[0])
-        else:
-            work += node.all_input_nodes
-    return tuple(found)
-
-
 def entries(dims: Iterable[int | torch.SymInt]) -> sympy.Expr:
     """Number of entries as a sympy expression."""
     return sympy.prod([extent(d) for d in dims])

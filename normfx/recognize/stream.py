@@ -22,12 +22,12 @@ from normfx.ir.graph import (
     entry_readers,
     occurrences,
     op_name,
-    packed_sources,
     shape,
     size_hint,
     value,
 )  # fmt: skip
 from normfx.ir.order import Order
+from normfx.ir.packing import packed_sources
 from normfx.ir.sites import Axis, Leaf, LeafKind, Norm, Stream
 from normfx.recognize.flow import LINEARS, Constants, Flow, flow, scales_rows
 
@@ -252,18 +252,21 @@ def _leaf(key: tuple[Node, Axis], users: list[Node | Norm], region: _Region) -> 
         if scaled is not None:
             kind, (path, scale) = "scaled", scaled
             linear = path[-1][0]
-    obstacle = _leaf_obstacle(node, kind, region)
+    obstacle = _leaf_obstacle(node, kind, linear, region)
     alone = set(node.users) <= _graph_users(users)
     return Leaf(node, axis, kind, tuple(users), region.witness.get(node), scale, linear, path, alone, obstacle)
 
 
-def _leaf_obstacle(node: Node, kind: LeafKind, region: _Region) -> str:
+def _leaf_obstacle(node: Node, kind: LeafKind, linear: Node | None, region: _Region) -> str:
     fake = value(node)
     if node in region.barred:
         return "mutated"
     if fake is None or not fake.is_floating_point():
         return "uncentred_input"
-    return "packed_weight" if kind == "parameter" and packed_sources(node) else ""
+    written = [node] if kind == "parameter" else []
+    if linear is not None:  # whose weight would take λ, and be centred
+        written += [operand for operand in linear.all_input_nodes if operand in region.parameters]
+    return "packed_weight" if any(map(packed_sources, written)) else ""
 
 
 def _scaled_writer(
