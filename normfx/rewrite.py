@@ -6,7 +6,8 @@ or gradient-mode region. Rules describe their edits through `Edit`; norms are wr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from normfx.ir.calls import add_call, fake_result
 from normfx.ir.cleanup import drop_dead_code
 from normfx.ir.fusion import Fusion
 from normfx.ir.graph import BAKED, arguments, grad_modes, is_row_major, op_name, shape, tensor, value
+from normfx.ir.order import Order
 from normfx.ir.resize import resize
 from normfx.ir.sites import Axis, Linear, Norm, Residual
 from normfx.plan import Plan
@@ -110,6 +112,7 @@ class Edit:
         self.widths: dict[Node, tuple[Axis, int]] = {}
         self.compressed: list[Node] = []
         self.graph = gm.graph
+        self.order = Order(gm.graph)
         self.norms: dict[Norm, NormState] = {}
         self.folded: dict[Node, torch.dtype] = {}
         self.replaced: dict[Node, Node] = {}
@@ -176,7 +179,7 @@ class Edit:
                 slots = [name for name, operand in self.linears[user].items() if operand is node]
                 made += [self._center_slot(user, name, axis) for name in slots]
                 continue
-            with self.graph.inserting_before(self._first(user) if isinstance(user, Norm) else user):
+            with self._before(self._first(user) if isinstance(user, Norm) else user, node):
                 like = user.output if isinstance(user, Norm) else user
                 centred = self._center(node, axis, like)
             self._redirect(user, node, centred)
@@ -185,8 +188,9 @@ class Edit:
 
     def _center_slot(self, linear: Node, name: str, axis: Axis) -> Node:
         """Centre what stands in an argument of a linear now: another rule may have folded something into it."""
-        with self.graph.inserting_before(linear):
-            centred = self._center(arguments(linear)[name], axis, linear)
+        operand = arguments(linear)[name]
+        with self._before(linear, operand):
+            centred = self._center(operand, axis, linear)
         self._set(linear, name, centred)
         return centred
 
@@ -230,7 +234,7 @@ class Edit:
         for readers in site.readers:
             for linear, axis, _ in readers.linears:
                 weight = arguments(linear.node)[linear.weight_arg]
-                with self.graph.inserting_before(linear.node):
+                with self._before(linear.node, weight):
                     folded = self._fold(ops.COMPRESS_INPUT, (weight, axis.dim, *sizes), linear.node)
                 self._set(linear.node, linear.weight_arg, folded)
         for norm in site.stream.norms:
@@ -243,7 +247,7 @@ class Edit:
         assert fake is not None
         for name, dim in _output_dims(linear).items():
             operand = arguments(linear)[name]
-            with self.graph.inserting_before(linear):
+            with self._before(linear, operand, scale):
                 scaled = self._fold(ops.SCALE_FEATURES, (operand, scale, dim, fake.numel(), 1), linear)
             self._set(linear, name, scaled)
         args = arguments(product)
@@ -260,7 +264,7 @@ class Edit:
         if fake is None:
             self._set(node, name, 0)
             return
-        with self.graph.inserting_before(node):
+        with self._before(node, term):
             if not fake.is_floating_point():
                 zero = add_call(self.graph, torch.ops.aten.zeros_like.default, (term,), node)
             else:
@@ -274,7 +278,7 @@ class Edit:
         fake_weight, fake_out = value(weight), value(node)
         assert fake_weight is not None and fake_out is not None
         sizes = (axis.dim, axis.size, axis.inner)
-        with self.graph.inserting_before(node):
+        with self._before(node, weight, bias, gamma, beta):
             if beta is not None:
                 dtype = fake_weight.dtype if linear.bias_arg is not None else fake_out.dtype
                 bias = add_call(self.graph, ops.FOLD_SHIFT, (weight, beta, bias, factor, *sizes, dtype), node)
@@ -323,7 +327,7 @@ class Edit:
             op = ops.CRMS_NORM if state.stored.basis == "drop" else op
             correction += state.stored.width - state.stored.size
         args = (self._now(state.input), weight, bias, dim, norm.eps, norm.eps_place, correction, state.scale)
-        with self.graph.inserting_before(norm.output):  # in the norm's own gradient mode
+        with self._before(norm.output, *args[:3]):  # in the norm's own gradient mode
             written = new = add_call(self.graph, op, (*args, norm.compute_dtype, state.out_dtype, False), norm.output)
             if is_row_major(tensor(state.output)) and not is_row_major(tensor(new)):
                 # a view may rely on it
@@ -336,6 +340,19 @@ class Edit:
             self.norm(user).input = new
         else:
             user.replace_input_with(old, new)
+
+    @contextmanager
+    def _before(self, place: Node, *operands: Any) -> Iterator[None]:
+        """New nodes stand before a node; operands of theirs that are computed after it move up.
+
+        That they may is proved when the graph is read: what an edit needs is then an operand of what it replaces, or
+        `Order.can_lift` of a value of parameters alone.
+        """
+        for operand in operands:
+            if isinstance(operand, Node):
+                self.order.lift(operand, place)
+        with self.graph.inserting_before(place):
+            yield
 
     def _first(self, norm: Norm) -> Node:
         """The earliest node of a norm."""
@@ -357,7 +374,7 @@ class Edit:
         assert want is not None and have is not None
         if want.dtype == have.dtype:
             return node
-        with self.graph.inserting_before(like):
+        with self._before(like, node):
             return add_call(self.graph, torch.ops.aten.to.dtype, (node, want.dtype), like)
 
     def _set(self, node: Node, name: str, new: Any) -> None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import torch
 from hypothesis import strategies as st
-from token_programs import FORMS, TOKEN_OBSERVERS, TOKEN_OPS, TOKEN_TRAPS, At
+from token_programs import FORMS as TOKEN_FORMS
+from token_programs import TOKEN_OBSERVERS, TOKEN_OPS, TOKEN_TRAPS, At
 from torch import Tensor, nn
 from torch.nn import functional as F
+from weight_programs import FORMS as WEIGHT_FORMS
+from weight_programs import WEIGHT_OBSERVERS, WEIGHT_OPS, WEIGHT_TRAPS
 
 BATCH, TOKENS, WIDTH, HEADS, VOCABULARY = 2, 4, 8, 2, 11
+FORMS = TOKEN_FORMS | WEIGHT_FORMS
 
 STREAM_OPS = (
     "branch", "branch", "branch", "write", "layer_scale", "conv_write", "head_write", "number", "add_number", "negate",
@@ -16,7 +20,7 @@ STREAM_OPS = (
     "add_table", "roll", "flip", "cut_and_pad", "join_token", "cumsum", "token_mean",
     "swap_axes", "split_heads", "mix_tokens", "mix_tokens_bias", "mask", "choose", "gather", "depth_mean", "stack_sum",
     "inplace_add", "cast", "dropout_eval", "half", "detach", "matmul_tokens", "divide_token", "double_view",
-    "frozen_write", "detached_scale", *TOKEN_OPS,
+    "frozen_write", "detached_scale", *TOKEN_OPS, *WEIGHT_OPS,
 )  # fmt: skip
 """Ops a centred stream passes, or writers."""
 BREAKING_OPS = (
@@ -29,6 +33,7 @@ BREAKING_OPS = (
     "softmax",
     "norm_plain",
     *TOKEN_TRAPS,
+    *WEIGHT_TRAPS,
 )
 OBSERVERS = (
     "norm_out",
@@ -45,11 +50,17 @@ OBSERVERS = (
     "scaled_frozen",
     "moved_frozen",
     *TOKEN_OBSERVERS,
+    *WEIGHT_OBSERVERS,
 )
 
-NORMS = frozenset(OBSERVERS) - {*TOKEN_OBSERVERS, "raw_out", "raw_linear", "feature_mean", "two_readers"} | {
-    "post_norm"
-}
+NORMS = frozenset(OBSERVERS) - {
+    *TOKEN_OBSERVERS,
+    *WEIGHT_OBSERVERS,
+    "raw_out",
+    "raw_linear",
+    "feature_mean",
+    "two_readers",
+} | {"post_norm"}
 """Ops with a norm of their own."""
 
 Step = tuple[str, int]

@@ -136,6 +136,80 @@ def test_cast_back() -> None:
         assert node.meta["val"].dtype in (torch.float32, torch.float64)
 
 
+def promoted_and_added(x: Tensor) -> Tensor:
+    y = x.float() * 1
+    y.mul_(x.detach())
+    return y.add_(1).double()
+
+
+def promoted_three_times(x: Tensor) -> Tensor:
+    y = x.bfloat16() * 1
+    y.mul_(x).sub_(x.float())
+    y += x
+    return y.double()
+
+
+def promoted_integers(x: Tensor) -> Tensor:
+    y = (x * 3).int() + 0
+    y.mul_(x > 0).add_(torch.full((4, 4), 2**31 + 5))
+    y -= (x > 1).long()
+    return x * y
+
+
+def promoted_flags(x: Tensor) -> Tensor:
+    y = (x > 0).logical_not()
+    y.logical_and_(x > -1).logical_xor_(x.float() > 0.5)
+    return x * y.logical_or_(x > 1)
+
+
+def promoted_under_autocast(x: Tensor) -> Tensor:
+    y = x.bfloat16() * 1
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y.mul_(x)
+        y.add_(torch.mm(x.float(), x.float()))
+    return y.double()
+
+
+def promoted_without_grad(x: Tensor) -> Tensor:
+    with torch.no_grad():
+        y = x.float() * 1
+        y.mul_(x).clamp_(min=-1.0)
+    return x * y
+
+
+@pytest.mark.parametrize(
+    ("f", "count"),
+    [(promoted_and_added, 2), (promoted_three_times, 3), (promoted_integers, 3), (promoted_flags, 3),
+     (promoted_under_autocast, 2), (promoted_without_grad, 2)],
+)  # fmt: skip
+def test_writes_after_one_that_promotes(f: Callable[..., Any], count: int) -> None:
+    done, gm = converted(f, x64(4, 4))
+    assert done == count and in_place_ops(gm) == []
+    assert not mutated(gm.graph)
+
+
+def promoted_then_a_view(x: Tensor) -> Tensor:
+    y = x.float() * 1
+    y.mul_(x)
+    y[:2].add_(1)
+    y.sub_(x)
+    return y.double()
+
+
+def promoted_then_copied_into(x: Tensor) -> Tensor:
+    y = x.float() * 1
+    y.mul_(x.detach())
+    y.copy_(y + x)
+    return y.add_(x).double()
+
+
+@pytest.mark.parametrize("f", [promoted_then_a_view, promoted_then_copied_into])
+def test_writes_that_stay_after_one_that_promotes(f: Callable[..., Any]) -> None:
+    done, gm = converted(f, x64(4, 4))
+    assert done >= 1 and len(in_place_ops(gm)) >= 1
+    assert mutated(gm.graph)
+
+
 # ---------------------------------------------------------------- left alone
 
 

@@ -9,6 +9,7 @@ from equivalence import assert_same_float64
 from hypothesis import HealthCheck, example, given, settings
 from programs import OBSERVERS, STREAM_OPS, Program, Step, programs, tokens
 from token_programs import TOKEN_TRAPS
+from weight_programs import WEIGHT_TRAPS
 
 from normfx.report import Report
 
@@ -80,7 +81,7 @@ ODD = ("deep_norm", "merged_patches")
 """Traps with a norm of their own, which may convert."""
 
 
-@pytest.mark.parametrize("op", [op for op in TOKEN_TRAPS if op not in ODD])
+@pytest.mark.parametrize("op", [op for op in (*TOKEN_TRAPS, *WEIGHT_TRAPS) if op not in ODD])
 def test_traps_keep_the_mean(op: str) -> None:
     """What does not commute with the mean over the features ends the stream: the norm behind it stays a LayerNorm."""
     report = Report((fuzz.check((("branch", 0), (op, 0)), {}),))

@@ -68,10 +68,13 @@ def mutated(graph: Graph) -> frozenset[Node]:
 
     The result of an in-place op is in the set only if a later op writes again.
     """
+    writes = list(_writes(graph))
+    if not writes:
+        return frozenset()
     storages = storages_of(graph)
     position = {node: i for i, node in enumerate(graph.nodes)}
     last_write: dict[Storage, int] = {}
-    for node, targets in _writes(graph):
+    for node, targets in writes:
         for target in targets:
             for storage in storages.get(target, ()):
                 last_write[storage] = position[node]
@@ -184,6 +187,11 @@ def _bound(node: Node) -> Iterator[tuple[Any, Node]]:
         for leaf in pytree.tree_leaves(value):
             if isinstance(leaf, Node):
                 yield argument, leaf
+
+
+def operands_by_name(node: Node) -> list[tuple[str, Node]]:
+    """The nodes among the arguments of an op, those in lists too, each with the name of its schema argument."""
+    return [(argument.name, operand) for argument, operand in _bound(node)]
 
 
 # ---------------------------------------------------------------- writes

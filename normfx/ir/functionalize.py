@@ -38,14 +38,12 @@ def functionalize_local(gm: GraphModule) -> int:
             if not _is_local(node, older, copied, position, grad_on):
                 continue
             result = _evaluate(node, functional)
-            if result is not None:
-                new = _replace(gm, node, functional, result, position)
-                position[new], storages[new], grad_on[new] = (
-                    position.pop(node),
-                    storages.pop(node),
-                    grad_on[node],
-                )
-                count += 1
+            if result is None:
+                continue
+            for new in _replace(gm, node, functional, result, position):
+                position[new], storages[new], grad_on[new] = position[node], storages[node], grad_on[node]
+            del position[node], storages[node]
+            count += 1
     if count:
         gm.graph.lint()
         gm.recompile()
@@ -136,8 +134,9 @@ def _expression(size: Any) -> Any:
 
 def _replace(
     gm: GraphModule, node: Node, functional: OpOverload, result: FakeTensor, position: dict[Node, int]
-) -> Node:
-    """Put the out-of-place form in the node's place and hand it to every later user of the written value.
+) -> list[Node]:
+    """Put the out-of-place form in the node's place and hand it to every later user of the written value. Returns the
+    new nodes: it, and a cast where it promotes.
 
     The new node keeps the fake of the old one, so that views made of it later still share its storage.
     """
@@ -147,12 +146,14 @@ def _replace(
     with gm.graph.inserting_before(node):
         new = gm.graph.call_function(functional, node.args, node.kwargs)
         new.meta = dict(node.meta)
+        made = [new]
         if result.dtype != stored.dtype:
             new.meta["val"] = result
             new = gm.graph.call_function(torch.ops.aten.to.dtype, (new, stored.dtype))
             new.meta = dict(node.meta)
+            made.append(new)
     for user in later:
         user.replace_input_with(target, new)
     node.replace_all_uses_with(new)
     gm.graph.erase_node(node)
-    return new
+    return made

@@ -14,6 +14,7 @@ from normfx.ir.calls import add_call
 from normfx.ir.fused_ops import ADDS, BODIES, KINDS, NORM_ADD_NORM, AddNorm, NormAddNorm
 from normfx.ir.graph import SHAPE_READS, arguments, grad_modes, occurrences, op_name, shape
 from normfx.ir.ops import Form
+from normfx.ir.order import Order
 from normfx.ir.recompute import region_of
 from normfx.ir.sites import Norm, Residual
 
@@ -29,6 +30,7 @@ class Fusion:
         self.shared: dict[Norm, Norm] = {}
         self.norms: dict[Node, list[Norm]] = {}
         self.modes = grad_modes(graph)
+        self.order = Order(graph)
 
     def centre_outputs(self) -> None:
         """A norm whose rows are read centred alone emits them so (maths M9)."""
@@ -83,8 +85,11 @@ class Fusion:
         if inner is not None and (x is not inner or set(inner.users) != {add} or occurrences(add, inner) != 1):
             inner = None
         place = min([user for user in add.users if user is not norm and user < norm], default=norm)
-        if any(vector > place for vector in norm.all_input_nodes[1:]):
+        vectors = [vector for vector in norm.args[1:3] if isinstance(vector, Node)]
+        if not all(self.order.can_lift(vector, place) for vector in vectors):
             return  # a centred copy of the sum was made before its weight
+        for vector in vectors:
+            self.order.lift(vector, place)
         with self.graph.inserting_before(place):
             new = self._write(norm, inner, x, residual, alpha)
             out, total = (add_call(self.graph, operator.getitem, (new, i), like) for i, like in enumerate((norm, add)))

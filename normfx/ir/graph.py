@@ -10,6 +10,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch.fx import Graph, Node
 
+from normfx.ir.aliasing import mutated
+
 SHAPE_READS = frozenset(
     {"aten::sym_size.int", "aten::sym_stride.int", "aten::sym_numel", "aten::_assert_tensor_metadata"}
 )
@@ -57,12 +59,18 @@ def shape(node: Node) -> tuple[int | torch.SymInt, ...]:
     return tuple(tensor(node).shape)
 
 
-def parameter_only(graph: Graph, parameters: Iterable[Node]) -> frozenset[Node]:
-    """Nodes that depend on nothing but parameters, buffers and constants, by deterministic pure ops."""
-    known: set[Node] = set(parameters)
+def parameter_only(graph: Graph, parameters: Iterable[Node], written: frozenset[Node] | None = None) -> frozenset[Node]:
+    """Nodes that depend on nothing but parameters, buffers and constants, by deterministic pure ops.
+
+    written: values whose memory is written in place after they were made (found here when not given). None of them is
+    such a node, nor what reads them: it may read what was written, through whichever alias
+    """
+    written = mutated(graph) if written is None else written
+    known: set[Node] = set(parameters) - written
     for node in graph.nodes:
         inputs = node.all_input_nodes
-        if inputs and all(n in known for n in inputs) and _is_pure(node) and _holds_tensors(node):
+        fixed = inputs and node not in written and all(n in known for n in inputs)
+        if fixed and is_pure(node) and _holds_tensors(node):
             known.add(node)
     return frozenset(known)
 
@@ -72,7 +80,8 @@ def is_getitem(node: Node) -> bool:
     return node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem"
 
 
-def _is_pure(node: Node) -> bool:
+def is_pure(node: Node) -> bool:
+    """Whether a call always computes the same from the same operands, and does nothing else."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return is_getitem(node)
@@ -150,29 +159,6 @@ def is_row_major(val: torch.Tensor, cut: int = 0) -> bool:
 def is_one(dim: int | torch.SymInt) -> bool:
     """Whether a dimension is known to be 1 (a symbolic one never is)."""
     return isinstance(dim, int) and dim == 1
-
-
-_INDEXING = frozenset({"aten::embedding", "aten::index.Tensor", "aten::index_select", "aten::gather", "aten::take"})
-
-
-def packed_sources(weight: Node) -> tuple[Node, ...]:
-    """Integer values that a floating weight is computed from: packed or quantised storage (indices do not count)."""
-    found: list[Node] = []
-    seen: set[Node] = set()
-    work = [weight]
-    while work:
-        node = work.pop()
-        fake = value(node)
-        if node in seen or fake is None:
-            continue
-        seen.add(node)
-        if not fake.is_floating_point() and not fake.is_complex() and fake.dtype != torch.bool and fake.ndim > 0:
-            found.append(node)
-        elif op_name(node) in _INDEXING:
-            work.append(node.all_input_nodes[0])
-        else:
-            work += node.all_input_nodes
-    return tuple(found)
 
 
 def entries(dims: Iterable[int | torch.SymInt]) -> sympy.Expr:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch.fx import Graph, Node
 
 from normfx.ir.graph import grad_modes, parameter_only
+from normfx.ir.order import Order
 from normfx.ir.sites import Sites
 from normfx.recognize.composed import find_composed
 from normfx.recognize.norms import find_norms
@@ -31,19 +32,19 @@ def recognize(
     name, source: module path and source line of a node ("" when unknown)
     live:    those of the weights whose folds are computed in every call, at a price; None: all, whatever the price
     """
-    parameters = parameter_only(graph, weights - mutated) - mutated
+    parameters = parameter_only(graph, weights, mutated)
     norms = find_norms(graph, parameters, name, source, mutated)
-    modes = grad_modes(graph)
+    modes, order = grad_modes(graph), Order(graph, mutated)
     scaled = [found for norm in norms if (found := find_scaled(norm, modes)) is not None and found.node not in mutated]
     priced = frozenset(_dependents(parameters, live or ()))
-    streams = find_streams(graph, norms, parameters, mutated, modes)
+    streams = find_streams(graph, norms, parameters, mutated, modes, order)
     readers = find_all_readers(norms, parameters, mutated, modes)
     return Sites(
         norms=norms,
         streams=tuple(replace(stream, live=priced) for stream in streams),
         readers={norm: replace(found, live=priced) for norm, found in readers.items()},
         scaled={found.norm: found for found in scaled},
-        residuals=tuple(find_residuals(norms, scaled, parameters, mutated, modes)),
+        residuals=tuple(find_residuals(norms, scaled, parameters, mutated, modes, order)),
         composed=tuple(find_composed(graph, parameters, weights if live is None else priced)),
     )
 

@@ -9,6 +9,7 @@ from torch.fx import Graph, Node
 
 from normfx.ir.aliasing import escaping, read_outside, storages_of
 from normfx.ir.graph import op_name
+from normfx.ir.packing import packed_sources
 from normfx.ir.regions import is_autocast
 from normfx.ir.sites import Composed
 
@@ -34,7 +35,7 @@ def find_composed(graph: Graph, parameters: frozenset[Node], live: frozenset[Nod
         sources = tuple(
             n for n in dict.fromkeys(s for m in nodes for s in m.all_input_nodes) if n.op != "call_function"
         )
-        obstacle = "leaves" if storages[node] & outside else ""
+        obstacle = "leaves" if storages[node] & outside else "packed_weight" if packed_sources(node) else ""
         if autocast and not all(is_autocast_neutral(n) for n in nodes):
             obstacle = obstacle or "autocast"
         yield Composed(node, nodes, tuple(n for n in sources if n in live), obstacle)

@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias
 from torch.fx import Node
 
 from normfx.ir.graph import arguments, entry_readers, occurrences, op_name, tensor, value
+from normfx.ir.order import Order
 from normfx.ir.recompute import region_of
 from normfx.ir.sites import Norm, Residual, Scaled
 from normfx.recognize.readers import number_factor
@@ -27,6 +28,7 @@ def find_residuals(
     parameters: frozenset[Node],
     barred: frozenset[Node],
     modes: Mapping[Node, bool],
+    order: Order,
 ) -> Iterator[Residual]:
     """One for each sum, of the first norm that reads it. Values of parameters alone are no residuals."""
     ordered = sorted(norms, key=lambda norm: norm.output)
@@ -41,7 +43,7 @@ def find_residuals(
         if any(value(term) is None or term in parameters for term in terms.values()):
             continue
         seen.add(add)
-        found = _residual(norm, add, terms, {n: o for n, o in outputs.items() if o not in fused}, barred, modes)
+        found = _residual(norm, add, terms, {n: o for n, o in outputs.items() if o not in fused}, barred, modes, order)
         if not found.obstacle:
             fused.update(found.norms)
         yield found
@@ -54,9 +56,10 @@ def _residual(
     outputs: Mapping[Node, Norm],
     barred: frozenset[Node],
     modes: Mapping[Node, bool],
+    order: Order,
 ) -> Residual:
     alpha = arguments(add)["alpha"]
-    code, detail = _obstacle(norm, add, terms, barred, modes)
+    code, detail = _obstacle(norm, add, terms, barred, modes, order)
     if code or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         return Residual(norm, add, "other", 1.0, obstacle=code or "broadcast", detail=detail)
     alpha = alpha * _ADDS[op_name(add)]
@@ -70,7 +73,12 @@ def _residual(
 
 
 def _obstacle(
-    norm: Norm, add: Node, terms: Mapping[str, Node], barred: frozenset[Node], modes: Mapping[Node, bool]
+    norm: Norm,
+    add: Node,
+    terms: Mapping[str, Node],
+    barred: frozenset[Node],
+    modes: Mapping[Node, bool],
+    order: Order,
 ) -> tuple[str, str]:
     if norm.obstacle or norm.eps_place == "clamped":
         return "opaque_norm", norm.obstacle or "its eps is a lower bound"
@@ -87,8 +95,9 @@ def _obstacle(
     if region_of(add) != region_of(norm.output):
         return "checkpointed", add.name
     early = [user for user in _other_readers(norm, add) if user < norm.output]
-    vectors = [v for v in (norm.weight, norm.bias) if v is not None and early and not v < min(early)]
-    if vectors or (early and not _same_place(min(early), add, modes)):
+    vectors = [v for v in (norm.weight, norm.bias) if v is not None]
+    late = early and not all(order.can_lift(v, min(early)) for v in vectors)
+    if late or (early and not _same_place(min(early), add, modes)):
         return "read_before", ", ".join(user.name for user in early)
     return "", ""
 

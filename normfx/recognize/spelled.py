@@ -20,10 +20,10 @@ import torch
 from torch.fx import Graph, Node
 
 from normfx.ir import ops
+from normfx.ir.barriers import regions
 from normfx.ir.graph import arguments, is_one, op_name, value
 from normfx.recognize import algebra
 from normfx.recognize.algebra import M, S, X
-from normfx.recognize.barriers import regions
 from normfx.recognize.formula import Formula, read
 from normfx.recognize.row_ops import HANDLERS
 from normfx.recognize.rows import (

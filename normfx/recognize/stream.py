@@ -22,11 +22,12 @@ from normfx.ir.graph import (
     entry_readers,
     occurrences,
     op_name,
-    packed_sources,
     shape,
     size_hint,
     value,
 )  # fmt: skip
+from normfx.ir.order import Order
+from normfx.ir.packing import packed_sources
 from normfx.ir.sites import Axis, Leaf, LeafKind, Norm, Stream
 from normfx.recognize.flow import LINEARS, Constants, Flow, flow, scales_rows
 
@@ -41,6 +42,7 @@ class _Region:
     outputs: Mapping[Node, Norm]
     modes: Mapping[Node, bool]
     constants: Constants
+    order: Order
     axes: dict[Node, Axis] = field(default_factory=dict)
     flows: dict[Node, Flow] = field(default_factory=dict)
     conflicts: set[Node] = field(default_factory=set)
@@ -56,11 +58,13 @@ def find_streams(
     parameters: frozenset[Node],
     barred: frozenset[Node],
     modes: Mapping[Node, bool],
+    order: Order,
 ) -> tuple[Stream, ...]:
     """All streams of a graph, in the order of their first norm; each LayerNorm is in exactly one.
 
     barred: values that are written in place somewhere; nothing is assumed of them
     modes:  whether gradients are recorded at each node
+    order:  says what may be computed earlier
     """
     seeds: dict[Node, list[Norm]] = {}
     outputs = {norm.output: norm for norm in norms}
@@ -76,12 +80,12 @@ def find_streams(
             alone.append(Stream((norm,), (), obstacle="several_axes", detail=detail))
         else:
             seeds.setdefault(norm.input, []).append(norm)
-    region = _Region(seeds, parameters, barred, outputs, modes, Constants(barred))
+    region = _Region(seeds, parameters, barred, outputs, modes, Constants(barred), order)
     _collect(region)
     _mark_raw(graph, region)
     _enter_late(graph, region)
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    return tuple(sorted([*alone, *_streams(graph, region, order)], key=lambda s: order[s.norms[0].output]))
+    place = {node: i for i, node in enumerate(graph.nodes)}
+    return tuple(sorted([*alone, *_streams(graph, region, place)], key=lambda s: place[s.norms[0].output]))
 
 
 def _collect(region: _Region) -> None:
@@ -248,18 +252,21 @@ def _leaf(key: tuple[Node, Axis], users: list[Node | Norm], region: _Region) -> 
         if scaled is not None:
             kind, (path, scale) = "scaled", scaled
             linear = path[-1][0]
-    obstacle = _leaf_obstacle(node, kind, region)
+    obstacle = _leaf_obstacle(node, kind, linear, region)
     alone = set(node.users) <= _graph_users(users)
     return Leaf(node, axis, kind, tuple(users), region.witness.get(node), scale, linear, path, alone, obstacle)
 
 
-def _leaf_obstacle(node: Node, kind: LeafKind, region: _Region) -> str:
+def _leaf_obstacle(node: Node, kind: LeafKind, linear: Node | None, region: _Region) -> str:
     fake = value(node)
     if node in region.barred:
         return "mutated"
     if fake is None or not fake.is_floating_point():
         return "uncentred_input"
-    return "packed_weight" if kind == "parameter" and packed_sources(node) else ""
+    written = [node] if kind == "parameter" else []
+    if linear is not None:  # whose weight would take λ, and be centred
+        written += [operand for operand in linear.all_input_nodes if operand in region.parameters]
+    return "packed_weight" if any(map(packed_sources, written)) else ""
 
 
 def _scaled_writer(
@@ -290,6 +297,7 @@ def _scaled_writer(
             path.append((source, inside))
             if op_name(source) in LINEARS:
                 whole = all(o in region.parameters for o, _ in step.carried) and not step.dropped
+                whole = whole and region.order.can_lift(scale, source)
                 return (tuple(path), scale) if whole and scales_rows(source, inside, step) else None
             if len(step.carried) != 1 or step.dropped:
                 break

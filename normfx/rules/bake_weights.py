@@ -60,8 +60,11 @@ def rewrite(site: Composed, edit: Any) -> None:
 class _Normed(nn.Module):
     """A linear with weight normalisation whose parameters are not trained."""
 
+    codes: torch.Tensor
+
     def __init__(self, tap: str = "", features: int = 64) -> None:
         super().__init__()
+        self.register_buffer("codes", torch.arange(features**2).to(torch.int8).reshape(features, features))
         self.tap = tap
         self.read = nn.utils.parametrizations.weight_norm(nn.Linear(features, features))
         self.read.requires_grad_(tap == "trained")
@@ -70,6 +73,8 @@ class _Normed(nn.Module):
     def forward(self, x: torch.Tensor) -> Any:
         if self.tap == "returned":
             return self.norm(x), self.read.weight
+        if self.tap == "packed":
+            return torch.tanh(nn.functional.linear(torch.tanh(self.norm(x)), self.codes.to(x.dtype) * 0.01))
         if self.tap == "autocast":
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 return self.read(self.norm(x))
@@ -96,6 +101,10 @@ RULE = Rule(
         "autocast": Code(
             "its ops may run in lower precision under autocast", "none needed: the weight is computed in every call"
         ),
+        "packed_weight": Code(
+            "the weight is stored in fewer bits than it is computed in: kept, it would be stored unpacked",
+            "none needed: the weight is computed in every call",
+        ),
         "small": Code("computing it costs less than looking after it", "none needed"),
     },
     identity=identity,
@@ -109,6 +118,7 @@ RULE = Rule(
         Example("trained", lambda: _Normed("trained"), _input, "live", fold="auto"),
         Example("returned", lambda: _Normed("returned"), _input, "leaves", fold="auto"),
         Example("autocast", lambda: _Normed("autocast"), _input, "autocast", fold="auto"),
+        Example("packed", lambda: _Normed("packed"), _input, "packed_weight", fold="auto"),
         Example("small", lambda: _Normed(features=4), lambda: _input(4), "small", fold="auto"),
     ),
 )

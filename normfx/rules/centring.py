@@ -35,7 +35,7 @@ CODES = {
         "write out-of-place: x = x + y",
     ),
     "packed_weight": Code(
-        "a writer's weight is computed from packed or quantised integers",
+        "a writer's weight is stored packed, as integers or floats of 8 bits",
         "none needed: the norm stays a LayerNorm so that the weight stays packed",
     ),
     "observed": Code(

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from normfx.ir.graph import bytes_of, entries, packed_sources, shape, size_hint, tensor, total
+from normfx.ir.graph import bytes_of, entries, shape, size_hint, tensor, total
+from normfx.ir.packing import packed_sources
 from normfx.ir.sites import Linear, Norm, Readers, Sites
 from normfx.rules import centring
 from normfx.rules.rule import Code, Cost, Example, Rule, Symbols
@@ -82,7 +83,7 @@ def guard(site: Readers) -> Iterator[tuple[str, str, tuple[Node, ...]]]:
 
 
 def packed_readers(site: Readers) -> tuple[Node, ...]:
-    """Readers whose weight is computed from integers: folded, it would be stored unpacked."""
+    """Readers whose weight is stored packed: folded, it would be stored unpacked."""
     return tuple(linear.node for linear, _, _ in site.linears if packed_sources(linear.weight))
 
 
@@ -155,7 +156,7 @@ def _input() -> tuple[torch.Tensor, ...]:
 
 
 PACKED = Code(
-    "a reader's weight is computed from packed or quantised integers", "none needed: γ and β stay in the norm"
+    "a reader's weight is stored packed, as integers or floats of 8 bits", "none needed: γ and β stay in the norm"
 )
 ROUNDED = Code(
     "a reader's weight is stored in half precision: W·γ would have to be rounded again",

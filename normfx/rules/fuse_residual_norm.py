@@ -117,7 +117,9 @@ class _PostNorm(nn.Module):
         if self.case == "late weight":
             s = x + f
             early = torch.tanh(s)
-            return nn.functional.layer_norm(s, (8,), 1.0 + self.gain), early
+            with torch.no_grad():
+                gain = 1.0 + self.gain
+            return nn.functional.layer_norm(s, (8,), gain), early
         if self.case == "sandwich":
             return self.norm(x + self.inner(f))
         return self.norm(1.5 * x + f)
@@ -165,7 +167,7 @@ RULE = Rule(
             "none needed: the sum is kept, and the norm is computed again from it",
         ),
         "read_before": Code(
-            "the sum is read before the norm's weight or bias is computed",
+            "the sum is read before the norm's weight or bias is computed, and in another mode: they cannot move",
             "compute the norm's weight before the residual add",
         ),
         "centred_copy": Code(

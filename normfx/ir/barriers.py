@@ -1,4 +1,4 @@
-"""Borders no norm is matched across: autocast, grad and inference mode."""
+"""Borders that no norm is matched across and no value moved across: autocast, grad and inference mode."""
 
 from __future__ import annotations
 
