@@ -244,9 +244,9 @@ def failure_in_the_middle(s: State) -> None:
 
     kept = [p.detach().clone() for p in s.models[0].parameters()]
     through_data(s)
-    with mock.patch.object(store.Fold, "compute", compute):
-        with suppress(MemoryError, torch._dynamo.exc.BackendCompilerFailed):  # the latter where it was to be compiled
-            call(s, s.models[0])
+    in_compilation = torch._dynamo.exc.BackendCompilerFailed
+    with mock.patch.object(store.Fold, "compute", compute), suppress(MemoryError, in_compilation):
+        call(s, s.models[0])
     if s.random.random() < 0.5:
         for p, saved in zip(s.models[0].parameters(), kept, strict=True):
             p.data.copy_(saved)
