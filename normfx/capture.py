@@ -3,9 +3,10 @@
 One `make_fx(pre_dispatch=True)` trace of an interpreter over Dynamo's graph. Ordinary nodes run, so every
 Python spelling collapses into one ATen op, while `layer_norm`, `linear`, `dropout`,
 `scaled_dot_product_attention` stay whole and autograd and autocast still act on the result. Nodes that carry
-subgraphs (selective checkpoints, custom autograd, cond, while, flex_attention, user Triton kernels) and functorch
-regions are copied over as they are: a plain re-trace inlines a custom `autograd.Function` under `no_grad`, and its
-gradient is silently gone. Plain checkpoints and nested regions are written out first (ir/inline.py).
+subgraphs (selective checkpoints, custom autograd, cond, while, flex_attention, user Triton kernels), functorch regions,
+and whatever may run a user's Python (ir/opaque.py) are copied over as they are: a plain re-trace inlines a custom
+`autograd.Function` under `no_grad`, and its gradient is silently gone. Plain checkpoints and nested regions are written
+out first (ir/inline.py). Of the user's nothing runs here: no function, no hook, no formula of an operator.
 
 Torch-private names used here were tried on torch 2.13 and 2.15.
 """
@@ -26,16 +27,20 @@ from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext, detect_fake_mode
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import FakeTensorConverter
+from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.symbolic_shapes import rebind_unbacked
+from torch.fx.node import map_arg
 
 from normfx.errors import NormfxError
 from normfx.ir.cleanup import drop_dead_code, simplify_constants
 from normfx.ir.expand import expand_encoder_layers
 from normfx.ir.inline import inline_regions
 from normfx.ir.names import source_line
-from normfx.ir.regions import attribute, carried, is_traceable, target_name
+from normfx.ir.opaque import CARRIED, is_plain_value, single_overload
+from normfx.ir.producers import check_producers, settle_autograd_state
+from normfx.ir.regions import GET_DATA, REQUIRE_GRAD, acts_on_autograd, attribute, is_traceable, target_name, untraced
 from normfx.ir.sources import Source, attribute_source, dynamo_sources, export_sources
 
 PLACEHOLDER_META = ("tensor_dict", "example_value")
@@ -71,12 +76,12 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> Captured:
     """
     mode = _fake_mode(example_inputs)
     interpreter = _Canonicaliser(inline_regions(gm), mode)
-    with _isolated(mode):
+    with _isolated(mode), _without_hooks():
         fakes = _fake_inputs(gm, example_inputs, mode)
         interpreter.prepare()
         with mode, enable_python_dispatcher(), torch.fx.traceback.preserve_node_meta():
             canonical = proxy_tensor.make_fx(lambda *a: interpreter.run(*a), pre_dispatch=True)(*fakes)
-        _inherit(gm, canonical)
+        _inherit(gm, canonical, fakes)
         return _finish(canonical, mode, dynamo_sources(gm, canonical))
 
 
@@ -94,6 +99,8 @@ def _finish(gm: GraphModule, mode: FakeTensorMode | None, sources: dict[Node, So
     simplify_constants(gm)
     for node in gm.graph.find_nodes(op="get_attr"):
         _describe_attribute(gm, node, mode, sources)
+    check_producers(gm)
+    settle_autograd_state(gm.graph)
     expand_encoder_layers(gm)
     drop_dead_code(gm.graph)
     gm.graph.lint()
@@ -135,6 +142,20 @@ def _isolated(mode: FakeTensorMode) -> Iterator[None]:
         torch._C._set_grad_enabled(grad)
 
 
+@contextmanager
+def _without_hooks() -> Iterator[None]:
+    """Keep the hooks of `torch.autograd.graph.saved_tensors_hooks` from running on the fakes of the trace.
+
+    AOTAutograd's tracing puts them off in the same way (torch 2.11 to 2.15).
+    """
+    switch: Any = torch._C._autograd._saved_tensors_hooks_set_tracing
+    before = switch(True)
+    try:
+        yield
+    finally:
+        switch(before)
+
+
 def _fake_inputs(gm: GraphModule, example_inputs: Sequence[Any], mode: FakeTensorMode) -> list[Any]:
     nodes = gm.graph.find_nodes(op="placeholder")
     if len(nodes) != len(example_inputs):
@@ -169,13 +190,6 @@ class _Opaque:
         self.proxy, self.value = proxy, value
 
 
-class _Subgraph:
-    """A module argument of a carried node."""
-
-    def __init__(self, name: str, module: torch.nn.Module) -> None:
-        self.name, self.module = name, module
-
-
 class _Canonicaliser(torch.fx.Interpreter):
     """Runs Dynamo's graph under make_fx; carried nodes become proxies with a fresh fake as their value."""
 
@@ -183,7 +197,7 @@ class _Canonicaliser(torch.fx.Interpreter):
         super().__init__(gm)
         self.graph = gm.graph
         self.mode = mode
-        self.carried = carried(gm.graph)
+        self.carried = untraced(gm.graph)
         self.fresh: dict[Node, Any] = {}
         self.attributes: dict[str, torch.Tensor] = {}
 
@@ -193,7 +207,8 @@ class _Canonicaliser(torch.fx.Interpreter):
         """
         for node in self.carried:
             value = node.meta.get("example_value")
-            if _is_plain(value) or any(user not in self.carried for user in node.users):
+            traced = any(user not in self.carried and user.op != "output" for user in node.users)
+            if _is_plain(value) or (traced and is_plain_value(value)):
                 self.fresh[node] = pytree.tree_map(self._refake, value)
         for node in self.graph.find_nodes(op="get_attr"):
             path = str(node.target)
@@ -215,12 +230,16 @@ class _Canonicaliser(torch.fx.Interpreter):
         name = target_name(n)
         if not is_traceable(n):
             raise NormfxError(f"normfx: '{name}' at {source_line(n) or n.name} cannot be traced")
-        if n in self.carried:
-            return self._carry(n)
+        if n.op == "output":
+            return pytree.tree_map(_unwrapped, self.fetch_args_kwargs_from_env(n)[0][0])
         if n.op == "get_attr":
             return self._attribute(n)
         if name in MODES:
             return self._switch_mode(n, name)
+        if n in self.carried:
+            return self._carry(n)
+        if acts_on_autograd(n):
+            return self._act_on_autograd(n)
         result = super().run_node(n)
         # torch 2.13, 2.15: make_fx gave `item()` and the like new symbols; the guards know Dynamo's
         if n.meta.get("unbacked_bindings") and self.mode.shape_env is not None:
@@ -235,12 +254,23 @@ class _Canonicaliser(torch.fx.Interpreter):
     def _attribute(self, n: Node) -> Any:
         path = str(n.target)
         value = self.fetch_attr(path)
-        if isinstance(value, torch.nn.Module):
-            return _Subgraph(path, value)
         if not isinstance(value, torch.Tensor):
             return value
         proxy = self._create(n, (), {}, target=_set_attribute(self.tracer.root, path, value))
         return self._track(self.attributes[path], proxy)
+
+    def _act_on_autograd(self, n: Node) -> Any:
+        """Write the node that a trace would not leave; its value is the same memory.
+
+        requires_grad_() of what has the flag already does nothing.
+        """
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        before = args[0].requires_grad
+        with torch._C.DisableTorchFunction():
+            result = args[0].requires_grad_(*args[1:], **kwargs) if n.target == REQUIRE_GRAD else GET_DATA(args[0])
+        if result is args[0] and result.requires_grad == before:
+            return result
+        return self._track(result, self._create(n, *self._arguments(n)))
 
     def _switch_mode(self, n: Node, name: str) -> Any:
         """Keep the node and run it, out of make_fx's sight.
@@ -249,7 +279,7 @@ class _Canonicaliser(torch.fx.Interpreter):
         difference.
         """
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        proxy = self._create(n, *self._proxies(args, kwargs))
+        proxy = self._create(n, *self._arguments(n))
         with torch._C.DisableTorchFunction():
             if name == "_enter_autocast":
                 return _Opaque(proxy, n.target(*args, **kwargs))  # type: ignore[operator]
@@ -264,8 +294,9 @@ class _Canonicaliser(torch.fx.Interpreter):
         return _Opaque(proxy)
 
     def _carry(self, n: Node) -> Any:
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        proxy = self._create(n, *self._proxies(args, kwargs))
+        proxy = self._create(n, *self._arguments(n), target=single_overload(n.target))
+        if not isinstance(proxy.node.target, OpOverload):
+            proxy.node.meta[CARRIED] = True
         if n not in self.fresh:
             return _Opaque(proxy)
         return self._track(self.fresh[n], proxy)
@@ -278,23 +309,30 @@ class _Canonicaliser(torch.fx.Interpreter):
         proxy.node.meta.update({k: v for k, v in n.meta.items() if k != "example_value"})
         return proxy
 
-    def _proxies(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        own = (_Subgraph, _Opaque)
-        args, kwargs = pytree.tree_map(self._proxy, (tuple(args), dict(kwargs)), is_leaf=lambda x: isinstance(x, own))
+    def _arguments(self, n: Node) -> tuple[Any, Any]:
+        """The arguments of a node as proxies."""
+        args, kwargs = map_arg((n.args, n.kwargs), self._proxy)
         return args, kwargs
 
-    def _proxy(self, value: Any) -> Any:
+    def _proxy(self, n: Node) -> Any:
+        value = self.env[n]
+        if n.op == "get_attr" and not isinstance(value, torch.Tensor):
+            return self._create(n, (), {}, target=_set_attribute(self.tracer.root, str(n.target), value))
+        return pytree.tree_map(self._proxy_of, value, is_leaf=lambda x: isinstance(x, _Opaque))
+
+    def _proxy_of(self, value: Any) -> Any:
         tracer = self.tracer
         if isinstance(value, _Opaque):
             return value.proxy
-        if isinstance(value, _Subgraph):
-            path = _set_attribute(tracer.root, value.name, value.module)
-            return tracer.create_proxy("get_attr", path, (), {})
         if isinstance(value, torch.Tensor):
             return proxy_tensor.get_proxy_slot(value, tracer, value, lambda slot: slot.proxy)
         if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             return proxy_tensor.get_proxy_slot(value, tracer, value, lambda slot: slot.force())
         return value
+
+
+def _unwrapped(value: Any) -> Any:
+    return value.proxy if isinstance(value, _Opaque) else value
 
 
 def _is_plain(value: Any) -> bool:
@@ -319,8 +357,11 @@ def _set_attribute(root: torch.nn.Module, path: str, value: Any) -> str:
 # ---------------------------------------------------------------- after the trace
 
 
-def _inherit(gm: GraphModule, canonical: GraphModule) -> None:
-    """Hand on what Dynamo left for AOTAutograd and Inductor (read by both on torch 2.13 and 2.15)."""
+def _inherit(gm: GraphModule, canonical: GraphModule, fakes: Sequence[Any]) -> None:
+    """Hand on what Dynamo left for AOTAutograd and Inductor (read by both on torch 2.13 and 2.15).
+
+    An input of a tensor subclass is its own value: make_fx notes a plain tensor of its shape.
+    """
     canonical.meta.update(gm.meta)
     inherited: Any = getattr(gm, "_param_name_to_source", None)
     if inherited is not None:
@@ -331,7 +372,9 @@ def _inherit(gm: GraphModule, canonical: GraphModule) -> None:
             names.setdefault(name, ConstantSource(name))
         canonical._param_name_to_source = names  # type: ignore[assignment]
     old, new = gm.graph.find_nodes(op="placeholder"), canonical.graph.find_nodes(op="placeholder")
-    for before, after in zip(old, new, strict=True):
+    for before, after, fake in zip(old, new, fakes, strict=True):
+        if not is_plain_value(fake):
+            after.meta["val"] = fake
         if hasattr(before, "_dynamo_source"):
             after._dynamo_source = before._dynamo_source
         for key in (*PLACEHOLDER_META, "stack_trace", "nn_module_stack"):
