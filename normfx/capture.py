@@ -14,6 +14,7 @@ Torch-private names used here were tried on torch 2.13 and 2.15.
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,6 +82,7 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> Captured:
         interpreter.prepare()
         with mode, enable_python_dispatcher(), torch.fx.traceback.preserve_node_meta():
             canonical = proxy_tensor.make_fx(lambda *a: interpreter.run(*a), pre_dispatch=True)(*fakes)
+        _gather_lists(canonical.graph, fakes)
         _inherit(gm, canonical, fakes)
         return _finish(canonical, mode, dynamo_sources(gm, canonical))
 
@@ -89,6 +91,8 @@ def capture_exported(ep: torch.export.ExportedProgram) -> Captured:
     """The graph of an ExportedProgram, which is canonical already, in a copy that may be edited."""
     original = ep.graph_module
     graph = copy.deepcopy(original.graph)
+    for node, twin in zip(original.graph.nodes, graph.nodes, strict=True):
+        twin.name = node.name  # the signature knows it by that; a copy renames inputs that are called like a builtin
     canonical = GraphModule(original, graph)
     canonical.meta.update(original.meta)
     mode = _mode_of(graph)
@@ -169,6 +173,8 @@ def _fake_input(node: Node, x: Any, mode: FakeTensorMode) -> Any:
     `meta['example_value']` belongs to Dynamo's own fake mode, so a tensor is faked anew; a SymInt has no
     mode. Without `source` a dynamic dimension becomes a fresh symbol, Dynamo then breaks the graph silently.
     """
+    if isinstance(x, (list, tuple)) and all(isinstance(item, torch.Tensor) for item in x):
+        return [_fake_input(node, item, mode) for item in x]
     if not isinstance(x, torch.Tensor):
         return node.meta.get("example_value", x)
     if isinstance(x, FakeTensor) and x.fake_mode is mode:
@@ -355,6 +361,26 @@ def _set_attribute(root: torch.nn.Module, path: str, value: Any) -> str:
 
 
 # ---------------------------------------------------------------- after the trace
+
+
+def _gather_lists(graph: Graph, fakes: Sequence[Any]) -> None:
+    """Make one input again of a list, as compiled autograd's graphs have, that make_fx took apart."""
+    inputs, index = graph.find_nodes(op="placeholder"), 0
+    for fake in fakes:
+        if not isinstance(fake, list):
+            index += 1
+            continue
+        parts, before = inputs[index : index + len(fake)], inputs[index:]
+        index += len(fake)
+        with graph.inserting_before(before[0] if before else next(n for n in graph.nodes if n.op != "placeholder")):
+            whole = graph.placeholder("list")
+        whole.meta["val"] = [node.meta["val"] for node in parts]
+        with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
+            for place, node in enumerate(parts):
+                item = graph.call_function(operator.getitem, (whole, place))
+                item.meta.update(node.meta)
+                node.replace_all_uses_with(item)
+                graph.erase_node(node)
 
 
 def _inherit(gm: GraphModule, canonical: GraphModule, fakes: Sequence[Any]) -> None:
