@@ -26,9 +26,9 @@ import torch.utils._pytree as pytree
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext, detect_fake_mode
+from torch._ops import OpOverload
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import FakeTensorConverter
-from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.symbolic_shapes import rebind_unbacked
@@ -41,7 +41,16 @@ from normfx.ir.inline import inline_regions
 from normfx.ir.names import source_line
 from normfx.ir.opaque import CARRIED, is_plain_value, single_overload
 from normfx.ir.producers import check_producers, settle_autograd_state
-from normfx.ir.regions import GET_DATA, REQUIRE_GRAD, acts_on_autograd, attribute, is_traceable, target_name, untraced
+from normfx.ir.regions import (
+    GET_DATA,
+    REQUIRE_GRAD,
+    acts_on_autograd,
+    attribute,
+    carried,
+    is_traceable,
+    target_name,
+    untraced,
+)
 from normfx.ir.sources import Source, attribute_source, dynamo_sources, export_sources
 
 PLACEHOLDER_META = ("tensor_dict", "example_value")
@@ -204,6 +213,7 @@ class _Canonicaliser(torch.fx.Interpreter):
         self.graph = gm.graph
         self.mode = mode
         self.carried = untraced(gm.graph)
+        self.marked = self.carried - carried(gm.graph)
         self.fresh: dict[Node, Any] = {}
         self.attributes: dict[str, torch.Tensor] = {}
 
@@ -301,7 +311,7 @@ class _Canonicaliser(torch.fx.Interpreter):
 
     def _carry(self, n: Node) -> Any:
         proxy = self._create(n, *self._arguments(n), target=single_overload(n.target))
-        if not isinstance(proxy.node.target, OpOverload):
+        if n in self.marked and not isinstance(proxy.node.target, OpOverload):
             proxy.node.meta[CARRIED] = True
         if n not in self.fresh:
             return _Opaque(proxy)

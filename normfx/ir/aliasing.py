@@ -14,8 +14,8 @@ import torch.utils._pytree as pytree
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Graph, GraphModule, Node
 
-from normfx.ir.opaque import CARRIED, is_foreign_op, is_opaque, is_plain_value
-from normfx.ir.regions import acts_on_autograd, attribute, carried, target_name
+from normfx.ir.opaque import CARRIED, is_foreign_op, is_plain_value
+from normfx.ir.regions import acts_on_autograd, attribute, carried, is_opaque, target_name
 
 Storage = int
 
@@ -258,9 +258,8 @@ def _subgraph_writes(graph: Graph, node: Node) -> bool:
 
 def _may_return_input(graph: Graph, node: Node) -> bool:
     """Whether a carried node may hand out one of its inputs, or a view of one."""
-    if is_opaque(node) or CARRIED in node.meta:
-        if not isinstance(node.target, HigherOrderOperator):
-            return True
+    if not isinstance(node.target, HigherOrderOperator) and (is_opaque(node) or CARRIED in node.meta):
+        return True
     for sub in _subgraphs(graph, node):
         for value in sub.output_node().all_input_nodes:
             while value.op != "placeholder" and target_name(value) in _VIEWS and value.all_input_nodes:

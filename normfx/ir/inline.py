@@ -17,9 +17,9 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from normfx.ir.graph import grad_modes, is_getitem
-from normfx.ir.opaque import is_opaque, touches_subclass
+from normfx.ir.opaque import touches_subclass
 from normfx.ir.recompute import FIRST_REGION, keep, mark, region_of
-from normfx.ir.regions import attribute, is_traceable, target_name
+from normfx.ir.regions import attribute, is_opaque, is_traceable, target_name
 
 CHECKPOINT, NESTED, WRAP = "tag_activation_checkpoint", "invoke_subgraph", "wrap"
 

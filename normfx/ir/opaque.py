@@ -1,9 +1,9 @@
 """Which calls of a Dynamo graph are torch's own on plain tensors, so that a trace shows all that they do.
 
 Everything else is opaque: functions that Dynamo was told not to look into (`torch.compiler.allow_in_graph`,
-`nonstrict_trace`), operators from other libraries, and whatever touches a tensor subclass. Traced, such a function would
-lose its custom gradients, hooks and checkpoints, and a subclass its inner tensors; and the user's code would run once
-more than it does without normfx.
+`nonstrict_trace`), operators from other libraries, and whatever touches a tensor subclass. Traced, such a function
+would lose its custom gradients, hooks and checkpoints, and a subclass its inner tensors; and the user's code would run
+more often than it does without normfx.
 """
 
 from __future__ import annotations
@@ -48,7 +48,10 @@ PYTHON_HOMES = frozenset(
 
 NATIVE_HOMES = frozenset(
     {"torch", "math", "builtins", "_operator"}
-    | {f"torch._C.{name}" for name in ("_fft", "_linalg", "_nested", "_nn", "_sparse", "_special", "_VariableFunctions")}
+    | {
+        f"torch._C.{name}"
+        for name in ("_fft", "_linalg", "_nested", "_nn", "_sparse", "_special", "_VariableFunctions")
+    }
 )
 """Modules whose compiled functions are ATen ops or arithmetic on numbers."""
 
@@ -58,10 +61,13 @@ OP_NAMESPACES = frozenset({"aten", "prim", "prims", "normfx"})
 TAKES_MESSAGE = frozenset({"_assert", "_check", "_check_is_size", "_check_value", "_check_with"})
 """Functions of torch that may be given a function for the text of an error. Any other may call what it is given."""
 
+FUNCTORCH = ("torch._functorch", "torch._C._functorch")
+"""Where the switches of torch.vmap and torch.func live."""
+
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, FakeTensor)
 
 
-def is_opaque(node: Node) -> bool:
+def calls_unknown(node: Node) -> bool:
     """Whether a node of a Dynamo graph or a canonical graph calls a function that is not known to be torch's own.
 
     Operators, higher-order or not, are not counted: they say in their schema, or in their subgraphs, what they do.
@@ -86,7 +92,7 @@ def single_overload(target: Any) -> Any:
     """The overload that an operator without others stands for; any other target as it is."""
     if not isinstance(target, OpOverloadPacket):
         return target
-    names = target.overloads()
+    names = target.overloads()  # type: ignore[no-untyped-call]
     return getattr(target, names[0]) if len(names) == 1 else target
 
 
@@ -101,6 +107,8 @@ def is_plain_value(value: Any) -> bool:
 
 
 def _is_known(target: Any) -> bool:
+    if _home(target).startswith(FUNCTORCH):
+        return True
     if isinstance(target, types.FunctionType):  # not __module__, which functools.wraps copies
         return str(target.__globals__.get("__name__")) in PYTHON_HOMES
     if isinstance(target, (types.MethodDescriptorType, types.WrapperDescriptorType)):
@@ -111,7 +119,7 @@ def _is_known(target: Any) -> bool:
 
 
 def _is_numpy(target: Any) -> bool:
-    """Dynamo's wrapper around a function of torch._numpy, a method of its arrays, or an operator (torch 2.11 to 2.15)."""
+    """Dynamo's wrapper of a function of torch._numpy, a method of its arrays, or an operator (torch 2.11 to 2.15)."""
     if not type(target).__name__.startswith("numpy_") or _home(type(target)) != "torch._dynamo.utils":
         return False
     inner = getattr(target, "f", None) or getattr(target, "op", None) or getattr(target, "method", None)

@@ -25,10 +25,12 @@ SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def check_producers(gm: GraphModule) -> None:
-    """Raise NormfxError where a value has no producer: a fake among the attributes, or a tensor or symbol that stands in
-    the arguments of a node itself."""
+    """Raise NormfxError where a value has no producer: a fake among the attributes, or a tensor or symbol that stands
+    itself in the arguments of a node."""
     for node in gm.graph.nodes:
-        lost = any(isinstance(arg, (torch.Tensor, *SYMBOLIC)) for arg in pytree.arg_tree_leaves(*node.args, **node.kwargs))
+        lost = any(
+            isinstance(arg, (torch.Tensor, *SYMBOLIC)) for arg in pytree.arg_tree_leaves(*node.args, **node.kwargs)
+        )
         if node.op == "get_attr":
             lost = any(isinstance(leaf, FakeTensor) for leaf in _inner(attribute(gm, str(node.target))))
         if lost:

@@ -10,7 +10,7 @@ import torch
 from torch._ops import HigherOrderOperator
 from torch.fx import Graph, Node
 
-from normfx.ir.opaque import CARRIED, is_foreign_op, is_opaque, touches_subclass
+from normfx.ir.opaque import CARRIED, FUNCTORCH, calls_unknown, is_foreign_op, touches_subclass
 
 _enter_autocast: Any = torch.amp.autocast_mode._enter_autocast
 _exit_autocast: Any = torch.amp.autocast_mode._exit_autocast
@@ -33,8 +33,8 @@ UNTRACEABLE = frozenset({"retain_grad", "register_hook", "backward", "set_"})
 REQUIRE_GRAD = "requires_grad_"
 """A method that a trace does not see either. Capture writes its node."""
 
-GET_DATA: Any = torch._C._autograd._get_data_attr
-"""What Dynamo leaves for `x.data`: a detached alias whose writes do not count as writes to x. Traced, it has no node."""
+GET_DATA: Any = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]
+"""What Dynamo writes for `x.data`: a detached alias, whose writes do not count as writes to x. A trace leaves none."""
 
 AUTOGRAD_CALLS = (torch.autograd.grad, torch.autograd.backward)
 """What Dynamo's `trace_autograd_ops` leaves in a graph: a trace would differentiate the fakes."""
@@ -66,6 +66,11 @@ def is_mode_switch(node: Node) -> bool:
     return node.op == "call_function" and target_name(node) in MODE_SWITCHES
 
 
+def is_opaque(node: Node) -> bool:
+    """Whether a node calls a function that may do anything: write to its arguments, return one, act on autograd."""
+    return calls_unknown(node) and not is_mode_switch(node) and not acts_on_autograd(node)
+
+
 def is_autocast(graph: Graph) -> bool:
     """Whether any of the graph may run under autocast."""
     inside = any(target_name(node) == "_enter_autocast" for node in graph.nodes)
@@ -88,9 +93,8 @@ def carried(graph: Graph) -> set[Node]:
         if name.endswith("_increment_nesting") or name == "_enter_dual_level":
             depth += 1
         higher = isinstance(node.target, HigherOrderOperator) or node.op == "call_module"
-        functorch = depth or home.startswith(("torch._functorch", "torch._C._functorch"))
-        opaque = is_opaque(node) and not is_mode_switch(node) and not acts_on_autograd(node)
-        if functorch or higher or opaque or CARRIED in node.meta:
+        functorch = depth or home.startswith(FUNCTORCH)
+        if functorch or higher or is_opaque(node) or CARRIED in node.meta:
             found.add(node)
         if name.endswith("_decrement_nesting") or name == "_exit_dual_level":
             depth -= 1
