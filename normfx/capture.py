@@ -32,6 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensorConverter
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.symbolic_shapes import rebind_unbacked
+from torch.fx.graph import CodeGen
 from torch.fx.node import map_arg
 
 from normfx.errors import NormfxError
@@ -53,8 +54,8 @@ from normfx.ir.regions import (
 )
 from normfx.ir.sources import Source, attribute_source, dynamo_sources, export_sources
 
-PLACEHOLDER_META = ("tensor_dict", "example_value")
-"""What Dynamo writes on a placeholder and AOTAutograd reads: without it no input is static, caches miss."""
+PLACEHOLDER_META = ("tensor_dict", "example_value", "steal_arg")
+"""What Dynamo writes on a placeholder and AOTAutograd reads: else no input is static, caches miss, no list is emptied."""
 
 MODES = frozenset({"_enter_inference_mode", "_exit_inference_mode", "_enter_autocast", "_exit_autocast"})
 """Mode switches that make_fx either loses (inference mode) or records without running them (autocast)."""
@@ -375,6 +376,9 @@ def _set_attribute(root: torch.nn.Module, path: str, value: Any) -> str:
 
 def _gather_lists(graph: Graph, fakes: Sequence[Any]) -> None:
     """Make one input again of a list, as compiled autograd's graphs have, that make_fx took apart."""
+    if not any(isinstance(fake, list) for fake in fakes):
+        return
+    graph.set_codegen(CodeGen())  # make_fx's takes the lists apart
     inputs, index = graph.find_nodes(op="placeholder"), 0
     for fake in fakes:
         if not isinstance(fake, list):

@@ -14,7 +14,7 @@ import torch.utils._pytree as pytree
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Graph, GraphModule, Node
 
-from normfx.ir.opaque import CARRIED, is_foreign_op, is_plain_value
+from normfx.ir.opaque import CARRIED, is_foreign_op, is_plain_value, only_wraps
 from normfx.ir.regions import acts_on_autograd, attribute, carried, is_opaque, target_name
 
 Storage = int
@@ -204,7 +204,7 @@ def _writes(graph: Graph) -> Iterator[tuple[Node, list[Node]]]:
         elif isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
             yield node, [n for a, n in _bound(node) if a.alias_info is not None and a.alias_info.is_write]
         elif node in copied:
-            unknown = node.op == "call_module" or is_opaque(node)
+            unknown = node.op == "call_module" or (is_opaque(node) and not only_wraps(node))
             higher = isinstance(node.target, HigherOrderOperator)
             if _subgraph_writes(graph, node) if higher else unknown or region_writes:
                 yield node, node.all_input_nodes

@@ -58,6 +58,9 @@ NATIVE_HOMES = frozenset(
 OP_NAMESPACES = frozenset({"aten", "prim", "prims", "normfx"})
 """Namespaces whose operators have no Python of a user's in them."""
 
+WRAPPING_HOMES = ("torch.distributed.tensor.", "torch.nested.")
+"""Where the Python functions live that put tensors into a subclass and take them out: they write to nothing."""
+
 TAKES_MESSAGE = frozenset({"_assert", "_check", "_check_is_size", "_check_value", "_check_with"})
 """Functions of torch that may be given a function for the text of an error. Any other may call what it is given."""
 
@@ -78,6 +81,11 @@ def calls_unknown(node: Node) -> bool:
     if any(isinstance(leaf, types.FunctionType) for leaf in pytree.arg_tree_leaves(*node.args, **node.kwargs)):
         return getattr(target, "__name__", "") not in TAKES_MESSAGE
     return not _is_known(target)
+
+
+def only_wraps(node: Node) -> bool:
+    """Whether an unknown function is one of torch's that turns tensors into a subclass, or back."""
+    return str(getattr(node.target, "__globals__", {}).get("__name__")).startswith(WRAPPING_HOMES)
 
 
 def is_foreign_op(node: Node) -> bool:
