@@ -55,7 +55,7 @@ from normfx.ir.regions import (
 from normfx.ir.sources import Source, attribute_source, dynamo_sources, export_sources
 
 PLACEHOLDER_META = ("tensor_dict", "example_value", "steal_arg")
-"""What Dynamo writes on a placeholder and AOTAutograd reads: else no input is static, caches miss, no list is emptied."""
+"""What Dynamo writes on a placeholder and AOTAutograd reads: which inputs are static, which list is emptied."""
 
 MODES = frozenset({"_enter_inference_mode", "_exit_inference_mode", "_enter_autocast", "_exit_autocast"})
 """Mode switches that make_fx either loses (inference mode) or records without running them (autocast)."""

@@ -105,10 +105,6 @@ def test_opaque_function_keeps_its_gradients(wrap: Callable[..., Any], body: Cal
     assert report.counts["to_rms_norm"] == 1
 
 
-def test_opaque_function_called_like_one_of_torch() -> None:
-    assert_same_float64(Model(torch.compiler.allow_in_graph(disguised)), (x64(4, 8),))
-
-
 def test_opaque_function_inside_a_checkpoint() -> None:
     quantised = torch.compiler.allow_in_graph(fresh(straight_through))
 
