@@ -160,9 +160,13 @@ def _isolated(mode: FakeTensorMode) -> Iterator[None]:
 def _without_hooks() -> Iterator[None]:
     """Keep the hooks of `torch.autograd.graph.saved_tensors_hooks` from running on the fakes of the trace.
 
-    AOTAutograd's tracing puts them off in the same way (torch 2.11 to 2.15).
+    AOTAutograd's tracing puts them off in the same way (torch 2.13 to 2.15).
     """
-    switch: Any = torch._C._autograd._saved_tensors_hooks_set_tracing
+    switch: Any = getattr(torch._C._autograd, "_saved_tensors_hooks_set_tracing", None)
+    if switch is None:
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+            yield
+        return
     before = switch(True)
     try:
         yield

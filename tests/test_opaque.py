@@ -28,7 +28,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
 ]
 
-WRAPPERS = [torch.compiler.allow_in_graph, torch.compiler.nonstrict_trace]
+WRAPPERS = [
+    torch.compiler.allow_in_graph,
+    getattr(torch.compiler, "nonstrict_trace", None) or torch._dynamo.nonstrict_trace,
+]
 
 
 class Model(nn.Module):

@@ -33,7 +33,7 @@ UNTRACEABLE = frozenset({"retain_grad", "register_hook", "backward", "set_"})
 REQUIRE_GRAD = "requires_grad_"
 """A method that a trace does not see either. Capture writes its node."""
 
-GET_DATA: Any = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]
+GET_DATA: Any = getattr(torch._C._autograd, "_get_data_attr", None)
 """What Dynamo writes for `x.data`: a detached alias, whose writes do not count as writes to x. A trace leaves none."""
 
 AUTOGRAD_CALLS = (torch.autograd.grad, torch.autograd.backward)
