@@ -3,9 +3,10 @@
 One `make_fx(pre_dispatch=True)` trace of an interpreter over Dynamo's graph. Ordinary nodes run, so every
 Python spelling collapses into one ATen op, while `layer_norm`, `linear`, `dropout`,
 `scaled_dot_product_attention` stay whole and autograd and autocast still act on the result. Nodes that carry
-subgraphs (selective checkpoints, custom autograd, cond, while, flex_attention, user Triton kernels) and functorch
-regions are copied over as they are: a plain re-trace inlines a custom `autograd.Function` under `no_grad`, and its
-gradient is silently gone. Plain checkpoints and nested regions are written out first (ir/inline.py).
+subgraphs (selective checkpoints, custom autograd, cond, while, flex_attention, user Triton kernels), functorch regions,
+and whatever may run a user's Python (ir/opaque.py) are copied over as they are: a plain re-trace inlines a custom
+`autograd.Function` under `no_grad`, and its gradient is silently gone. Plain checkpoints and nested regions are written
+out first (ir/inline.py). Of the user's nothing runs here: no function, no hook, no formula of an operator.
 
 Torch-private names used here were tried on torch 2.13 and 2.15.
 """
@@ -13,6 +14,7 @@ Torch-private names used here were tried on torch 2.13 and 2.15.
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,22 +26,36 @@ import torch.utils._pytree as pytree
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext, detect_fake_mode
+from torch._ops import OpOverload
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import FakeTensorConverter
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.symbolic_shapes import rebind_unbacked
+from torch.fx.graph import CodeGen
+from torch.fx.node import map_arg
 
 from normfx.errors import NormfxError
 from normfx.ir.cleanup import drop_dead_code, simplify_constants
 from normfx.ir.expand import expand_encoder_layers
 from normfx.ir.inline import inline_regions
 from normfx.ir.names import source_line
-from normfx.ir.regions import attribute, carried, is_traceable, target_name
+from normfx.ir.opaque import CARRIED, is_plain_value, single_overload
+from normfx.ir.producers import check_producers, settle_autograd_state
+from normfx.ir.regions import (
+    GET_DATA,
+    REQUIRE_GRAD,
+    acts_on_autograd,
+    attribute,
+    carried,
+    is_traceable,
+    target_name,
+    untraced,
+)
 from normfx.ir.sources import Source, attribute_source, dynamo_sources, export_sources
 
-PLACEHOLDER_META = ("tensor_dict", "example_value")
-"""What Dynamo writes on a placeholder and AOTAutograd reads: without it no input is static, caches miss."""
+PLACEHOLDER_META = ("tensor_dict", "example_value", "steal_arg")
+"""What Dynamo writes on a placeholder and AOTAutograd reads: which inputs are static, which list is emptied."""
 
 MODES = frozenset({"_enter_inference_mode", "_exit_inference_mode", "_enter_autocast", "_exit_autocast"})
 """Mode switches that make_fx either loses (inference mode) or records without running them (autocast)."""
@@ -71,12 +87,13 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> Captured:
     """
     mode = _fake_mode(example_inputs)
     interpreter = _Canonicaliser(inline_regions(gm), mode)
-    with _isolated(mode):
+    with _isolated(mode), _without_hooks():
         fakes = _fake_inputs(gm, example_inputs, mode)
         interpreter.prepare()
         with mode, enable_python_dispatcher(), torch.fx.traceback.preserve_node_meta():
             canonical = proxy_tensor.make_fx(lambda *a: interpreter.run(*a), pre_dispatch=True)(*fakes)
-        _inherit(gm, canonical)
+        _gather_lists(canonical.graph, fakes)
+        _inherit(gm, canonical, fakes)
         return _finish(canonical, mode, dynamo_sources(gm, canonical))
 
 
@@ -84,6 +101,8 @@ def capture_exported(ep: torch.export.ExportedProgram) -> Captured:
     """The graph of an ExportedProgram, which is canonical already, in a copy that may be edited."""
     original = ep.graph_module
     graph = copy.deepcopy(original.graph)
+    for node, twin in zip(original.graph.nodes, graph.nodes, strict=True):
+        twin.name = node.name  # the signature knows it by that; a copy renames inputs that are called like a builtin
     canonical = GraphModule(original, graph)
     canonical.meta.update(original.meta)
     mode = _mode_of(graph)
@@ -94,6 +113,8 @@ def _finish(gm: GraphModule, mode: FakeTensorMode | None, sources: dict[Node, So
     simplify_constants(gm)
     for node in gm.graph.find_nodes(op="get_attr"):
         _describe_attribute(gm, node, mode, sources)
+    check_producers(gm)
+    settle_autograd_state(gm.graph)
     expand_encoder_layers(gm)
     drop_dead_code(gm.graph)
     gm.graph.lint()
@@ -135,6 +156,24 @@ def _isolated(mode: FakeTensorMode) -> Iterator[None]:
         torch._C._set_grad_enabled(grad)
 
 
+@contextmanager
+def _without_hooks() -> Iterator[None]:
+    """Keep the hooks of `torch.autograd.graph.saved_tensors_hooks` from running on the fakes of the trace.
+
+    AOTAutograd's tracing puts them off in the same way (torch 2.13 to 2.15).
+    """
+    switch: Any = getattr(torch._C._autograd, "_saved_tensors_hooks_set_tracing", None)
+    if switch is None:
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+            yield
+        return
+    before = switch(True)
+    try:
+        yield
+    finally:
+        switch(before)
+
+
 def _fake_inputs(gm: GraphModule, example_inputs: Sequence[Any], mode: FakeTensorMode) -> list[Any]:
     nodes = gm.graph.find_nodes(op="placeholder")
     if len(nodes) != len(example_inputs):
@@ -148,6 +187,8 @@ def _fake_input(node: Node, x: Any, mode: FakeTensorMode) -> Any:
     `meta['example_value']` belongs to Dynamo's own fake mode, so a tensor is faked anew; a SymInt has no
     mode. Without `source` a dynamic dimension becomes a fresh symbol, Dynamo then breaks the graph silently.
     """
+    if isinstance(x, (list, tuple)) and all(isinstance(item, torch.Tensor) for item in x):
+        return [_fake_input(node, item, mode) for item in x]
     if not isinstance(x, torch.Tensor):
         return node.meta.get("example_value", x)
     if isinstance(x, FakeTensor) and x.fake_mode is mode:
@@ -169,13 +210,6 @@ class _Opaque:
         self.proxy, self.value = proxy, value
 
 
-class _Subgraph:
-    """A module argument of a carried node."""
-
-    def __init__(self, name: str, module: torch.nn.Module) -> None:
-        self.name, self.module = name, module
-
-
 class _Canonicaliser(torch.fx.Interpreter):
     """Runs Dynamo's graph under make_fx; carried nodes become proxies with a fresh fake as their value."""
 
@@ -183,7 +217,8 @@ class _Canonicaliser(torch.fx.Interpreter):
         super().__init__(gm)
         self.graph = gm.graph
         self.mode = mode
-        self.carried = carried(gm.graph)
+        self.carried = untraced(gm.graph)
+        self.marked = self.carried - carried(gm.graph)
         self.fresh: dict[Node, Any] = {}
         self.attributes: dict[str, torch.Tensor] = {}
 
@@ -193,7 +228,8 @@ class _Canonicaliser(torch.fx.Interpreter):
         """
         for node in self.carried:
             value = node.meta.get("example_value")
-            if _is_plain(value) or any(user not in self.carried for user in node.users):
+            traced = any(user not in self.carried and user.op != "output" for user in node.users)
+            if _is_plain(value) or (traced and is_plain_value(value)):
                 self.fresh[node] = pytree.tree_map(self._refake, value)
         for node in self.graph.find_nodes(op="get_attr"):
             path = str(node.target)
@@ -215,12 +251,16 @@ class _Canonicaliser(torch.fx.Interpreter):
         name = target_name(n)
         if not is_traceable(n):
             raise NormfxError(f"normfx: '{name}' at {source_line(n) or n.name} cannot be traced")
-        if n in self.carried:
-            return self._carry(n)
+        if n.op == "output":
+            return pytree.tree_map(_unwrapped, self.fetch_args_kwargs_from_env(n)[0][0])
         if n.op == "get_attr":
             return self._attribute(n)
         if name in MODES:
             return self._switch_mode(n, name)
+        if n in self.carried:
+            return self._carry(n)
+        if acts_on_autograd(n):
+            return self._act_on_autograd(n)
         result = super().run_node(n)
         # torch 2.13, 2.15: make_fx gave `item()` and the like new symbols; the guards know Dynamo's
         if n.meta.get("unbacked_bindings") and self.mode.shape_env is not None:
@@ -235,12 +275,23 @@ class _Canonicaliser(torch.fx.Interpreter):
     def _attribute(self, n: Node) -> Any:
         path = str(n.target)
         value = self.fetch_attr(path)
-        if isinstance(value, torch.nn.Module):
-            return _Subgraph(path, value)
         if not isinstance(value, torch.Tensor):
             return value
         proxy = self._create(n, (), {}, target=_set_attribute(self.tracer.root, path, value))
         return self._track(self.attributes[path], proxy)
+
+    def _act_on_autograd(self, n: Node) -> Any:
+        """Write the node that a trace would not leave; its value is the same memory.
+
+        requires_grad_() of what has the flag already does nothing.
+        """
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        before = args[0].requires_grad
+        with torch._C.DisableTorchFunction():
+            result = args[0].requires_grad_(*args[1:], **kwargs) if n.target == REQUIRE_GRAD else GET_DATA(args[0])
+        if result is args[0] and result.requires_grad == before:
+            return result
+        return self._track(result, self._create(n, *self._arguments(n)))
 
     def _switch_mode(self, n: Node, name: str) -> Any:
         """Keep the node and run it, out of make_fx's sight.
@@ -249,7 +300,7 @@ class _Canonicaliser(torch.fx.Interpreter):
         difference.
         """
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        proxy = self._create(n, *self._proxies(args, kwargs))
+        proxy = self._create(n, *self._arguments(n))
         with torch._C.DisableTorchFunction():
             if name == "_enter_autocast":
                 return _Opaque(proxy, n.target(*args, **kwargs))  # type: ignore[operator]
@@ -264,8 +315,9 @@ class _Canonicaliser(torch.fx.Interpreter):
         return _Opaque(proxy)
 
     def _carry(self, n: Node) -> Any:
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        proxy = self._create(n, *self._proxies(args, kwargs))
+        proxy = self._create(n, *self._arguments(n), target=single_overload(n.target))
+        if n in self.marked and not isinstance(proxy.node.target, OpOverload):
+            proxy.node.meta[CARRIED] = True
         if n not in self.fresh:
             return _Opaque(proxy)
         return self._track(self.fresh[n], proxy)
@@ -278,23 +330,30 @@ class _Canonicaliser(torch.fx.Interpreter):
         proxy.node.meta.update({k: v for k, v in n.meta.items() if k != "example_value"})
         return proxy
 
-    def _proxies(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        own = (_Subgraph, _Opaque)
-        args, kwargs = pytree.tree_map(self._proxy, (tuple(args), dict(kwargs)), is_leaf=lambda x: isinstance(x, own))
+    def _arguments(self, n: Node) -> tuple[Any, Any]:
+        """The arguments of a node as proxies."""
+        args, kwargs = map_arg((n.args, n.kwargs), self._proxy)
         return args, kwargs
 
-    def _proxy(self, value: Any) -> Any:
+    def _proxy(self, n: Node) -> Any:
+        value = self.env[n]
+        if n.op == "get_attr" and not isinstance(value, torch.Tensor):
+            return self._create(n, (), {}, target=_set_attribute(self.tracer.root, str(n.target), value))
+        return pytree.tree_map(self._proxy_of, value, is_leaf=lambda x: isinstance(x, _Opaque))
+
+    def _proxy_of(self, value: Any) -> Any:
         tracer = self.tracer
         if isinstance(value, _Opaque):
             return value.proxy
-        if isinstance(value, _Subgraph):
-            path = _set_attribute(tracer.root, value.name, value.module)
-            return tracer.create_proxy("get_attr", path, (), {})
         if isinstance(value, torch.Tensor):
             return proxy_tensor.get_proxy_slot(value, tracer, value, lambda slot: slot.proxy)
         if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             return proxy_tensor.get_proxy_slot(value, tracer, value, lambda slot: slot.force())
         return value
+
+
+def _unwrapped(value: Any) -> Any:
+    return value.proxy if isinstance(value, _Opaque) else value
 
 
 def _is_plain(value: Any) -> bool:
@@ -319,8 +378,34 @@ def _set_attribute(root: torch.nn.Module, path: str, value: Any) -> str:
 # ---------------------------------------------------------------- after the trace
 
 
-def _inherit(gm: GraphModule, canonical: GraphModule) -> None:
-    """Hand on what Dynamo left for AOTAutograd and Inductor (read by both on torch 2.13 and 2.15)."""
+def _gather_lists(graph: Graph, fakes: Sequence[Any]) -> None:
+    """Make one input again of a list, as compiled autograd's graphs have, that make_fx took apart."""
+    if not any(isinstance(fake, list) for fake in fakes):
+        return
+    graph.set_codegen(CodeGen())  # make_fx's takes the lists apart
+    inputs, index = graph.find_nodes(op="placeholder"), 0
+    for fake in fakes:
+        if not isinstance(fake, list):
+            index += 1
+            continue
+        parts, before = inputs[index : index + len(fake)], inputs[index:]
+        index += len(fake)
+        with graph.inserting_before(before[0] if before else next(n for n in graph.nodes if n.op != "placeholder")):
+            whole = graph.placeholder("list")
+        whole.meta["val"] = [node.meta["val"] for node in parts]
+        with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
+            for place, node in enumerate(parts):
+                item = graph.call_function(operator.getitem, (whole, place))
+                item.meta.update(node.meta)
+                node.replace_all_uses_with(item)
+                graph.erase_node(node)
+
+
+def _inherit(gm: GraphModule, canonical: GraphModule, fakes: Sequence[Any]) -> None:
+    """Hand on what Dynamo left for AOTAutograd and Inductor (read by both on torch 2.13 and 2.15).
+
+    An input of a tensor subclass is its own value: make_fx notes a plain tensor of its shape.
+    """
     canonical.meta.update(gm.meta)
     inherited: Any = getattr(gm, "_param_name_to_source", None)
     if inherited is not None:
@@ -331,7 +416,9 @@ def _inherit(gm: GraphModule, canonical: GraphModule) -> None:
             names.setdefault(name, ConstantSource(name))
         canonical._param_name_to_source = names  # type: ignore[assignment]
     old, new = gm.graph.find_nodes(op="placeholder"), canonical.graph.find_nodes(op="placeholder")
-    for before, after in zip(old, new, strict=True):
+    for before, after, fake in zip(old, new, fakes, strict=True):
+        if not is_plain_value(fake):
+            after.meta["val"] = fake
         if hasattr(before, "_dynamo_source"):
             after._dynamo_source = before._dynamo_source
         for key in (*PLACEHOLDER_META, "stack_trace", "nn_module_stack"):

@@ -20,11 +20,13 @@ FLOORS = (
     ("kernels.build",),
     ("kernels.run",),
     ("kernels",),
+    ("ir.opaque",),
     ("ir.ops", "ir.regions", "ir.names", "ir.cleanup"),
     ("ir.aliasing", "ir.barriers"),
     ("ir.graph",),
     ("ir.sites", "ir.order", "ir.packing", "ir.expand", "ir.sources", "ir.recompute"),
     ("ir.fused_ops", "ir.functionalize", "ir.simplify", "ir.verify", "ir.printer", "ir.inline", "ir.calls"),
+    ("ir.producers",),
     ("ir.fusion", "ir.resize"),
     ("capture", "specialize"),
     ("recognize.axes", "recognize.algebra"),
@@ -111,12 +113,16 @@ PRIVATE_NAMES = {
         "torch._dynamo.config.patch",  # a model with more graphs than Dynamo allows by default
     },
     "ir.cleanup": {"torch._subclasses.FakeTensor"},
+    "ir.opaque": {"torch._ops.OpOverloadPacket", "torch._subclasses.FakeTensor"},
+    "ir.producers": {"torch._subclasses.FakeTensor", "torch.utils._python_dispatch.is_traceable_wrapper_subclass"},
     "ir.ops": {"torch._C._are_functorch_transforms_active"},
     "ir.regions": {
         # the nodes that a canonical graph keeps for grad mode and autocast
         "torch._C._set_grad_enabled",
         "torch.amp.autocast_mode._enter_autocast",
         "torch.amp.autocast_mode._exit_autocast",
+        # what Dynamo writes for `x.data`
+        "torch._C._autograd._get_data_attr",
     },
     "weights.kept": {"torch._subclasses.FakeTensor"},
     "weights.native": {"torch._inductor.codecache.CppCodeCache"},

@@ -14,7 +14,8 @@ import torch.utils._pytree as pytree
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Graph, GraphModule, Node
 
-from normfx.ir.regions import attribute, carried, target_name
+from normfx.ir.opaque import CARRIED, is_foreign_op, is_plain_value, only_wraps
+from normfx.ir.regions import acts_on_autograd, attribute, carried, is_opaque, target_name
 
 Storage = int
 
@@ -90,8 +91,9 @@ def storages_of(graph: Graph) -> dict[Node, frozenset[Storage]]:
     """The storages a node's value lives in.
 
     Fakes share storage where the tensors they stand for do (torch 2.13 and 2.15, but for eval `dropout` on
-    2.13), so storage identity covers views, `getitem` and in-place results. Carried nodes have made-up fakes:
-    one that may hand out an input shares that input's storages, one without a fake shares its inputs'.
+    2.13), so storage identity covers views, `getitem` and in-place results. Carried nodes and operators from outside
+    torch have made-up fakes: one that may hand out an input shares that input's storages, one without a fake shares its
+    inputs'. A tensor of a subclass counts as a storage of its own.
     """
     found: dict[Node, frozenset[Storage]] = {}
     copied = carried(graph)
@@ -99,7 +101,7 @@ def storages_of(graph: Graph) -> dict[Node, frozenset[Storage]]:
         own = frozenset(_identities(node.meta.get("val")))
         if node in copied and (not own or _may_return_input(graph, node)):
             own = own.union(*(found.get(n, frozenset()) for n in node.all_input_nodes))
-        elif not own or target_name(node) == "getitem":
+        elif not own or target_name(node) == "getitem" or is_foreign_op(node):
             own = own.union(*(found.get(n, frozenset()) for n in _aliased_by_schema(node)))
         elif is_identity_dropout(node):
             own |= found[node.args[0]]
@@ -119,7 +121,7 @@ def may_leave(node: Node, storages: dict[Node, frozenset[Storage]]) -> bool:
     while work:
         item = work.pop()
         for user in item.users:
-            if target_name(user) != "getitem" and not _stays_inside(user):
+            if target_name(user) != "getitem" and not acts_on_autograd(user) and not _stays_inside(user):
                 return True
             shares = storages[user] & storages[item] or item in _aliased_by_schema(user)
             if shares and user not in seen:
@@ -165,7 +167,9 @@ def is_identity_dropout(node: Node) -> bool:
 
 def _identities(value: Any) -> Iterator[Storage]:
     for leaf in pytree.tree_leaves(value):
-        if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
+        if isinstance(leaf, torch.Tensor) and not is_plain_value(leaf):
+            yield id(leaf)
+        elif isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
             yield leaf.untyped_storage()._cdata
 
 
@@ -208,10 +212,12 @@ def _writes(graph: Graph) -> Iterator[tuple[Node, list[Node]]]:
         elif isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
             yield node, [n for a, n in _bound(node) if a.alias_info is not None and a.alias_info.is_write]
         elif node in copied:
-            module = isinstance(node.target, str) and node.op == "call_module"
+            unknown = node.op == "call_module" or (is_opaque(node) and not only_wraps(node))
             higher = isinstance(node.target, HigherOrderOperator)
-            if _subgraph_writes(graph, node) if higher else module or region_writes:
+            if _subgraph_writes(graph, node) if higher else unknown or region_writes:
                 yield node, node.all_input_nodes
+        elif node.op == "call_method" and acts_on_autograd(node):
+            yield node, node.all_input_nodes
 
 
 def _hidden_writes(node: Node) -> list[Node]:
@@ -259,7 +265,9 @@ def _subgraph_writes(graph: Graph, node: Node) -> bool:
 
 
 def _may_return_input(graph: Graph, node: Node) -> bool:
-    """Whether a subgraph hands out one of its inputs, or a view of one."""
+    """Whether a carried node may hand out one of its inputs, or a view of one."""
+    if not isinstance(node.target, HigherOrderOperator) and (is_opaque(node) or CARRIED in node.meta):
+        return True
     for sub in _subgraphs(graph, node):
         for value in sub.output_node().all_input_nodes:
             while value.op != "placeholder" and target_name(value) in _VIEWS and value.all_input_nodes:

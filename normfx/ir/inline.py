@@ -17,8 +17,9 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from normfx.ir.graph import grad_modes, is_getitem
+from normfx.ir.opaque import touches_subclass
 from normfx.ir.recompute import FIRST_REGION, keep, mark, region_of
-from normfx.ir.regions import attribute, is_traceable, target_name
+from normfx.ir.regions import attribute, is_opaque, is_traceable, target_name
 
 CHECKPOINT, NESTED, WRAP = "tag_activation_checkpoint", "invoke_subgraph", "wrap"
 
@@ -149,7 +150,8 @@ def _keeps_marks(body: GraphModule) -> bool:
     for node in body.graph.nodes:
         inner = _body(body, node, True)
         higher = isinstance(node.target, HigherOrderOperator) and target_name(node) not in STAY_ONE_NODE
-        if node.op == "call_module" or (not _keeps_marks(inner) if inner is not None else higher):
+        opaque = node.op == "call_module" or is_opaque(node) or touches_subclass(node)
+        if opaque or (not _keeps_marks(inner) if inner is not None else higher):
             return False
     return True
 

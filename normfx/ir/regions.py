@@ -10,6 +10,8 @@ import torch
 from torch._ops import HigherOrderOperator
 from torch.fx import Graph, Node
 
+from normfx.ir.opaque import CARRIED, FUNCTORCH, calls_unknown, is_foreign_op, touches_subclass
+
 _enter_autocast: Any = torch.amp.autocast_mode._enter_autocast
 _exit_autocast: Any = torch.amp.autocast_mode._exit_autocast
 
@@ -25,8 +27,14 @@ MODE_SWITCHES = frozenset(
 """Names of the functions that switch autocast, grad or inference mode in the middle of a graph."""
 
 
-UNTRACEABLE = frozenset({"requires_grad_", "retain_grad", "register_hook", "backward", "set_"})
+UNTRACEABLE = frozenset({"retain_grad", "register_hook", "backward", "set_"})
 """Tensor methods that act on autograd's state and leave no node behind when they are traced."""
+
+REQUIRE_GRAD = "requires_grad_"
+"""A method that a trace does not see either. Capture writes its node."""
+
+GET_DATA: Any = getattr(torch._C._autograd, "_get_data_attr", None)
+"""What Dynamo writes for `x.data`: a detached alias, whose writes do not count as writes to x. A trace leaves none."""
 
 AUTOGRAD_CALLS = (torch.autograd.grad, torch.autograd.backward)
 """What Dynamo's `trace_autograd_ops` leaves in a graph: a trace would differentiate the fakes."""
@@ -35,6 +43,11 @@ AUTOGRAD_CALLS = (torch.autograd.grad, torch.autograd.backward)
 def is_traceable(node: Node) -> bool:
     """Whether a node of Dynamo's graph may be run under a trace."""
     return not (node.op == "call_method" and node.target in UNTRACEABLE) and node.target not in AUTOGRAD_CALLS
+
+
+def acts_on_autograd(node: Node) -> bool:
+    """Whether a node reads or writes autograd's state of its operand and returns the same memory."""
+    return node.target is GET_DATA or (node.op == "call_method" and node.target == REQUIRE_GRAD)
 
 
 def target_name(node: Node) -> str:
@@ -53,6 +66,11 @@ def is_mode_switch(node: Node) -> bool:
     return node.op == "call_function" and target_name(node) in MODE_SWITCHES
 
 
+def is_opaque(node: Node) -> bool:
+    """Whether a node calls a function that may do anything: write to its arguments, return one, act on autograd."""
+    return calls_unknown(node) and not is_mode_switch(node) and not acts_on_autograd(node)
+
+
 def is_autocast(graph: Graph) -> bool:
     """Whether any of the graph may run under autocast."""
     inside = any(target_name(node) == "_enter_autocast" for node in graph.nodes)
@@ -60,8 +78,8 @@ def is_autocast(graph: Graph) -> bool:
 
 
 def carried(graph: Graph) -> set[Node]:
-    """Nodes that are copied, not traced: higher-order ops, module calls, and everything inside a functorch
-    level.
+    """Nodes that are copied, not traced: higher-order ops, module calls, what is opaque or marked as carried, and
+    everything inside a functorch level.
 
     In torch 2.13 and 2.15 a level begins at `_vmap_increment_nesting` and its siblings and ends at the
     decrement.
@@ -75,11 +93,19 @@ def carried(graph: Graph) -> set[Node]:
         if name.endswith("_increment_nesting") or name == "_enter_dual_level":
             depth += 1
         higher = isinstance(node.target, HigherOrderOperator) or node.op == "call_module"
-        if depth or higher or home.startswith(("torch._functorch", "torch._C._functorch")):
+        functorch = depth or home.startswith(FUNCTORCH)
+        if functorch or higher or is_opaque(node) or CARRIED in node.meta:
             found.add(node)
         if name.endswith("_decrement_nesting") or name == "_exit_dual_level":
             depth -= 1
     return found
+
+
+def untraced(graph: Graph) -> set[Node]:
+    """Nodes of a Dynamo graph that capture copies without running them: beside the carried ones, those that run a
+    user's Python: operators from outside torch, and everything that touches a tensor subclass."""
+    calls = [node for node in graph.nodes if node.op in ("call_function", "call_method") and not is_mode_switch(node)]
+    return carried(graph) | {node for node in calls if is_foreign_op(node) or touches_subclass(node)}
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 
 from normfx.errors import VerifyError
-from normfx.ir.regions import attribute, carried, is_mode_switch, replayed_modes
+from normfx.ir.opaque import is_foreign_op
+from normfx.ir.regions import acts_on_autograd, attribute, carried, is_mode_switch, replayed_modes
 
 _SCALAR_MODULES = frozenset({math.__name__, operator.__name__, "_operator", "builtins"})
 
@@ -25,7 +26,7 @@ def verify(gm: GraphModule, stage: str) -> None:
     """Raise `VerifyError` unless `gm` is a well-formed canonical graph whose `meta['val']` are what its ops
     compute.
 
-    Every op is run again on the fakes of its arguments, under the autocast region it stands in; the ambient
+    Every op of torch is run again on the fakes of its arguments, under the autocast region it stands in; the ambient
     autocast is the caller's. Only dtype, shape and device are compared, and no guard is added.
     """
     try:
@@ -40,7 +41,7 @@ def verify(gm: GraphModule, stage: str) -> None:
                 continue
             _check_target(node, stage)
             _check_value(gm, node, stage)
-            if isinstance(node.target, OpOverload) and mode is not None:
+            if isinstance(node.target, OpOverload) and not is_foreign_op(node) and mode is not None:
                 _check_rerun(node, mode, stage)
 
 
@@ -62,6 +63,8 @@ def _single_mode(gm: GraphModule, stage: str) -> FakeTensorMode | None:
 
 
 def _check_target(node: Node, stage: str) -> None:
+    if acts_on_autograd(node):
+        return
     if node.op == "call_method":
         raise _fail(stage, node, "an ATen op", f"the method '{node.target}'")
     if node.op != "call_function" or is_mode_switch(node):
