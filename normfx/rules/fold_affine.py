@@ -86,7 +86,7 @@ def _roundings(site: Readers) -> Iterator[tuple[str, str, tuple[Node, ...]]]:
     if narrow:
         yield "rounded_weight", ", ".join(node.name for node in narrow), narrow
         return
-    half = tuple(linear.node for linear, _, _ in site.linears if tensor(linear.node).dtype in _NARROW)
+    half = tuple(linear.node for linear, _, _ in site.linears if tensor(linear.node).dtype in centring.NARROW)
     if half and site.norm.bias is not None:
         yield "rounded_shift", ", ".join(node.name for node in half), half
     short = tuple(node for node in half if tensor(node).dtype == torch.float16)
@@ -101,10 +101,7 @@ def packed_readers(site: Readers) -> tuple[Node, ...]:
 
 def narrow_readers(site: Readers) -> tuple[Node, ...]:
     """Readers whose weight is stored in half precision: folded, it would be rounded once more."""
-    return tuple(linear.node for linear, _, _ in site.linears if tensor(linear.weight).dtype in _NARROW)
-
-
-_NARROW = (torch.bfloat16, torch.float16)
+    return tuple(linear.node for linear, _, _ in site.linears if tensor(linear.weight).dtype in centring.NARROW)
 
 
 LIVE_PASSES = 7
