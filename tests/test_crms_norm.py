@@ -228,8 +228,8 @@ HARD = [(b, found) for b in BASES for found in OUTLIERS if (b, found) != ("drop"
 
 
 def _errors(basis: str, dtype: torch.dtype, found: tuple[int, float, float]) -> tuple[float, float]:
-    """Of the compressed model and of eager against float64, in float32 or in bfloat16 under autocast, where norms with a
-    bias are refused."""
+    """Of the compressed model and of eager against float64, in float32 or, without β (it is refused there), in bfloat16
+    under autocast."""
     ids = torch.randint(0, 97, (16, 16), generator=torch.Generator().manual_seed(1))
     model, backend = outlier(*found, bias=dtype == torch.float32), EagerBackend({**CRMS, "crms_basis": basis})
     torch._dynamo.reset()

@@ -60,9 +60,9 @@ CODES = {
 
 NARROW = (torch.bfloat16, torch.float16)
 
-LIVE_PASSES = 4
-"""Passes over a weight that is centred in every call: two forward, two backward. With it the predicted break-even, ten
-rows a feature in a transformer, is where training breaks even (ViT at 8 rows a feature: 0.98 of Inductor's speed)."""
+LIVE_PASSES = 5
+"""Passes over a weight that is centred in every call: three forward (ops.center takes two means), two backward. The
+predicted break-even is twelve rows a feature in a transformer (ViT at 8 rows a feature: 0.98 of Inductor's speed)."""
 
 
 def pieces(stream: Stream) -> Iterator[Stream]:
