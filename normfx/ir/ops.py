@@ -98,7 +98,7 @@ def _normalise(
     if bias is not None:
         shift = _along(bias, x.ndim, dim).to(wide.dtype)
         shift = shift * k if k != 1.0 else shift
-        out = out + (shift - shift.mean() if form.centre_output else shift)
+        out = out + (_centred(shift, 0) if form.centre_output else shift)
     return out.to(form.out_dtype), mean, rstd
 
 
