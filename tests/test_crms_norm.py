@@ -205,9 +205,9 @@ class Stack(nn.Module):
         return out
 
 
-def outlier(channel: int, scale: float, gamma: float) -> Stack:
+def outlier(channel: int, scale: float, gamma: float, bias: bool = True, seed: int = 0) -> Stack:
     """A channel at `scale` standard deviations, from the first writer on, and γ of every norm on it."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = Stack()
     norms = [m for m in model.modules() if isinstance(m, nn.LayerNorm)]
     with torch.no_grad():
@@ -215,6 +215,8 @@ def outlier(channel: int, scale: float, gamma: float) -> Stack:
             norm.weight.add_(0.3 * torch.randn_like(norm.weight))
             norm.bias.add_(0.3 * torch.randn_like(norm.bias))
             norm.weight[channel] = gamma
+            if not bias:
+                norm.bias = None
         model.table.weight[:, channel] *= scale
     return model
 
@@ -226,15 +228,17 @@ HARD = [(b, found) for b in BASES for found in OUTLIERS if (b, found) != ("drop"
 
 
 def _errors(basis: str, dtype: torch.dtype, found: tuple[int, float, float]) -> tuple[float, float]:
-    """Of the compressed model and of eager against float64, in float32 or in bfloat16 under autocast."""
+    """Of the compressed model and of eager against float64, in float32 or, without β (it is refused there), in bfloat16
+    under autocast."""
     ids = torch.randint(0, 97, (16, 16), generator=torch.Generator().manual_seed(1))
-    model = outlier(*found)
+    model, backend = outlier(*found, bias=dtype == torch.float32), EagerBackend({**CRMS, "crms_basis": basis})
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend=EagerBackend({**CRMS, "crms_basis": basis}), fullgraph=True)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
     with torch.no_grad():
         want = copy.deepcopy(model).double()(ids)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             own, eager = ((call(ids).double() - want).norm().item() for call in (compiled, model))
+    assert all("crms_norm" in site.rules for site in backend.report.sites)
     return own, eager
 
 

@@ -98,7 +98,7 @@ def _normalise(
     if bias is not None:
         shift = _along(bias, x.ndim, dim).to(wide.dtype)
         shift = shift * k if k != 1.0 else shift
-        out = out + (shift - shift.mean() if form.centre_output else shift)
+        out = out + (_centred(shift, 0) if form.centre_output else shift)
     return out.to(form.out_dtype), mean, rstd
 
 
@@ -205,12 +205,24 @@ def center(x: Tensor, dim: int, size: int, inner: int, dtype: torch.dtype) -> Te
     """
     wide = x.to(accumulation_dtype(x.dtype))
     n = x.shape[dim]
-    if n == size or n == 1:
+    if n == 1:
         return (wide - wide.mean(dim, keepdim=True)).to(dtype)
+    if n == size:
+        return _centred(wide, dim).to(dtype)
     dim = dim % x.ndim
     blocks = (*x.shape[:dim], n // (size * inner), size, inner, *x.shape[dim + 1 :])
-    split = wide.reshape(blocks)
-    return (split - split.mean(dim + 1, keepdim=True)).reshape(x.shape).to(dtype)
+    return _centred(wide.reshape(blocks), dim + 1).reshape(x.shape).to(dtype)
+
+
+def _centred(x: Tensor, dim: int) -> Tensor:
+    """P x along a whole dimension, in two passes: the mean that rounding left is subtracted too.
+
+    The computed mean of n equal entries is not that entry: it is off by up to its rounding error u|x|. A row without
+    variance would keep this as its only content, and a norm divides it by √ε. The second pass leaves u²|x|. What it
+    subtracts is 0 in exact arithmetic and so is its derivative.
+    """
+    once = x - x.mean(dim, keepdim=True)
+    return once - once.detach().mean(dim, keepdim=True)
 
 
 def scale_features(weight: Tensor, gamma: Tensor, dim: int, size: int, inner: int, dtype: torch.dtype) -> Tensor:
@@ -253,7 +265,7 @@ def compress(x: Tensor, dim: int, basis: str, channel: int, width: int, dtype: t
     (1958) that takes 1/√d to e_p: cᵢ + cₚ/(√d − 1). Q has orthonormal columns, and 1ᵀQ = 0
     """
     wide = x.to(accumulation_dtype(x.dtype))
-    kept, dropped = _without(wide - wide.mean(dim, keepdim=True), dim, channel)
+    kept, dropped = _without(_centred(wide, dim), dim, channel)
     if basis == "orthonormal":
         kept = kept + dropped / (math.sqrt(x.shape[dim]) - 1)
     return _padded(kept, dim, width).to(dtype)

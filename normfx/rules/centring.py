@@ -15,10 +15,12 @@ from typing import Any
 
 import networkx
 import sympy
+import torch
 from torch.fx import Node
 
-from normfx.ir.graph import bytes_of, entries, op_name, shape, size_hint, total
+from normfx.ir.graph import bytes_of, entries, op_name, shape, size_hint, tensor, total
 from normfx.ir.sites import Leaf, Norm, Stream
+from normfx.recognize.flow import LINEARS
 from normfx.rules.rule import Code, Cost
 
 CODES = {
@@ -38,6 +40,10 @@ CODES = {
         "a writer's weight is stored packed, as integers or floats of 8 bits",
         "none needed: the norm stays a LayerNorm so that the weight stays packed",
     ),
+    "rounded_weight": Code(
+        "a norm's only input comes from a weight or value stored in half precision: P W would have to be rounded again",
+        "keep the weights in float32 and run under autocast",
+    ),
     "observed": Code(
         "the stream's mean is read by something other than a LayerNorm over the same features",
         "normalise the value before it is read, or do not return it",
@@ -52,9 +58,11 @@ CODES = {
     ),
 }
 
-LIVE_PASSES = 4
-"""Passes over a weight that is centred in every call: two forward, two backward. With it the predicted break-even, ten
-rows a feature in a transformer, is where training breaks even (ViT at 8 rows a feature: 0.98 of Inductor's speed)."""
+NARROW = (torch.bfloat16, torch.float16)
+
+LIVE_PASSES = 5
+"""Passes over a weight that is centred in every call: three forward (ops.center takes two means), two backward. The
+predicted break-even is twelve rows a feature in a transformer (ViT at 8 rows a feature: 0.98 of Inductor's speed)."""
 
 
 def pieces(stream: Stream) -> Iterator[Stream]:
@@ -129,6 +137,11 @@ def guard(stream: Stream) -> Iterator[tuple[str, str, tuple[Node, ...]]]:
     for code in dict.fromkeys(leaf.obstacle for leaf in blocked):
         nodes = tuple(leaf.node for leaf in blocked if leaf.obstacle == code)
         yield code, ", ".join(node.name for node in nodes), nodes
+    rounded = () if blocked or _sums(stream) else tuple(filter(_rounded, stream.leaves))
+    if rounded:
+        nodes = tuple(leaf.node for leaf in rounded)
+        yield "rounded_weight", ", ".join(node.name for node in nodes), nodes
+        return
     price = cost(stream)
     if blocked or (_pays(price, stream) and not stream.left):
         return
@@ -148,6 +161,26 @@ def guard(stream: Stream) -> Iterator[tuple[str, str, tuple[Node, ...]]]:
     if others:
         details = ", ".join(f"{leaf.node.name} ({_LEAF_TEXT[leaf.kind]})" for leaf in others)
         yield "uncentred_input", details, tuple(leaf.node for leaf in others)
+
+
+def _sums(stream: Stream) -> bool:
+    """Whether values are added on the way: then eager too rounds more often than once before the norm."""
+    added = (node for node in stream.axes if op_name(node) not in (*LINEARS, *_JOINS))
+    return any(len(set(stream.reads.get(node, ()))) > 1 for node in added)
+
+
+_JOINS = ("aten::cat", "aten::stack", "aten::concat", "aten::concatenate")
+
+
+def _rounded(leaf: Leaf) -> bool:
+    """Whether the centred form of a leaf is rounded to half precision, which the leaf itself is not again.
+
+    Of a product with λ eager rounds the product; a norm itself emits centred rows. Measured with bfloat16 weights: one
+    linear before a norm 1.20 times eager's error, with tanh behind it 1.47, an embedding before it 1.39; two linears
+    1.14, embedding and block 1.15.
+    """
+    inside = leaf.kind == "norm" and leaf.alone
+    return not inside and leaf.kind not in ("centred", "scaled") and tensor(leaf.node).dtype in NARROW
 
 
 def _pays(price: Cost, stream: Stream) -> bool:

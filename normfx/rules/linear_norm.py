@@ -66,5 +66,8 @@ RULE = Rule(
     cost=centring.cost,
     rewrite=centring.rewrite,
     example=Example("heads", _Heads, _input),
-    counterexamples=(Example("packed weight", lambda: _Heads(packed=True), _input, "packed_weight"),),
+    counterexamples=(
+        Example("packed weight", lambda: _Heads(packed=True), _input, "packed_weight"),
+        Example("half precision", lambda: _Heads().bfloat16(), lambda: (_input()[0].bfloat16(),), "rounded_weight"),
+    ),
 )
