@@ -52,6 +52,8 @@ class Runner:
             for line in lines:
                 if line["event"] == "end" and done.get(line["id"], {}).get("outcome") != "failed":
                     done[line["id"]] = line
+            if not ids:
+                raise RuntimeError(f"no tests were found in {' '.join(left[:3])}: see the output above")
             started = [line["id"] for line in lines if line["event"] == "start"]
             if started and started[-1] not in done:
                 done[started[-1]] = {"id": started[-1], "outcome": "died", "kind": lines[-1]["how"], "text": ""}
@@ -75,7 +77,7 @@ class Runner:
                 process = subprocess.Popen(command, cwd=self.folder, env=environ, stdout=output, stderr=output)
                 how = self._wait(process, results)
             lines = [json.loads(x) for x in results.read_text().splitlines()] if results.exists() else []
-            if not lines:
+            if not any(line["ids"] for line in lines if line["event"] == "collected"):
                 print(Path(folder, "output").read_text()[-2000:], file=sys.stderr)
             return [*lines, {"event": "over", "how": how}]
 
