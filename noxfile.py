@@ -1,18 +1,35 @@
-"""The versions of torch that normfx answers for: `nox` runs the default tests on each."""
+"""The versions of torch that normfx answers for: `nox` runs the default tests on each, `nox -s torch-2.13` on one.
+
+Newest is what the index has: where an installation caps torch, lift the cap for that session alone with
+PIP_CONFIG_FILE=/dev/null and an empty PIP_CONSTRAINT.
+"""
 
 import nox
 
+VERSIONS = ("2.11", "2.13", "2.14", "newest")
 
-@nox.session(python=["3.11", "3.12"])
-@nox.parametrize("torch", ["2.11", "2.13", "newest"])
-def tests(session: nox.Session, torch: str) -> None:
-    """The default tests; timm and torchvision are tied to one torch each, so older ones go without."""
-    if torch == "newest":
-        session.install("-e", ".[test]")
-    else:
-        # the interpreter of Triton 3.6, of torch 2.11, takes one-element arrays for numbers; numpy 2.4 does not
-        session.install(
-            f"torch=={torch}.*", "transformers", "pytest", "pytest-xdist", "expecttest", "hypothesis", "numpy<2.4"
-        )
-        session.install("-e", ".")
-    session.run("pytest", "-n", "2", "-q")
+OLDER = ("transformers", "pytest>=8", "pytest-xdist", "expecttest", "hypothesis")
+"""What the tests need next to an older torch: timm and torchvision are tied to one torch each, so it goes without."""
+
+nox.options.error_on_missing_interpreters = True
+nox.options.stop_on_first_error = False
+
+
+def versioned(torch: str) -> None:
+    """Make the session of one version, which pip then reports, so that a log says what was tested."""
+
+    @nox.session(name=f"torch-{torch}")
+    def tests(session: nox.Session) -> None:
+        if torch == "newest":
+            session.install("-e", ".[test]")
+        else:
+            # the interpreter of Triton 3.6, of torch 2.11, takes one-element arrays for numbers; numpy 2.4 does not
+            numpy = "numpy<2.4" if torch == "2.11" else "numpy"
+            session.install(f"torch=={torch}.*", numpy, *OLDER)
+            session.install("-e", ".")
+        session.run("python", "-c", "import torch; print('torch', torch.__version__)")
+        session.run("pytest", "-n", "2", "-q", *session.posargs)
+
+
+for version in VERSIONS:
+    versioned(version)

@@ -45,7 +45,7 @@ def compile_offline(source: Source, spec: Spec, backend: str, arch: int | str) -
             attributes[(i,)] = [["tt.divisibility", 16]]
     target = GPUTarget(backend, arch, 32 if backend == "cuda" else 64)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION", UserWarning)  # Triton 3.9, of its own default
+        warnings.simplefilter("ignore", UserWarning)  # Triton 3.9, of its own default
         ast = ASTSource(fn=build(source), signature=signature, constexprs={}, attrs=attributes)
         compiled = triton.compile(ast, target=target, options={"num_warps": source.warps})
     return dict(compiled.asm)

@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from budget import Budget
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The default tests have a budget; those that take minutes by nature have none."""
+    if "not slow" in config.getoption("markexpr"):
+        config.pluginmanager.register(Budget(config), "normfx-budget")
 
 
 @pytest.fixture(autouse=True)

@@ -22,8 +22,6 @@ from normfx.ir.verify import verify
 
 aten = torch.ops.aten
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-
 
 def canonical(f: Callable[..., Any], *args: Any) -> GraphModule:
     """The canonical graph of a function, by a real Dynamo call."""

@@ -20,12 +20,6 @@ from normfx.ir.verify import verify
 
 aten = torch.ops.aten
 
-pytestmark = [  # raised inside torch 2.13 itself, by custom autograd functions and by its Inductor
-    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning"),  # by jvp on torch 2.15
-]
-
 
 # ---------------------------------------------------------------- what stays whole
 

@@ -8,16 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from capturing import Backend, Block, Custom, Stack, keep_products, same, x64
+from raising import raises_inside
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-aten = torch.ops.aten
+from normfx.errors import NormfxError
 
-pytestmark = [  # raised inside torch 2.13 itself, by custom autograd functions and by its Inductor
-    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning"),  # by jvp on torch 2.15
-]
+aten = torch.ops.aten
 
 
 # ---------------------------------------------------------------- carried nodes
@@ -152,7 +149,7 @@ def test_autograd_inside_the_graph_is_refused() -> None:
         pytest.skip("Dynamo of this torch never traces torch.autograd.grad")
     with (
         torch._dynamo.config.patch(trace_autograd_ops=True),
-        pytest.raises(Exception, match=r"'grad' at test_capture_regions\.py:.* cannot be traced"),
+        raises_inside(NormfxError, r"'grad' at test_capture_regions\.py:.* cannot be traced"),
     ):
         torch.compile(f, backend=Backend(), fullgraph=True)(x64(3, 8, grad=True))
 

@@ -37,10 +37,6 @@ from normfx.options import Options
 
 aten, higher = torch.ops.aten, torch.ops.higher_order
 
-pytestmark = [  # raised inside torch, by custom autograd functions
-    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
-]
-
 
 # ---------------------------------------------------------------- what stays whole
 

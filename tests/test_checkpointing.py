@@ -42,10 +42,6 @@ from normfx.report import GraphReport
 
 aten, higher = torch.ops.aten, torch.ops.higher_order
 
-pytestmark = [  # raised inside torch, by custom autograd functions
-    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
-]
-
 
 @pytest.fixture
 def graphs() -> Iterator[list[GraphReport]]:
@@ -104,7 +100,6 @@ def _library(name: str) -> tuple[nn.Module, Any]:
     return transformers.ViTModel(config, add_pooling_layer=False), torch.randn(2, 3, 32, 32)
 
 
-@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", ["gpt2", pytest.param("vit", marks=pytest.mark.slow)])
 def test_library_models(name: str) -> None:
     torch.manual_seed(0)

@@ -156,8 +156,7 @@ def _traces_grouped_float32() -> bool:
         ends = torch.empty(EXPERTS, dtype=torch.int32)
         try:
             torch._grouped_mm(rows, weights, offs=ends)
-        except RuntimeError as error:
-            assert "BF16" in str(error)
+        except RuntimeError:
             return False
     return True
 

@@ -35,11 +35,6 @@ PACKAGES = {
 }
 GOLDENS = Path(__file__).parent / "goldens" / "streams"
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning"),  # peft, of GPT-2's Conv1D
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # peft calls transformers
-]
-
 
 def built(row: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """Norms, biases and scales away from ones and zeros, so that a wrong fold shows."""
