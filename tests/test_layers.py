@@ -121,8 +121,8 @@ PRIVATE_NAMES = {
         "torch._C._set_grad_enabled",
         "torch.amp.autocast_mode._enter_autocast",
         "torch.amp.autocast_mode._exit_autocast",
-        # what Dynamo writes for `x.data`
-        "torch._C._autograd._get_data_attr",
+        # `_get_data_attr` is what Dynamo writes for `x.data`
+        "torch._C._autograd",
     },
     "weights.kept": {"torch._subclasses.FakeTensor"},
     "weights.native": {"torch._inductor.codecache.CppCodeCache"},
