@@ -187,6 +187,8 @@ def storage_copy(s: State) -> None:
 def freed_and_filled(s: State) -> None:
     p = s.parameter()
     storage, kept = p.untyped_storage(), p.detach().clone()
+    if not storage.resizable():  # NumPy has it too
+        return
     size = storage.nbytes()
     storage.resize_(0)
     hold = torch.empty(size, dtype=torch.uint8) if s.random.random() < 0.5 else None
