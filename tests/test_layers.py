@@ -119,7 +119,7 @@ PRIVATE_NAMES = {
         "torch.amp.autocast_mode._enter_autocast",
         "torch.amp.autocast_mode._exit_autocast",
         # what Dynamo writes for `x.data`
-        "torch._C._autograd._get_data_attr",
+        "torch._C._autograd",
     },
     "weights.kept": {"torch._subclasses.FakeTensor"},
     "weights.probe": {"torch._inductor.codecache.CppCodeCache"},
