@@ -7,10 +7,14 @@ import torch
 from budget import Budget
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--budget", type=float, help="minutes of two cores that the default tests may cost")
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """The default tests have a budget; those that take minutes by nature have none."""
+    """What the default tests cost is said; of those that take minutes by nature it is not."""
     if "not slow" in config.getoption("markexpr"):
-        config.pluginmanager.register(Budget(config), "normfx-budget")
+        config.pluginmanager.register(Budget(config, config.getoption("budget")), "normfx-budget")
 
 
 @pytest.fixture(autouse=True)

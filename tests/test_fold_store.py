@@ -147,7 +147,8 @@ def test_adapters_merged_and_unmerged(name: str) -> None:
     with torch.no_grad():
         for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter.add_(0.1 * torch.randn_like(parameter))
-    call = compiled(model, "cached")
+    # some adapters break the graph
+    call = torch.no_grad()(torch.compile(model, backend="normfx", options={"fold": "cached", "strict": True}))
     with torch.sparse.check_sparse_tensor_invariants():  # torch warns of sparse tensors otherwise
         check(call, model)
         for _ in range(2):
