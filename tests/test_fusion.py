@@ -203,7 +203,7 @@ def test_a_value_added_to_itself(join: Callable[[Tensor], Tensor]) -> None:
     ("kind", "rules", "native"),
     [
         ("post", "default,-fold_affine", 3),
-        ("swin", "default,-fold_affine", 4),  # lone writers stored in half precision are not centred
+        ("swin", "default,-fold_affine", 4),  # lone writers in half precision are not centred
         ("mix", "default,-fold_affine", 0),  # the one that stays emits centred rows
         ("swin", "fuse_residual_norm", 4),
         ("peri", "fuse_residual_norm", 7),

@@ -173,7 +173,7 @@ PACKED = Code(
 )
 ROUNDED = Code(
     "a reader's weight is stored in half precision: W·γ would have to be rounded again",
-    "keep the weights in float32 and run under autocast",
+    "keep the weights in float32; under autocast γ of a norm without a bias is folded",
 )
 
 RULE = Rule(
