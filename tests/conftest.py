@@ -9,6 +9,8 @@ from budget import Budget
 
 def pytest_configure(config: pytest.Config) -> None:
     """The default tests have a budget; those that take minutes by nature have none."""
+    # here, since pytest would import normfx to read its own configuration
+    config.addinivalue_line("filterwarnings", "error::normfx.errors.NormfxWarning")
     if "not slow" in config.getoption("markexpr"):
         config.pluginmanager.register(Budget(config), "normfx-budget")
 
