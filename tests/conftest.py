@@ -13,6 +13,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """What the default tests cost is said; of those that take minutes by nature it is not."""
+    # here, since pytest would import normfx to read its own configuration
+    config.addinivalue_line("filterwarnings", "error::normfx.errors.NormfxWarning")
     if "not slow" in config.getoption("markexpr"):
         config.pluginmanager.register(Budget(config, config.getoption("budget")), "normfx-budget")
 
