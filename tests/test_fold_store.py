@@ -420,6 +420,18 @@ def test_another_process_writes_shared_weights() -> None:
     in_process(SHARED)
 
 
+@pytest.mark.parametrize("watched", [False, True])
+def test_auto_keeps_folds_only_where_the_kernel_helps(watched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comparing all contents in each call is exact too, but may cost more than folding gains."""
+    monkeypatch.setattr("normfx.weights.kept.watches_pages", lambda: watched)
+    model = net()
+    call = compiled(model, "auto")
+    before = check(call, model)
+    assert folding().variants == (("cached",) if watched else ("live",))
+    block(model)
+    check(call, model, before)
+
+
 # ---------------------------------------------------------------- random sequences
 
 
