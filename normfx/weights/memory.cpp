@@ -19,6 +19,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <initializer_list>
 #include <map>
 #include <mutex>
 #include <new>
@@ -170,17 +171,29 @@ uint64_t mixed(uint64_t state, uint64_t word) {
 }
 
 uint64_t hash(const char* begin, const char* end, uint64_t seed) {
-    uint64_t lanes[8], words[8];
-    for (uint64_t i = 0; i < 8; ++i) lanes[i] = seed + i;
-    for (; end - begin >= 64; begin += 64) {
-        std::memcpy(words, begin, 64);
-        for (int i = 0; i < 8; ++i) lanes[i] = mixed(lanes[i], words[i]);
-    }
-    std::memset(words, 0, sizeof(words));
-    std::memcpy(words, begin, static_cast<size_t>(end - begin));
-    for (int i = 0; i < 8; ++i) lanes[i] = mixed(lanes[i], words[i]);
+    // eight independent chains, by name: as an array they stay in memory, at a third of the speed
+    uint64_t a = seed, b = seed + 1, c = seed + 2, d = seed + 3, e = seed + 4, f = seed + 5, g = seed + 6, h = seed + 7;
+    auto step = [&](const char* from) {
+        auto word = [from](int i) {
+            uint64_t value;
+            std::memcpy(&value, from + 8 * i, 8);
+            return value;
+        };
+        a = mixed(a, word(0));
+        b = mixed(b, word(1));
+        c = mixed(c, word(2));
+        d = mixed(d, word(3));
+        e = mixed(e, word(4));
+        f = mixed(f, word(5));
+        g = mixed(g, word(6));
+        h = mixed(h, word(7));
+    };
+    for (; end - begin >= 64; begin += 64) step(begin);
+    char rest[64] = {};
+    std::memcpy(rest, begin, static_cast<size_t>(end - begin));
+    step(rest);
     uint64_t result = seed;
-    for (int i = 0; i < 8; ++i) result = mixed(result, lanes[i]);
+    for (uint64_t lane : {a, b, c, d, e, f, g, h}) result = mixed(result, lane);
     return result;
 }
 
