@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from budget import Budget
 
+BEGIN = time.monotonic()
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--budget", type=float, help="minutes of two cores that the default tests may cost")
+    parser.addoption("--deadline", type=float, help="seconds after which no further test is begun, but skipped")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -17,6 +22,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "error::normfx.errors.NormfxWarning")
     if "not slow" in config.getoption("markexpr"):
         config.pluginmanager.register(Budget(config, config.getoption("budget")), "normfx-budget")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    deadline = item.config.getoption("deadline")
+    if deadline is not None and time.monotonic() - BEGIN > deadline:
+        pytest.skip("no time was left for it")
 
 
 @pytest.fixture(autouse=True)
