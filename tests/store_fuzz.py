@@ -187,7 +187,7 @@ def storage_copy(s: State) -> None:
 def freed_and_filled(s: State) -> None:
     p = s.parameter()
     storage, kept = p.untyped_storage(), p.detach().clone()
-    if not storage.resizable():  # NumPy has it too
+    if not storage.resizable() or storage.nbytes() != p.nbytes:  # NumPy has it too, or other parameters have
         return
     size = storage.nbytes()
     storage.resize_(0)
