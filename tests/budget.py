@@ -21,7 +21,7 @@ SHOWN = 20
 
 
 def processor_seconds(children: bool = True) -> float:
-    """Of this process and all its threads; with `children`, also of those of its children that have ended."""
+    """The processor time of this process and all its threads; with `children`, also of its children that have ended."""
     return sum(os.times()[: 4 if children else 2])
 
 
@@ -62,7 +62,7 @@ class Budget:
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if self.worker:
-            session.config.workeroutput["processor_seconds"] = processor_seconds()  # type: ignore[attr-defined]
+            session.config.workeroutput["processor_seconds"] = processor_seconds()
             return
         self.seconds += processor_seconds(children=not self.parallel)  # the workers are children, and were counted
         if self.exceeded and session.exitstatus == pytest.ExitCode.OK:

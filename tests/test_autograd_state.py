@@ -110,7 +110,7 @@ def test_data_with_kept_folds(kind: type[Model]) -> None:
 
 @pytest.mark.parametrize("kind", [ReadsWeight, WritesWeight, WritesStream])
 def test_data_with_frozen_weights(kind: type[Model]) -> None:
-    """By Inductor: the frozen variant, and after the change the kept one."""
+    """Inductor compiles the frozen variant, and the kept one for after the change."""
     _exchanged(kind, "normfx", options={"fold": "frozen", "strict": True})
 
 

@@ -266,7 +266,7 @@ class Packed(Tensor):
 
     @staticmethod
     def __new__(cls, codes: Tensor, scale: Tensor) -> Packed:
-        made: Packed = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Packed = Tensor._make_wrapper_subclass(
             cls, codes.shape, strides=codes.stride(), dtype=scale.dtype, device=codes.device
         )
         made.codes, made.scale = codes, scale

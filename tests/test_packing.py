@@ -101,7 +101,7 @@ def test_what_counts_as_packed(name: str) -> None:
     compose = PACKED[name] if name in PACKED else DENSE[name]
     graph = torch.export.export(Coded(compose), (torch.arange(4),)).graph
     (weight,) = (node.args[1] for node in graph.nodes if op_name(node) == "aten::linear" and len(node.args) == 2)
-    assert bool(packed_sources(weight)) == (name in PACKED)  # type: ignore[arg-type]  # a node
+    assert bool(packed_sources(weight)) == (name in PACKED)  # a node
 
 
 def _kept(model: nn.Module, dtype: torch.dtype = torch.float32) -> tuple[list[int], Report]:

@@ -52,7 +52,7 @@ class Constant(nn.Module):
 @pytest.mark.parametrize(("kind", "rules"), [("one", "default"), ("heads", "default"), ("stream", "+crms_norm")])
 @pytest.mark.parametrize("eps", [1e-5, 1e-12])
 def test_rows_without_variance(kind: str, rules: str, eps: float, fold: str) -> None:
-    """With one mean subtracted the rows hold u|x|, which ε = 1e-12 makes 0.1 to 1."""
+    """Rows with one mean subtracted hold u|x|, which ε = 1e-12 makes 0.1 to 1."""
     torch.manual_seed(0)
     model = Constant(kind, 96, eps)
     given = torch.randn(4, 5, 32), torch.randint(0, 8, (4, 5))

@@ -224,11 +224,11 @@ def test_in_a_forked_child(library: object) -> None:
 
 
 def test_nothing_grows(library: object) -> None:
-    before = library.normfx_blocks(0)  # type: ignore[attr-defined]
+    before = library.normfx_blocks(0)
     for _ in range(50):
         tensors = [torch.randn(50_000), torch.randn(3)]
         accepted(tensors)
-    assert library.normfx_blocks(0) <= before  # type: ignore[attr-defined]
+    assert library.normfx_blocks(0) <= before
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

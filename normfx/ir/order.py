@@ -18,7 +18,7 @@ class Order:
     """The order of a graph's nodes, and what must not be crossed.
 
     A value may move up to a node if the same numbers are computed there, with the same gradients: by pure ops, from
-    memory that nobody writes after it was made, in the same grad, autocast and inference mode.
+    memory that no one writes after it was made, in the same grad, autocast and inference mode.
     """
 
     def __init__(self, graph: Graph, written: frozenset[Node] | None = None) -> None:
@@ -47,7 +47,7 @@ class Order:
         return self._region(node) == self._region(place)
 
     def _region(self, node: Node) -> Hashable:
-        """Of a new node: that of the node it was inserted after."""
+        """The position of a new node is that of the node it was inserted after."""
         while node not in self._regions and node.prev.op != "root":
             node = node.prev
         return self._regions.get(node)
