@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -186,7 +187,17 @@ def _start(
             given.append(tensor.stride(0))
         else:
             given.append(numbers[parameter])
-    wrap(build(source))[grid](*given, num_warps=source.warps)
+    with _device_of(tensors):
+        wrap(build(source))[grid](*given, num_warps=source.warps)
+
+
+def _device_of(tensors: dict[str, Tensor | None]) -> AbstractContextManager[object]:
+    """Makes the tensors' device the current one: a launch goes to that."""
+    device = next(tensor.device for tensor in tensors.values() if tensor is not None)
+    initialised: Callable[[], bool] = torch.cuda.is_initialized  # torch leaves it untyped
+    if device.type != "cuda" or not initialised() or torch.cuda.current_device() == device.index:
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 @functools.cache

@@ -36,7 +36,7 @@ class Net(nn.Module):
 
 
 def net(seed: int = 0, dtype: torch.dtype = torch.float64, width: int = 16) -> Net:
-    """Weights of a width of 80 are watched by pages where the kernel helps, those of 16 by their contents."""
+    """Weights of a width of 80 have whole pages of their own, those of 16 share theirs with others."""
     torch.manual_seed(seed)
     return Net(width).to(dtype).eval()
 

@@ -21,6 +21,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -35,7 +36,7 @@ TOLERANCE = 1e-8
 """Relative; of values in float64. A stale fold is off by 1e-4 and more."""
 
 WIDTHS = (8, 80)
-"""Weights of the first width are watched by their contents, of the second by pages where the kernel helps."""
+"""Weights of the first width share their pages with other memory, those of the second have pages of their own."""
 
 
 class State:
@@ -209,6 +210,20 @@ def fused_step(s: State) -> None:
 
 
 @step
+def collective(s: State) -> None:
+    """Of a group of one process; all but the first bump no version."""
+    p = s.parameter()
+    fresh, written = torch.randn_like(p).contiguous(), p.detach()
+    if written.is_contiguous():
+        collectives = [
+            lambda: dist.all_gather([written], fresh),
+            lambda: dist.scatter(written, [fresh]),
+            lambda: dist.all_to_all_single(written, fresh),
+        ]
+        s.random.choice(collectives)()
+
+
+@step
 def in_a_thread(s: State) -> None:
     """Another thread writes, and calls."""
 
@@ -323,11 +338,13 @@ def without_inductor() -> Iterator[None]:
     limits = torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True)
     with limits, mock.patch.object(folded, "compile_graph", run), mock.patch.object(folded, "REFREEZE_AFTER", 3):
         torch._dynamo.reset()
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         CALLABLES.update({fold: _callables(fold) for fold in ("cached", "frozen")})
         try:
             yield
         finally:
             CALLABLES.clear()
+            dist.destroy_process_group()
             torch._dynamo.reset()
 
 

@@ -29,6 +29,7 @@ from normfx.lower.gemm import packing
 from normfx.lower.inductor import compile_graph
 from normfx.rewrite import feed
 from normfx.weights.kept import Kept, is_plain, records_gradients
+from normfx.weights.samples import is_recording, wait_for
 from normfx.weights.store import STORE, Fold, Folds, picker
 from normfx.weights.watch import Stamp, Watch, identity, is_ordinary
 
@@ -238,6 +239,7 @@ class Frozen:
         self._variant: _Variant | None = None
         self._never = False
         self._building = False
+        self._devices = {t.device for t in self._watched(example_inputs) if t.device.type != "cpu"}
         self._freeze(example_inputs)
 
     @property
@@ -247,6 +249,8 @@ class Frozen:
 
     def __call__(self, *args: Any) -> Any:
         variant = self._variant
+        if self._devices and is_recording():
+            return self._kept(*args)
         if variant is not None:
             if variant.current(self._watched(args)):
                 return variant.call(*self._rest(args))
@@ -268,6 +272,7 @@ class Frozen:
         try:
             generation, stamps = STORE.generation, watch.read(watched)
             call = self._template.build(arguments)
+            wait_for(self._devices)  # the next call may be on another stream
         except Exception as error:
             if self._strict:
                 raise StageError("freeze", error) from error

@@ -3,10 +3,9 @@
 // A block is the memory of one tensor. It gets a new epoch, unlike any before, whenever a change of its contents is found:
 // what was computed from a block is true as long as the epoch is the one at which it was computed, whoever looked meanwhile.
 //
-// Linux 6.7 and newer tell which pages were written since they were last protected (userfaultfd with asynchronous write
-// protection, read and renewed by PAGEMAP_SCAN). Only whole pages inside a block are watched in this way; its ends share
-// pages with other memory, so their contents are hashed. Where the kernel does not help, and for memory that other
-// processes or devices may write, the whole contents are hashed.
+// Where the kernel tells which pages were written (pages.cpp), a block is watched by its pages. Its first and last page are
+// shared with other memory: when one of them was written, the part that belongs to the block is hashed. Where the kernel
+// does not help, and for memory that other processes or devices may write, the whole contents are hashed in each call.
 //
 // All functions are called with Python's lock held: they are short, and no other thread may free what they read. The mutex
 // is for interpreters without that lock.
@@ -15,152 +14,14 @@
 #include <c10/core/TensorImpl.h>
 #include <c10/util/intrusive_ptr.h>
 
-#include <cerrno>
-#include <cstdint>
-#include <cstdio>
-#include <cstring>
+#include <algorithm>
 #include <initializer_list>
 #include <map>
-#include <mutex>
-#include <new>
-#include <vector>
-
-#ifdef __linux__
-#include <fcntl.h>
-#include <pthread.h>
-#include <sys/ioctl.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
+#include <set>
 
 namespace {
 
-// ---------------------------------------------------------------- pages
-
-// What <linux/userfaultfd.h> and <linux/fs.h> of Linux 6.7 say; older headers lack it.
-constexpr uint64_t LEAST_PAGES = 4;  // below this many whole pages hashing costs less than asking the kernel
-
-#if defined(__linux__) && !defined(SYS_userfaultfd)
-#define SYS_userfaultfd -1
-#endif
-
-struct ApiRequest { uint64_t api, features, ioctls; };
-struct PageRange { uint64_t start, length; };
-struct RegisterRequest { PageRange range; uint64_t mode, ioctls; };
-struct ScanRequest {
-    uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
-    uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
-};
-struct ScanRegion { uint64_t start, end, categories; };
-
-constexpr uint64_t API = 0xAA, WP_ASYNC = 1ull << 15, USER_MODE_ONLY = 1, MODE_WP = 2;
-constexpr uint64_t PAGE_IS_WRITTEN = 2, PROTECT_MATCHING = 1, CHECK_PROTECTED = 2;
-
-bool g_allowed = true;        // tests switch the kernel's help off
-bool g_forked = false;        // this process is a child that has not begun to watch for itself
-int g_faults = -1, g_pages = -1;
-bool g_opened = false;
-uint64_t g_page_size = 4096;
-std::mutex g_mutex;
-
-#ifdef __linux__
-void after_fork_in_child() {
-    new (&g_mutex) std::mutex();
-    g_forked = true;
-}
-
-bool open_kernel() {
-    if (g_opened) return g_faults >= 0 && g_pages >= 0;
-    g_opened = true;
-    g_page_size = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
-    static bool handled = pthread_atfork(nullptr, nullptr, after_fork_in_child) == 0;
-    if (!handled) return false;
-    // faults of the kernel itself are resolved without a handler in asynchronous mode, so user mode is enough
-    g_faults = static_cast<int>(syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | USER_MODE_ONLY));
-    if (g_faults < 0) return false;
-    ApiRequest request{API, WP_ASYNC, 0};
-    if (ioctl(g_faults, _IOWR(0xAA, 0x3F, ApiRequest), &request) == 0) {
-        g_pages = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-    }
-    if (g_pages >= 0) return true;
-    close(g_faults);
-    g_faults = -1;
-    return false;
-}
-
-int64_t scan(uint64_t first, uint64_t last, uint64_t flags, ScanRegion* out) {
-    ScanRequest request{};
-    request.size = sizeof(request);
-    request.flags = flags | CHECK_PROTECTED;
-    request.start = first;
-    request.end = last;
-    request.vec = reinterpret_cast<uint64_t>(out);
-    request.vec_len = request.max_pages = out != nullptr ? 1 : 0;
-    request.category_mask = request.return_mask = PAGE_IS_WRITTEN;
-    return ioctl(g_pages, _IOWR('f', 16, ScanRequest), &request);
-}
-
-struct Mapping { uint64_t begin, end; bool is_private; };
-std::vector<Mapping> g_mappings;  // empty: to be read again
-
-void read_mappings() {
-    std::FILE* maps = std::fopen("/proc/self/maps", "re");
-    if (maps == nullptr) return;
-    char line[512], permissions[8];
-    unsigned long begin = 0, end = 0;
-    bool starts = true;  // a line
-    while (std::fgets(line, sizeof(line), maps) != nullptr) {
-        if (starts && std::sscanf(line, "%lx-%lx %7s", &begin, &end, permissions) == 3) {
-            g_mappings.push_back({begin, end, permissions[3] == 'p'});
-        }
-        starts = std::strchr(line, '\n') != nullptr;
-    }
-    std::fclose(maps);
-}
-
-// Whether only this process can write this memory through its addresses.
-bool is_private(uint64_t first, uint64_t last) {
-    if (g_mappings.empty()) read_mappings();
-    uint64_t reached = first;
-    for (const Mapping& mapping : g_mappings) {
-        if (mapping.end <= reached) continue;
-        if (mapping.begin > reached || !mapping.is_private) return false;
-        reached = mapping.end;
-        if (reached >= last) return true;
-    }
-    return false;
-}
-
-void forget_mappings() { g_mappings.clear(); }
-
-bool watch_pages(uint64_t first, uint64_t last) {
-    if (!open_kernel() || !is_private(first, last)) return false;
-    RegisterRequest request{{first, last - first}, MODE_WP, 0};
-    if (ioctl(g_faults, _IOWR(0xAA, 0x00, RegisterRequest), &request) != 0) return false;
-    return scan(first, last, PROTECT_MATCHING, nullptr) >= 0;
-}
-
-void unwatch_pages(uint64_t first, uint64_t last) {
-    PageRange range{first, last - first};
-    ioctl(g_faults, _IOR(0xAA, 0x01, PageRange), &range);  // fails where the memory is another mapping by now
-}
-
-// 1: written since the last time, and protected again; 0: not written; -1: these pages are not watched
-int written(uint64_t first, uint64_t last) {
-    ScanRegion found{};
-    int64_t count = scan(first, last, 0, &found);
-    if (count == 0) return 0;
-    if (count < 0 || scan(first, last, PROTECT_MATCHING, nullptr) < 0) return -1;
-    return 1;
-}
-
-#else
-bool open_kernel() { return false; }
-void forget_mappings() {}
-bool watch_pages(uint64_t, uint64_t) { return false; }
-void unwatch_pages(uint64_t, uint64_t) {}
-int written(uint64_t, uint64_t) { return -1; }
-#endif
+bool g_allowed = true;  // tests switch the kernel's help off
 
 // ---------------------------------------------------------------- contents
 
@@ -213,113 +74,171 @@ struct Key {
 using Strong = c10::intrusive_ptr<c10::intrusive_ptr_target>;
 using Weak = c10::weak_intrusive_ptr<c10::intrusive_ptr_target>;
 
+// The part of a block on its first or last page.
+struct Edge {
+    const char* begin = nullptr;
+    const char* end = nullptr;
+    uint64_t hashed = 0;
+    int alarms = 0;      // times that its page was written, but not the edge
+    bool busy = false;   // its page is written all the time: hashed in each call
+
+    bool refresh() {
+        uint64_t now = hash(begin, end, 1);
+        bool changed = now != hashed;
+        hashed = now;
+        return changed;
+    }
+};
+
 struct Block {
     Key key{};
-    Weak storage;                  // keeps the identity from being used again
-    uint64_t first = 0, last = 0;  // its watched pages; none: all of it is hashed
-    bool shared = false;           // others may write it: never watched by pages
+    Weak storage;           // keeps the identity from being used again
+    PageRange pages{0, 0};  // that are watched; none: the whole contents are hashed
+    Edge edges[2];          // on the first and the last page; without pages the first edge is all of the block
+    bool shared = false;    // others may write it: never watched by pages
     uint64_t epoch = 0;
-    uint64_t hashed = 0;
     int64_t users = 0;
 
     Block() : storage(Strong()) {}
+    bool watched() const { return pages.first < pages.last; }
 };
+
+constexpr int ALARMS = 8;                 // false alarms until an edge counts as busy
+constexpr uint64_t GAP = 256 * 4096;      // walking over this much takes the kernel as long as one more question
 
 std::vector<Block> g_blocks;
 uint64_t g_clock = 1;
+uint64_t g_layout = 1;  // grows when the watched pages of a block change
 std::vector<int64_t> g_free;
 std::map<Key, int64_t> g_by_key;
-std::map<uint64_t, int64_t> g_by_page;  // first watched page → block; the ranges are disjoint
+std::set<uint64_t> g_breaks;  // ends of pages behind which lies memory that cannot be registered
+
+struct Place { PageRange pages; uint64_t reach; int64_t block; };
+std::vector<Place> g_places;  // of all watched blocks, by first page; reach: the end of this and all places before it
+uint64_t g_places_layout = 0;
 
 void renew(Block& block) { block.epoch = ++g_clock; }
 
-void stop_watching(Block& block) {
-    if (block.first == block.last) return;
-    g_by_page.erase(block.first);
-    unwatch_pages(block.first, block.last);
-    block.first = block.last = 0;
-}
-
-// Whether the storage is alive and still owns the memory of the block.
-bool owns_memory(const Block& block) {
-    Strong alive = block.storage.lock();
+// Whether the storage still owns the memory of the block. `alive` keeps it while it is read.
+bool owns_memory(const Block& block, Strong& alive) {
+    alive = block.storage.lock();
     if (!alive) return false;
     auto* storage = static_cast<c10::StorageImpl*>(alive.get());
     const char* data = static_cast<const char*>(storage->_mutable_data_ptr_no_checks().get());
     return data != nullptr && data <= block.key.begin && block.key.end <= data + storage->nbytes();
 }
 
-// Whether other live blocks watch some of these pages. Blocks whose memory is gone make room.
-bool is_taken(uint64_t first, uint64_t last) {
-    auto next = g_by_page.lower_bound(first);
-    if (next != g_by_page.begin()) --next;
-    while (next != g_by_page.end() && next->first < last) {
-        Block& other = g_blocks[static_cast<size_t>((next++)->second)];
-        if (other.last <= first) continue;
-        if (owns_memory(other)) return true;
-        stop_watching(other);
-        renew(other);
-    }
-    return false;
+void set_pages(Block& block, PageRange pages) {
+    block.pages = pages;
+    ++g_layout;
 }
 
-void start_watching(int64_t id) {
-    Block& block = g_blocks[static_cast<size_t>(id)];
-    if (!g_allowed || block.shared || !open_kernel()) return;
-    uint64_t begin = reinterpret_cast<uint64_t>(block.key.begin), end = reinterpret_cast<uint64_t>(block.key.end);
-    uint64_t first = (begin + g_page_size - 1) / g_page_size * g_page_size, last = end / g_page_size * g_page_size;
-    if (last < first + LEAST_PAGES * g_page_size || is_taken(first, last) || !watch_pages(first, last)) return;
-    block.first = first;
-    block.last = last;
-    g_by_page[first] = id;
+// All of the block is hashed from now on. Its memory must be there.
+void watch_contents(Block& block) {
+    if (block.watched()) set_pages(block, {0, 0});
+    block.edges[0] = Edge{block.key.begin, block.key.end};
+    block.edges[0].busy = true;
+    block.edges[1] = Edge{};
+    block.edges[0].refresh();
     renew(block);
 }
 
-uint64_t hash_unwatched(const Block& block) {
-    if (block.first == block.last) return hash(block.key.begin, block.key.end, 1);
-    const char* first = reinterpret_cast<const char*>(block.first);
-    const char* last = reinterpret_cast<const char*>(block.last);
-    return hash(last, block.key.end, hash(block.key.begin, first, 1));
+// Watches pages if possible, else contents. The memory must be there.
+void start_watching(Block& block) {
+    uint64_t begin = reinterpret_cast<uint64_t>(block.key.begin), end = reinterpret_cast<uint64_t>(block.key.end);
+    PageRange pages{page_of(begin), page_after(end)};
+    if (!g_allowed || block.shared || !watch_pages(pages)) return watch_contents(block);
+    const char* head = reinterpret_cast<const char*>(std::min(page_after(begin), end));
+    const char* tail = std::max(reinterpret_cast<const char*>(page_of(end)), head);
+    block.edges[0] = Edge{block.key.begin, head};
+    block.edges[1] = Edge{tail, block.key.end};
+    set_pages(block, pages);
+    for (Edge& edge : block.edges) edge.refresh();
+    renew(block);
+}
+
+void stop_watching(Block& block) {
+    if (block.watched()) set_pages(block, {0, 0});
+    for (Edge& edge : block.edges) edge = Edge{};
+    renew(block);
+}
+
+void begin_again(Block& block) {
+    Strong alive;
+    if (owns_memory(block, alive)) start_watching(block);
+    else stop_watching(block);
+}
+
+// ---------------------------------------------------------------- pages of blocks
+
+void sort_places() {
+    if (g_places_layout == g_layout) return;
+    g_places.clear();
+    for (size_t id = 0; id < g_blocks.size(); ++id) {
+        const Block& block = g_blocks[id];
+        if (block.watched()) g_places.push_back({block.pages, 0, static_cast<int64_t>(id)});
+    }
+    std::sort(g_places.begin(), g_places.end(), [](const Place& a, const Place& b) {
+        return a.pages.first < b.pages.first;
+    });
+    uint64_t reach = 0;
+    for (Place& place : g_places) place.reach = reach = std::max(reach, place.pages.last);
+    g_places_layout = g_layout;
+}
+
+// The page of an edge was written, and is protected again. Whether the edge was.
+bool edge_written(Edge& edge) {
+    if (edge.refresh()) return true;
+    edge.busy = ++edge.alarms >= ALARMS;
+    return false;
+}
+
+// Some pages of a block were written, and are protected again.
+void block_written(Block& block, PageRange pages) {
+    Strong alive;
+    if (!owns_memory(block, alive)) return stop_watching(block);
+    auto address = [](const char* place) { return reinterpret_cast<uint64_t>(place); };
+    auto [head, tail] = std::pair<Edge&, Edge&>(block.edges[0], block.edges[1]);
+    bool changed = std::max(pages.first, address(head.end)) < std::min(pages.last, address(tail.begin));
+    if (head.begin < head.end && pages.first < address(head.end)) changed |= edge_written(head);
+    if (tail.begin < tail.end && pages.last > address(tail.begin)) changed |= edge_written(tail);
+    if (changed) renew(block);
+    PageRange watched{head.busy ? page_after(address(head.end)) : block.pages.first,
+                      tail.busy ? page_of(address(tail.begin)) : block.pages.last};
+    if (watched.first >= watched.last) watched = {0, 0};
+    if (watched.first != block.pages.first || watched.last != block.pages.last) set_pages(block, watched);
+}
+
+PageRange common(PageRange a, PageRange b) { return {std::max(a.first, b.first), std::min(a.last, b.last)}; }
+
+// Calls `visit` with each block that watches some of these pages, and which of them.
+template <class Visit>
+void each_block(PageRange pages, Visit visit) {
+    auto above = [](uint64_t address, const Place& place) { return address <= place.pages.first; };
+    auto next = std::upper_bound(g_places.begin(), g_places.end(), pages.last, above);
+    while (next != g_places.begin() && (--next)->reach > pages.first) {
+        PageRange both = common(next->pages, pages);
+        if (both.first < both.last) visit(g_blocks[static_cast<size_t>(next->block)], both);
+    }
+}
+
+// These pages were written: protects them, and then looks at the blocks they belong to.
+void pages_written(PageRange pages) {
+    bool watched = protect(pages);
+    each_block(pages, [&](Block& block, PageRange its) {
+        if (watched) block_written(block, its);
+        else begin_again(block);
+    });
 }
 
 // After a fork the kernel watches nothing of the child, and the descriptors are those of the parent.
 void begin_again_in_child() {
     g_forked = false;
+    close_kernel();
     forget_mappings();
-#ifdef __linux__
-    if (g_faults >= 0) close(g_faults);
-    if (g_pages >= 0) close(g_pages);
-    g_faults = g_pages = -1;
-    g_opened = false;
-#endif
-    g_by_page.clear();
-    for (size_t id = 0; id < g_blocks.size(); ++id) {
-        Block& block = g_blocks[id];
-        bool watched = block.first != block.last;
-        block.first = block.last = 0;
-        if (!watched) continue;  // hashes are as good as before
-        renew(block);
-        if (owns_memory(block)) start_watching(static_cast<int64_t>(id));
+    for (Block& block : g_blocks) {
+        if (block.watched()) begin_again(block);  // hashes are as good as before
     }
-}
-
-// The epoch now. What is read from the block afterwards is what this epoch stands for, or is found changed next time.
-// The storage must own the memory.
-uint64_t poll(int64_t id) {
-    Block& block = g_blocks[static_cast<size_t>(id)];
-    if (block.first != block.last) {
-        int found = written(block.first, block.last);
-        if (found != 0) renew(block);
-        if (found < 0) {  // another mapping came to this place
-            forget_mappings();
-            stop_watching(block);
-            start_watching(id);
-        }
-    }
-    uint64_t hashed = hash_unwatched(block);
-    if (hashed != block.hashed) renew(block);
-    block.hashed = hashed;
-    return block.epoch;
 }
 
 int64_t acquire(c10::StorageImpl* storage, const char* begin, const char* end, bool shared) {
@@ -328,12 +247,9 @@ int64_t acquire(c10::StorageImpl* storage, const char* begin, const char* end, b
     if (known != g_by_key.end()) {
         Block& block = g_blocks[static_cast<size_t>(known->second)];
         ++block.users;
-        if (shared && !block.shared) {
-            block.shared = true;
-            stop_watching(block);
-            renew(block);
-        }
-        if (block.first == block.last) start_watching(known->second);
+        bool differs = shared && !block.shared;
+        block.shared |= shared;
+        if (differs || !block.watched()) start_watching(block);
         return known->second;
     }
     int64_t id = static_cast<int64_t>(g_blocks.size());
@@ -344,13 +260,12 @@ int64_t acquire(c10::StorageImpl* storage, const char* begin, const char* end, b
         g_free.pop_back();
     }
     Block& block = g_blocks[static_cast<size_t>(id)];
-    renew(block);
     block.key = key;
     block.storage = Weak(Strong::unsafe_reclaim_from_nonowning(storage));
     block.users = 1;
     block.shared = shared;
-        g_by_key[key] = id;
-    start_watching(id);
+    g_by_key[key] = id;
+    start_watching(block);
     return id;
 }
 
@@ -360,8 +275,10 @@ void release(int64_t id) {
     stop_watching(block);
     g_by_key.erase(block.key);
     block.storage.reset();
-    renew(block);
     g_free.push_back(id);
+    if (!g_by_key.empty()) return;
+    close_kernel();  // nothing is watched: all mappings are again what they were
+    g_breaks.clear();
 }
 
 // ---------------------------------------------------------------- tensors
@@ -378,9 +295,99 @@ struct Tensor {
     std::vector<int64_t> sizes, strides;
 };
 
+// Pages that one question to the kernel reaches over: watched ones, and gaps between them.
+struct Span {
+    PageRange pages;
+    size_t first, last;  // its ranges
+};
+
 struct Watch {
     std::vector<Tensor> tensors;
+    std::vector<PageRange> ranges;  // the watched pages of its blocks, in order, disjoint
+    std::vector<Span> spans;
+    uint64_t layout = 0;  // g_layout at which ranges and spans were made
 };
+
+void lay_out(Watch& watch) {
+    sort_places();
+    if (watch.layout == g_layout) return;
+    watch.layout = g_layout;
+    std::vector<PageRange> pages;
+    for (const Tensor& tensor : watch.tensors) {
+        if (tensor.block < 0) continue;
+        const Block& block = g_blocks[static_cast<size_t>(tensor.block)];
+        if (block.watched()) pages.push_back(block.pages);
+    }
+    std::sort(pages.begin(), pages.end(), [](PageRange a, PageRange b) { return a.first < b.first; });
+    watch.ranges.clear();
+    watch.spans.clear();
+    for (PageRange range : pages) {
+        if (!watch.ranges.empty() && range.first <= watch.ranges.back().last) {
+            uint64_t& last = watch.ranges.back().last;
+            watch.spans.back().pages.last = last = std::max(last, range.last);
+            continue;
+        }
+        watch.ranges.push_back(range);
+        size_t count = watch.ranges.size();
+        uint64_t reached = watch.spans.empty() ? 0 : watch.spans.back().pages.last;
+        if (watch.spans.empty() || range.first - reached > GAP || g_breaks.count(reached) != 0) {
+            watch.spans.push_back({range, count - 1, count});
+        } else {
+            watch.spans.back().pages.last = range.last;
+            watch.spans.back().last = count;
+        }
+    }
+}
+
+// Finds what was written of the ranges of a span. False: some of its mappings are not registered.
+bool read_span(const Watch& watch, const Span& span) {
+    auto next = watch.ranges.begin() + static_cast<std::ptrdiff_t>(span.first);
+    auto end = watch.ranges.begin() + static_cast<std::ptrdiff_t>(span.last);
+    return each_written(span.pages, [&](PageRange written) {  // in order of addresses
+        for (; next != end && next->first < written.last; ++next) {
+            PageRange both = common(*next, written);
+            if (both.first < both.last) pages_written(both);
+            if (next->last > written.last) break;  // the next run may be in this range too
+        }
+    });
+}
+
+// After read_span failed: other memory came to a place in a gap, or to that of a block.
+void mend_span(const Watch& watch, const Span& span) {
+    forget_mappings();
+    ++g_layout;
+    for (size_t i = span.first; i < span.last; ++i) {
+        PageRange range = watch.ranges[i];
+        if (!each_written(range, pages_written)) {
+            each_block(range, [](Block& block, PageRange) { begin_again(block); });
+        }
+        if (i + 1 == span.last) break;
+        if (!each_written({range.last, watch.ranges[i + 1].first}, [](PageRange) {})) g_breaks.insert(range.last);
+    }
+}
+
+// Brings the epochs of all blocks of a watch up to date. Their memory must be there.
+void poll(Watch& watch) {
+    constexpr int ATTEMPTS = 8;
+    bool read = false;
+    for (int attempt = 0; !read && attempt < ATTEMPTS; ++attempt) {
+        lay_out(watch);
+        read = true;
+        for (const Span& span : watch.spans) {
+            if (read_span(watch, span)) continue;
+            mend_span(watch, span);
+            read = false;
+        }
+    }
+    for (const Tensor& tensor : watch.tensors) {
+        if (tensor.block < 0) continue;
+        Block& block = g_blocks[static_cast<size_t>(tensor.block)];
+        if (!read && block.watched()) watch_contents(block);  // mappings change all the time
+        for (Edge& edge : block.edges) {
+            if (edge.busy && edge.refresh()) renew(block);
+        }
+    }
+}
 
 const char* data_of(const c10::TensorImpl* tensor, int64_t itemsize) {
     auto* storage = tensor->unsafe_storage().unsafeGetStorageImpl();
@@ -413,6 +420,10 @@ bool same(const Tensor& known, const c10::TensorImpl* tensor) {
            tensor->sizes().equals(known.sizes) && tensor->strides().equals(known.strides) &&
            tensor->is_conj() == known.conjugate && tensor->is_neg() == known.negative &&
            is_readable(tensor, known.itemsize) == known.readable;
+}
+
+uint64_t epoch(const Tensor& tensor) {
+    return tensor.block < 0 ? 1 : g_blocks[static_cast<size_t>(tensor.block)].epoch;
 }
 
 }  // namespace
@@ -463,34 +474,45 @@ void normfx_unwatch(Watch* watch) {
 }
 
 // The epoch of each tensor; 0 of one that cannot be read, or is not the one that is watched.
-void normfx_read(const Watch* watch, c10::TensorImpl* const* tensors, uint64_t* epochs) {
+void normfx_read(Watch* watch, c10::TensorImpl* const* tensors, uint64_t* epochs) {
     std::lock_guard<std::mutex> guard(g_mutex);
     if (g_forked) begin_again_in_child();
-    for (size_t i = 0; i < watch->tensors.size(); ++i) {
+    size_t count = watch->tensors.size();
+    bool there = true;
+    for (size_t i = 0; i < count; ++i) {
         const Tensor& known = watch->tensors[i];
-        if (!known.readable || !same(known, tensors[i])) {
-            epochs[i] = 0;
-        } else {
-            epochs[i] = known.block < 0 ? 1 : poll(known.block);
-        }
+        epochs[i] = known.readable && same(known, tensors[i]);
+        there &= epochs[i] != 0;
+    }
+    if (!there) return;
+    poll(*watch);
+    for (size_t i = 0; i < count; ++i) epochs[i] = epoch(watch->tensors[i]);
+}
+
+// Loads what normfx_changed will read, and the objects (addresses) that Python reads before, into the cache.
+void normfx_prefetch(const Watch* watch, c10::TensorImpl* const* tensors, void* const* objects) {
+    auto load = [](const void* place, int lines) {
+        for (int line = 0; line < lines; ++line) __builtin_prefetch(static_cast<const char*>(place) + 64 * line);
+    };
+    for (size_t i = 0; i < watch->tensors.size(); ++i) {
+        load(objects[i], 1);
+        load(tensors[i], 3);
+        load(watch->tensors[i].storage, 2);
     }
 }
 
 // Whether these tensors differ from those that are watched, or their contents from what they were at these epochs.
-int64_t normfx_changed(const Watch* watch, c10::TensorImpl* const* tensors, const uint64_t* epochs) {
+int64_t normfx_changed(Watch* watch, c10::TensorImpl* const* tensors, const uint64_t* epochs) {
     std::lock_guard<std::mutex> guard(g_mutex);
     if (g_forked) return 1;
-    constexpr size_t ahead = 4;
     size_t count = watch->tensors.size();
     for (size_t i = 0; i < count; ++i) {
-        if (i + ahead < count) __builtin_prefetch(tensors[i + ahead]);
         const Tensor& known = watch->tensors[i];
         if (!known.readable || !same(known, tensors[i])) return 1;
     }
-    // only now is all of the memory known to be there
+    poll(*watch);  // only now is all of the memory known to be there
     for (size_t i = 0; i < count; ++i) {
-        int64_t block = watch->tensors[i].block;
-        if (block >= 0 && poll(block) != epochs[i]) return 1;
+        if (epoch(watch->tensors[i]) != epochs[i]) return 1;
     }
     return 0;
 }
@@ -499,7 +521,7 @@ int64_t normfx_changed(const Watch* watch, c10::TensorImpl* const* tensors, cons
 int64_t normfx_blocks(int64_t by_pages) {
     std::lock_guard<std::mutex> guard(g_mutex);
     int64_t count = 0;
-    for (const Block& block : g_blocks) count += block.users > 0 && (by_pages == 0 || block.first != block.last);
+    for (const Block& block : g_blocks) count += block.users > 0 && (by_pages == 0 || block.watched());
     return count;
 }
 

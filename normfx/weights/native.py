@@ -1,4 +1,4 @@
-"""The compiled part of the package: memory.cpp, built once per machine and loaded once per process."""
+"""The compiled part of the package: pages.cpp and memory.cpp, built once per machine and loaded once per process."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ log = logging.getLogger("normfx")
 
 _VOID, _COUNT = ctypes.c_void_p, ctypes.c_int64
 
+_SOURCES = "pages.cpp", "memory.cpp"
+"""Compiled as one, in this order."""
+
 _SIGNATURES = {
     "normfx_watches_pages": (_COUNT, []),
     "normfx_allow_pages": (None, [_COUNT]),
     "normfx_watch": (_VOID, [_VOID, _VOID, _VOID, _COUNT]),
     "normfx_unwatch": (None, [_VOID]),
     "normfx_read": (None, [_VOID, _VOID, _VOID]),
+    "normfx_prefetch": (None, [_VOID, _VOID, _VOID]),
     "normfx_changed": (_COUNT, [_VOID, _VOID, _VOID]),
     "normfx_blocks": (_COUNT, [_COUNT]),
 }
@@ -51,7 +55,8 @@ def native_library() -> ctypes.PyDLL | None:
 def _load() -> ctypes.PyDLL | None:
     from torch._inductor.codecache import CppCodeCache  # private; torch 2.11 to 2.15
 
-    source = resources.files("normfx.weights").joinpath("memory.cpp").read_text(encoding="utf-8")
+    folder = resources.files("normfx.weights")
+    source = "\n".join(folder.joinpath(name).read_text(encoding="utf-8") for name in _SOURCES)
     try:
         # calls keep the interpreter's lock: they are short, and no other thread may free what they read
         compiled = CppCodeCache.load(source)

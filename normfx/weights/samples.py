@@ -1,11 +1,11 @@
-"""Samples of tensors that are not in the CPU's memory: up to SAMPLES entries each, compared bit by bit.
+"""What differs on devices: samples of tensors, up to SAMPLES entries each, compared bit by bit; streams.
 
 Reading them waits for the device. A write that bumps no version and misses all samples is not seen (docs/folds.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,6 +32,19 @@ class Samples:
                 for k, values in zip(members, _grouped(flat, [taken[k].numel() for k in members]), strict=True):
                     found[k] = values
         return found
+
+
+def is_recording() -> bool:
+    """Whether a CUDA graph is being recorded: nothing can be read back, and what is recorded is repeated unchecked, so
+    folds must be computed in it.
+    """
+    return torch.cuda.is_current_stream_capturing()
+
+
+def wait_for(devices: Iterable[torch.device]) -> None:
+    """Until all streams of these devices are done with what they were given."""
+    for device in devices:
+        torch.accelerator.synchronize(device)
 
 
 def sample_indices(numel: int) -> list[int]:

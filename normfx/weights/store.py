@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import _disable_current_modes  # private; torc
 
 from normfx.weights.expression import Expression
 from normfx.weights.handles import put_behind, size_in_bytes
+from normfx.weights.samples import is_recording, wait_for
 from normfx.weights.watch import Identity, Stamp, Watch, identity, is_ordinary, storage_of
 
 # torch leaves this one untyped
@@ -175,6 +176,7 @@ class Folds:
         self.refreshes = 0
         self._rebinds = rebinds
         self._pick = picker(picks)
+        self._devices = {fold.device for fold in folds if fold.device.type != "cpu"}
         self._latest: _Binding | None = None
         self._bindings: dict[tuple[Identity, ...], _Binding] = {}
 
@@ -191,6 +193,8 @@ class Folds:
     def values(self, arguments: Sequence[Any]) -> tuple[Tensor, ...]:
         """The folded values for these arguments of the graph."""
         sources = self._pick(arguments)
+        if self._devices and is_recording():
+            return tuple(fold.compute(sources) for fold in self.folds)
         latest = self._latest
         if latest is not None and latest.current(sources):
             return latest.values
@@ -205,11 +209,18 @@ class Folds:
             _check_memory(sources)
             stamps = binding.watch.read(sources)
             binding.watch.forget()  # an exception below leaves some values new and some old
-            for fold, entry in zip(self.folds, binding.entries, strict=True):
-                wanted = tuple(stamps[i] for i in fold.sources)
-                if not binding.watch.trackable or entry.seen != wanted or entry.value is None:
-                    self._compute(fold, entry, sources)
-                    entry.seen = wanted
+            wanted = [tuple(stamps[i] for i in fold.sources) for fold in self.folds]
+            stale = [
+                k
+                for k, entry in enumerate(binding.entries)
+                if not binding.watch.trackable or entry.seen != wanted[k] or entry.value is None
+            ]
+            wait_for(self._devices)  # other streams may still read what is overwritten
+            for k in stale:
+                self._compute(self.folds[k], binding.entries[k], sources)
+            wait_for(self._devices)  # and whoever finds the values up to date may be on another stream
+            for k in stale:
+                binding.entries[k].seen = wanted[k]
             binding.values = tuple(entry.value for entry in binding.entries if entry.value is not None)
             binding.watch.accept(sources, stamps)
             binding.generation = STORE.generation

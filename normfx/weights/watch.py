@@ -88,7 +88,10 @@ class Watch:
     def changed(self, tensors: Sequence[Tensor]) -> bool:
         """Whether anything differs from what was accepted: memory, layout, or contents."""
         accepted = self._accepted  # another thread may put a new one there: this one holds the arrays being read
-        if accepted is None or [*map(address_of, tensors)] != accepted.addresses:
+        if accepted is None:
+            return True
+        accepted.prefetch()
+        if [*map(address_of, tensors)] != accepted.addresses:
             return True
         return accepted.memory_changed() or (bool(self._far) and self._read_far(tensors) != accepted.far)
 
@@ -106,8 +109,8 @@ class Watch:
         """Compare with this from now on. Only after all that depends on it is up to date: other threads look."""
         if self.trackable and self._memory is not None:
             near = [tensors[i] for i in self._near]
-            changed = self._memory.comparison(near, [stamps[i][0] for i in self._near])
-            self._accepted = _Accepted([*map(address_of, tensors)], changed, [stamps[i] for i in self._far])
+            functions = self._memory.comparison(near, [stamps[i][0] for i in self._near])
+            self._accepted = _Accepted([*map(address_of, tensors)], *functions, [stamps[i] for i in self._far])
 
     def forget(self) -> None:
         """Believe nothing until the next `accept`."""
@@ -134,6 +137,7 @@ class _Accepted(NamedTuple):
     """What a watch compares with: C++ addresses of all tensors, contents on the CPU, stamps of the others."""
 
     addresses: list[int]
+    prefetch: Callable[[], object]
     memory_changed: Callable[[], bool]
     far: list[Stamp]
 
@@ -153,16 +157,21 @@ class _Memory:
         self._library.normfx_read(self._handle, _pointers(tensors), epochs)
         return epochs[:]
 
-    def comparison(self, tensors: Sequence[Tensor], epochs: Sequence[int]) -> Callable[[], bool]:
-        """A function that tells whether these tensors, while they live, differ from what they were at these epochs."""
-        arrays = _pointers(tensors), (ctypes.c_uint64 * self._count)(*epochs)
-        places = [ctypes.c_void_p(ctypes.addressof(array)) for array in arrays]
-        call = functools.partial(self._library.normfx_changed, self._handle, *places)
+    def comparison(
+        self, tensors: Sequence[Tensor], epochs: Sequence[int]
+    ) -> tuple[Callable[[], object], Callable[[], bool]]:
+        """Two functions: one loads into the cache what the other needs to tell whether these tensors, while they live,
+        differ from what they were at these epochs.
+        """
+        objects = (ctypes.c_void_p * self._count)(*map(id, tensors))  # may be gone: these are only prefetched
+        arrays = _pointers(tensors), (ctypes.c_uint64 * self._count)(*epochs), objects
+        near, known, python = (ctypes.c_void_p(ctypes.addressof(array)) for array in arrays)
+        compare = functools.partial(self._library.normfx_changed, self._handle, near, known)
 
         def changed(kept: Any = (self, arrays)) -> bool:
-            return bool(call())
+            return bool(compare())
 
-        return changed
+        return functools.partial(self._library.normfx_prefetch, self._handle, near, python), changed
 
 
 def _memory(tensors: Sequence[Tensor]) -> _Memory | None:
