@@ -79,7 +79,8 @@ struct Edge {
     const char* begin = nullptr;
     const char* end = nullptr;
     uint64_t hashed = 0;
-    int alarms = 0;      // times that its page was written, but not the edge
+    uint64_t alarm = 0;  // the last poll at which its page had been written, but not the edge
+    int alarms = 0;      // such polls in close succession
     bool busy = false;   // its page is written all the time: hashed in each call
 
     bool refresh() {
@@ -96,15 +97,19 @@ struct Block {
     PageRange pages{0, 0};  // that are watched; none: the whole contents are hashed
     Edge edges[2];          // on the first and the last page; without pages the first edge is all of the block
     bool shared = false;    // others may write it: never watched by pages
+    bool by_contents = true;  // all of it is hashed
     uint64_t epoch = 0;
+    uint64_t polls = 0;
     int64_t users = 0;
 
     Block() : storage(Strong()) {}
     bool watched() const { return pages.first < pages.last; }
 };
 
-constexpr int ALARMS = 8;                 // false alarms until an edge counts as busy
-constexpr uint64_t GAP = 256 * 4096;      // walking over this much takes the kernel as long as one more question
+constexpr int ALARMS = 8;              // false alarms until an edge counts as busy
+constexpr uint64_t QUIET = 4;          // polls without an alarm after which they are counted from the beginning
+constexpr uint64_t PATIENCE = 1024;    // polls until a busy edge is given another chance
+constexpr uint64_t GAP = 256 * 4096;   // walking over this much takes the kernel as long as one more question
 
 std::vector<Block> g_blocks;
 uint64_t g_clock = 1;
@@ -128,16 +133,27 @@ bool owns_memory(const Block& block, Strong& alive) {
     return data != nullptr && data <= block.key.begin && block.key.end <= data + storage->nbytes();
 }
 
+uint64_t address(const char* place) { return reinterpret_cast<uint64_t>(place); }
+
 void set_pages(Block& block, PageRange pages) {
+    if (pages.first == block.pages.first && pages.last == block.pages.last) return;
     block.pages = pages;
     ++g_layout;
 }
 
+// The pages of a block, without those of busy edges.
+PageRange quiet_pages(const Block& block) {
+    const auto& [head, tail] = block.edges;
+    PageRange pages{head.busy ? page_after(address(head.end)) : page_of(address(block.key.begin)),
+                    tail.busy ? page_of(address(tail.begin)) : page_after(address(block.key.end))};
+    return pages.first < pages.last ? pages : PageRange{0, 0};
+}
+
 // All of the block is hashed from now on. Its memory must be there.
 void watch_contents(Block& block) {
-    if (block.watched()) set_pages(block, {0, 0});
+    set_pages(block, {0, 0});
     block.edges[0] = Edge{block.key.begin, block.key.end};
-    block.edges[0].busy = true;
+    block.edges[0].busy = block.by_contents = true;
     block.edges[1] = Edge{};
     block.edges[0].refresh();
     renew(block);
@@ -153,12 +169,13 @@ void start_watching(Block& block) {
     block.edges[0] = Edge{block.key.begin, head};
     block.edges[1] = Edge{tail, block.key.end};
     set_pages(block, pages);
+    block.by_contents = false;
     for (Edge& edge : block.edges) edge.refresh();
     renew(block);
 }
 
 void stop_watching(Block& block) {
-    if (block.watched()) set_pages(block, {0, 0});
+    set_pages(block, {0, 0});
     for (Edge& edge : block.edges) edge = Edge{};
     renew(block);
 }
@@ -187,26 +204,38 @@ void sort_places() {
 }
 
 // The page of an edge was written, and is protected again. Whether the edge was.
-bool edge_written(Edge& edge) {
+bool edge_written(Edge& edge, uint64_t poll) {
     if (edge.refresh()) return true;
+    if (poll - edge.alarm > QUIET) edge.alarms = 0;
+    edge.alarm = poll;
     edge.busy = ++edge.alarms >= ALARMS;
     return false;
 }
 
 // Some pages of a block were written, and are protected again.
 void block_written(Block& block, PageRange pages) {
+    if (!block.watched()) return;  // no longer
     Strong alive;
     if (!owns_memory(block, alive)) return stop_watching(block);
-    auto address = [](const char* place) { return reinterpret_cast<uint64_t>(place); };
-    auto [head, tail] = std::pair<Edge&, Edge&>(block.edges[0], block.edges[1]);
+    auto& [head, tail] = block.edges;
     bool changed = std::max(pages.first, address(head.end)) < std::min(pages.last, address(tail.begin));
-    if (head.begin < head.end && pages.first < address(head.end)) changed |= edge_written(head);
-    if (tail.begin < tail.end && pages.last > address(tail.begin)) changed |= edge_written(tail);
+    if (head.begin < head.end && pages.first < address(head.end)) changed |= edge_written(head, block.polls);
+    if (tail.begin < tail.end && pages.last > address(tail.begin)) changed |= edge_written(tail, block.polls);
     if (changed) renew(block);
-    PageRange watched{head.busy ? page_after(address(head.end)) : block.pages.first,
-                      tail.busy ? page_of(address(tail.begin)) : block.pages.last};
-    if (watched.first >= watched.last) watched = {0, 0};
-    if (watched.first != block.pages.first || watched.last != block.pages.last) set_pages(block, watched);
+    set_pages(block, quiet_pages(block));
+}
+
+// Watches the pages of busy edges again: their neighbours may have come to rest.
+void watch_edges(Block& block) {
+    for (Edge& edge : block.edges) {
+        PageRange page{page_of(address(edge.begin)), page_after(address(edge.end))};
+        if (!edge.busy || !protect(page)) continue;
+        edge.busy = false;
+        edge.alarms = ALARMS - 1;
+        edge.alarm = block.polls;
+        if (edge.refresh()) renew(block);
+    }
+    set_pages(block, quiet_pages(block));
 }
 
 PageRange common(PageRange a, PageRange b) { return {std::max(a.first, b.first), std::min(a.last, b.last)}; }
@@ -383,9 +412,11 @@ void poll(Watch& watch) {
         if (tensor.block < 0) continue;
         Block& block = g_blocks[static_cast<size_t>(tensor.block)];
         if (!read && block.watched()) watch_contents(block);  // mappings change all the time
+        if (!block.watched() && !block.edges[0].busy && !block.edges[1].busy) start_watching(block);  // it was freed
         for (Edge& edge : block.edges) {
             if (edge.busy && edge.refresh()) renew(block);
         }
+        if (++block.polls % PATIENCE == 0 && !block.by_contents) watch_edges(block);
     }
 }
 
@@ -489,26 +520,26 @@ void normfx_read(Watch* watch, c10::TensorImpl* const* tensors, uint64_t* epochs
     for (size_t i = 0; i < count; ++i) epochs[i] = epoch(watch->tensors[i]);
 }
 
-// Loads what normfx_changed will read, and the objects (addresses) that Python reads before, into the cache.
-void normfx_prefetch(const Watch* watch, c10::TensorImpl* const* tensors, void* const* objects) {
-    auto load = [](const void* place, int lines) {
-        for (int line = 0; line < lines; ++line) __builtin_prefetch(static_cast<const char*>(place) + 64 * line);
-    };
-    for (size_t i = 0; i < watch->tensors.size(); ++i) {
-        load(objects[i], 1);
-        load(tensors[i], 3);
-        load(watch->tensors[i].storage, 2);
-    }
-}
-
-// Whether these tensors differ from those that are watched, or their contents from what they were at these epochs.
-int64_t normfx_changed(Watch* watch, c10::TensorImpl* const* tensors, const uint64_t* epochs) {
+// Whether tensors differ from those that are watched, or their contents from what they were at these epochs.
+//
+// objects: Python's tensors, with the address of the C++ tensor `payload` bytes behind their own; all of this, and what it
+// leads to, is out of the cache when a model has run, hence the order
+int64_t normfx_changed(Watch* watch, const char* const* objects, int64_t payload, const uint64_t* epochs) {
     std::lock_guard<std::mutex> guard(g_mutex);
     if (g_forked) return 1;
+    auto prefetch = [](const void* place, int lines) {
+        for (int line = 0; line < lines; ++line) __builtin_prefetch(static_cast<const char*>(place) + 64 * line);
+    };
+    auto tensor = [&](size_t i) { return *reinterpret_cast<c10::TensorImpl* const*>(objects[i] + payload); };
     size_t count = watch->tensors.size();
     for (size_t i = 0; i < count; ++i) {
+        prefetch(objects[i] + payload, 1);
+        prefetch(watch->tensors[i].storage, 2);
+    }
+    for (size_t i = 0; i < count; ++i) prefetch(tensor(i), 3);
+    for (size_t i = 0; i < count; ++i) {
         const Tensor& known = watch->tensors[i];
-        if (!known.readable || !same(known, tensors[i])) return 1;
+        if (!known.readable || !same(known, tensor(i))) return 1;
     }
     poll(*watch);  // only now is all of the memory known to be there
     for (size_t i = 0; i < count; ++i) {

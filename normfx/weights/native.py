@@ -22,8 +22,7 @@ _SIGNATURES = {
     "normfx_watch": (_VOID, [_VOID, _VOID, _VOID, _COUNT]),
     "normfx_unwatch": (None, [_VOID]),
     "normfx_read": (None, [_VOID, _VOID, _VOID]),
-    "normfx_prefetch": (None, [_VOID, _VOID, _VOID]),
-    "normfx_changed": (_COUNT, [_VOID, _VOID, _VOID]),
+    "normfx_changed": (_COUNT, [_VOID, _VOID, _COUNT, _VOID]),
     "normfx_blocks": (_COUNT, [_COUNT]),
 }
 

@@ -90,10 +90,8 @@ class Watch:
         accepted = self._accepted  # another thread may put a new one there: this one holds the arrays being read
         if accepted is None:
             return True
-        accepted.prefetch()
-        if [*map(address_of, tensors)] != accepted.addresses:
-            return True
-        return accepted.memory_changed() or (bool(self._far) and self._read_far(tensors) != accepted.far)
+        near = tuple(tensors[i] for i in self._near) if self._far else tuple(tensors)
+        return accepted.memory_changed(near) or (bool(self._far) and self._read_far(tensors) != accepted.far)
 
     def read(self, tensors: Sequence[Tensor]) -> list[Stamp]:
         """The stamps of the tensors now. Read before anything is computed from them, so that a later write shows."""
@@ -108,9 +106,8 @@ class Watch:
     def accept(self, tensors: Sequence[Tensor], stamps: Sequence[Stamp]) -> None:
         """Compare with this from now on. Only after all that depends on it is up to date: other threads look."""
         if self.trackable and self._memory is not None:
-            near = [tensors[i] for i in self._near]
-            functions = self._memory.comparison(near, [stamps[i][0] for i in self._near])
-            self._accepted = _Accepted([*map(address_of, tensors)], *functions, [stamps[i] for i in self._far])
+            changed = self._memory.comparison([stamps[i][0] for i in self._near])
+            self._accepted = _Accepted(changed, [stamps[i] for i in self._far])
 
     def forget(self) -> None:
         """Believe nothing until the next `accept`."""
@@ -134,11 +131,9 @@ def _storage_died(watch: weakref.ref[Watch]) -> None:
 
 
 class _Accepted(NamedTuple):
-    """What a watch compares with: C++ addresses of all tensors, contents on the CPU, stamps of the others."""
+    """What a watch compares with: contents on the CPU, stamps of the others."""
 
-    addresses: list[int]
-    prefetch: Callable[[], object]
-    memory_changed: Callable[[], bool]
+    memory_changed: Callable[[tuple[Tensor, ...]], bool]
     far: list[Stamp]
 
 
@@ -157,21 +152,38 @@ class _Memory:
         self._library.normfx_read(self._handle, _pointers(tensors), epochs)
         return epochs[:]
 
-    def comparison(
-        self, tensors: Sequence[Tensor], epochs: Sequence[int]
-    ) -> tuple[Callable[[], object], Callable[[], bool]]:
-        """Two functions: one loads into the cache what the other needs to tell whether these tensors, while they live,
-        differ from what they were at these epochs.
-        """
-        objects = (ctypes.c_void_p * self._count)(*map(id, tensors))  # may be gone: these are only prefetched
-        arrays = _pointers(tensors), (ctypes.c_uint64 * self._count)(*epochs), objects
-        near, known, python = (ctypes.c_void_p(ctypes.addressof(array)) for array in arrays)
-        compare = functools.partial(self._library.normfx_changed, self._handle, near, known)
+    def comparison(self, epochs: Sequence[int]) -> Callable[[tuple[Tensor, ...]], bool]:
+        """A function that tells whether tensors differ from those that are watched, and from what they were then."""
+        known = (ctypes.c_uint64 * self._count)(*epochs)
+        compare, handle, place = self._library.normfx_changed, self._handle, ctypes.c_void_p(ctypes.addressof(known))
+        payload = _payload()
 
-        def changed(kept: Any = (self, arrays)) -> bool:
-            return bool(compare())
+        def changed(tensors: tuple[Tensor, ...], kept: Any = (self, known)) -> bool:
+            return bool(compare(handle, id(tensors) + _ITEMS, payload, place))
 
-        return functools.partial(self._library.normfx_prefetch, self._handle, near, python), changed
+        def changed_by_addresses(tensors: tuple[Tensor, ...], kept: Any = (self, known)) -> bool:
+            addresses = [ctypes.c_void_p(address_of(t)) for t in tensors]
+            objects = (ctypes.c_void_p * len(tensors))(*map(ctypes.addressof, addresses))
+            return bool(compare(handle, objects, 0, place))
+
+        return changed_by_addresses if payload is None else changed
+
+
+_ITEMS = tuple.__basicsize__
+"""Where in a tuple the addresses of its elements begin, in CPython."""
+
+
+@functools.cache
+def _payload() -> int | None:
+    """Where in Python's tensors the address of the C++ tensor is, found by looking; None if it is not found."""
+    looked_at = [torch.empty(1), torch.empty(2), torch.nn.Parameter(torch.empty(3))]
+    word = ctypes.sizeof(ctypes.c_void_p)
+
+    def held(tensor: Tensor, place: int) -> int | None:
+        return ctypes.c_void_p.from_address(id(tensor) + place).value
+
+    places = range(0, Tensor.__basicsize__, word)
+    return next((p for p in places if all(held(t, p) == address_of(t) for t in looked_at)), None)
 
 
 def _memory(tensors: Sequence[Tensor]) -> _Memory | None:
