@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -25,10 +24,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
-from torch._guards import TracingContext, detect_fake_mode
 from torch._ops import OpOverload
 from torch._subclasses import FakeTensor, FakeTensorMode
-from torch._subclasses.fake_tensor import FakeTensorConverter
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.symbolic_shapes import rebind_unbacked
@@ -38,6 +35,7 @@ from torch.fx.node import map_arg
 from normfx.errors import NormfxError
 from normfx.ir.cleanup import drop_dead_code, simplify_constants
 from normfx.ir.expand import expand_encoder_layers
+from normfx.ir.fakes import fake_inputs, fake_mode, isolated, mode_of, static_fake, without_hooks
 from normfx.ir.inline import inline_regions
 from normfx.ir.names import source_line
 from normfx.ir.opaque import CARRIED, is_plain_value, single_overload
@@ -85,10 +83,10 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> Captured:
     `example_inputs` are the values the backend was called with; they are neither read nor written, and no
     random number is drawn. Raises `NormfxError` for a graph that cannot be re-traced faithfully.
     """
-    mode = _fake_mode(example_inputs)
+    mode = fake_mode(example_inputs)
     interpreter = _Canonicaliser(inline_regions(gm), mode)
-    with _isolated(mode), _without_hooks():
-        fakes = _fake_inputs(gm, example_inputs, mode)
+    with isolated(mode), without_hooks():
+        fakes = fake_inputs(gm, example_inputs, mode)
         interpreter.prepare()
         with mode, enable_python_dispatcher(), torch.fx.traceback.preserve_node_meta():
             canonical = proxy_tensor.make_fx(lambda *a: interpreter.run(*a), pre_dispatch=True)(*fakes)
@@ -105,7 +103,7 @@ def capture_exported(ep: torch.export.ExportedProgram) -> Captured:
         twin.name = node.name  # the signature knows it by that; a copy renames inputs that are called like a builtin
     canonical = GraphModule(original, graph)
     canonical.meta.update(original.meta)
-    mode = _mode_of(graph)
+    mode = mode_of(graph)
     return _finish(canonical, mode, export_sources(ep, graph))
 
 
@@ -121,83 +119,6 @@ def _finish(gm: GraphModule, mode: FakeTensorMode | None, sources: dict[Node, So
     gm.recompile()
     alive = set(gm.graph.nodes)
     return Captured(gm, MappingProxyType({n: s for n, s in sources.items() if n in alive}))
-
-
-# ---------------------------------------------------------------- fake inputs
-
-
-def _fake_mode(example_inputs: Sequence[Any]) -> FakeTensorMode:
-    context = TracingContext.try_get()
-    mode = context.fake_mode if context is not None else None
-    mode = mode or detect_fake_mode(example_inputs)
-    return mode or FakeTensorMode(allow_non_fake_inputs=True)
-
-
-def _mode_of(graph: Graph) -> FakeTensorMode | None:
-    return detect_fake_mode([n.meta.get("val") for n in graph.nodes])
-
-
-@contextmanager
-def _isolated(mode: FakeTensorMode) -> Iterator[None]:
-    """Give the trace its own fakes, and the caller its grad mode back.
-
-    The mode remembers one fake per real tensor and hands the same to AOTAutograd. A traced in-place op may
-    change a fake for good (its `requires_grad` by `x.add_(weight)`, its strides by `x.t_()`), and AOTAutograd
-    would see the change. Unbacked symbols of this trace are rebound to Dynamo's, so they are not pending for
-    anybody.
-    """
-    shared, grad = mode.fake_tensor_converter, torch.is_grad_enabled()
-    copy_data = shared.meta_converter.copy_data
-    mode.fake_tensor_converter = FakeTensorConverter(copy_data=copy_data, export=shared.export)
-    try:
-        yield
-    finally:
-        mode.fake_tensor_converter = shared
-        torch._C._set_grad_enabled(grad)
-
-
-@contextmanager
-def _without_hooks() -> Iterator[None]:
-    """Keep the hooks of `torch.autograd.graph.saved_tensors_hooks` from running on the fakes of the trace.
-
-    AOTAutograd's tracing puts them off in the same way (torch 2.13 to 2.15).
-    """
-    switch: Any = getattr(torch._C._autograd, "_saved_tensors_hooks_set_tracing", None)
-    if switch is None:
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
-            yield
-        return
-    before = switch(True)
-    try:
-        yield
-    finally:
-        switch(before)
-
-
-def _fake_inputs(gm: GraphModule, example_inputs: Sequence[Any], mode: FakeTensorMode) -> list[Any]:
-    nodes = gm.graph.find_nodes(op="placeholder")
-    if len(nodes) != len(example_inputs):
-        raise NormfxError(f"normfx: {len(nodes)} placeholders but {len(example_inputs)} example inputs")
-    return [_fake_input(node, x, mode) for node, x in zip(nodes, example_inputs, strict=True)]
-
-
-def _fake_input(node: Node, x: Any, mode: FakeTensorMode) -> Any:
-    """A fake of one input with the symbols Dynamo gave it.
-
-    `meta['example_value']` belongs to Dynamo's own fake mode, so a tensor is faked anew; a SymInt has no
-    mode. Without `source` a dynamic dimension becomes a fresh symbol, Dynamo then breaks the graph silently.
-    """
-    if isinstance(x, (list, tuple)) and all(isinstance(item, torch.Tensor) for item in x):
-        return [_fake_input(node, item, mode) for item in x]
-    if not isinstance(x, torch.Tensor):
-        return node.meta.get("example_value", x)
-    if isinstance(x, FakeTensor) and x.fake_mode is mode:
-        return x
-    context = TracingContext.try_get()
-    symbolic: Any = context.tensor_to_context.get(x) if context is not None else None  # type: ignore[no-untyped-call]
-    if symbolic is None:
-        return _static_fake(x, mode)
-    return mode.from_tensor(x, symbolic_context=symbolic, source=symbolic.tensor_source, trace=False)
 
 
 # ---------------------------------------------------------------- the trace
@@ -235,7 +156,7 @@ class _Canonicaliser(torch.fx.Interpreter):
             path = str(node.target)
             tensor = self.fetch_attr(path)
             if isinstance(tensor, torch.Tensor) and path not in self.attributes:
-                self.attributes[path] = _static_fake(tensor, self.mode)
+                self.attributes[path] = static_fake(tensor, self.mode)
 
     def _refake(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
@@ -364,10 +285,6 @@ def _is_plain(value: Any) -> bool:
     )
 
 
-def _static_fake(value: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
-    return mode.from_tensor(value, static_shapes=True, trace=False)
-
-
 def _set_attribute(root: torch.nn.Module, path: str, value: Any) -> str:
     """Store `value` on the tracer's root under a flat name, which is returned."""
     name = path.replace(".", "_")
@@ -431,7 +348,7 @@ def _inherit(gm: GraphModule, canonical: GraphModule, fakes: Sequence[Any]) -> N
 def _describe_attribute(gm: GraphModule, node: Node, mode: FakeTensorMode | None, sources: dict[Node, Source]) -> None:
     value = attribute(gm, str(node.target))
     if isinstance(value, torch.Tensor) and "val" not in node.meta and mode is not None:
-        node.meta["val"] = value if isinstance(value, FakeTensor) else _static_fake(value, mode)
+        node.meta["val"] = value if isinstance(value, FakeTensor) else static_fake(value, mode)
     source = attribute_source(gm, node)
     if source is not None:
         sources.setdefault(node, source)

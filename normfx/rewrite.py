@@ -6,7 +6,7 @@ or gradient-mode region. Rules describe their edits through `Edit`; norms are wr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,34 +72,6 @@ def rewrite(gm: GraphModule, plan: Plan, store: Callable[[Any], Stored] | None =
     if edit.norms or plan.changes:
         edit.finish()
     return Rewritten(edit.written, edit.shared)
-
-
-def feed(gm: GraphModule, nodes: Sequence[Node], prefix: str) -> tuple[Node, ...]:
-    """Replace values of a graph, in place, by new inputs behind the old ones: the caller computes them.
-
-    The inputs are marked static, as Dynamo marks parameters: their memory does not move from call to call.
-    """
-    last = [n for n in gm.graph.nodes if n.op == "placeholder"][-1:]
-    inputs: list[Node] = []
-    for i, node in enumerate(nodes):
-        where = gm.graph.inserting_after(last[0]) if last else gm.graph.inserting_before(next(iter(gm.graph.nodes)))
-        with where:
-            new = gm.graph.placeholder(f"{prefix}_{i}")
-        new.meta["val"] = _detached(node.meta["val"])
-        new.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-        node.replace_all_uses_with(new)
-        inputs.append(new)
-        last = [new]
-    drop_dead_code(gm.graph)
-    gm.graph.lint()
-    gm.recompile()
-    return tuple(inputs)
-
-
-def _detached(fake: Any) -> torch.Tensor:
-    """A fake like this one, without history, that is nobody's view."""
-    with fake.fake_mode, torch.inference_mode(False), torch.no_grad():
-        return torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device)
 
 
 class Edit:

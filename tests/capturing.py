@@ -153,3 +153,18 @@ class Custom(nn.Module):
             with torch.no_grad():
                 y = y + DoubleGradient.apply(x, self.w)
         return y + 1
+
+
+class Model(nn.Module):
+    """A norm that converts, and what is put between its readers. The parameters have means."""
+
+    def __init__(self, middle: Callable[[Tensor], Tensor] = torch.relu) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8)
+        self.middle = middle
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.add_(torch.randn_like(parameter) + 0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.middle(self.norm(self.first(x)) * 3))

@@ -21,7 +21,7 @@ FLOORS = (
     ("kernels.run",),
     ("kernels",),
     ("ir.opaque",),
-    ("ir.ops", "ir.regions", "ir.names", "ir.cleanup"),
+    ("ir.ops", "ir.regions", "ir.names", "ir.cleanup", "ir.fakes"),
     ("ir.aliasing", "ir.barriers"),
     ("ir.graph",),
     ("ir.sites", "ir.order", "ir.packing", "ir.expand", "ir.sources", "ir.recompute"),
@@ -78,6 +78,7 @@ FLOORS = (
 PRIVATE_ROOMS = frozenset(
     {
         "capture",
+        "ir.fakes",
         "specialize",
         "lower",
         "lower.inductor",

@@ -24,10 +24,10 @@ from torch.fx import Graph, GraphModule, Node
 
 from normfx.errors import NormfxWarning, StageError, stage_warning
 from normfx.ir.aliasing import mutated
+from normfx.ir.cleanup import drop_dead_code
 from normfx.ir.regions import attribute
 from normfx.lower.gemm import packing
 from normfx.lower.inductor import compile_graph
-from normfx.rewrite import feed
 from normfx.weights.kept import Kept, is_plain, records_gradients
 from normfx.weights.samples import is_recording, wait_for
 from normfx.weights.store import STORE, Fold, Folds, picker
@@ -107,12 +107,40 @@ def hoist(gm: GraphModule, kept: Sequence[Kept]) -> Folding | None:
     place = {node: i for i, node in enumerate([*placeholders, *held])}
     order = {node: i for i, node in enumerate(sources)}
     rebinds = records_gradients(gm.graph)
-    inputs = feed(gm, [item.node for item in kept], "normfx_fold")
+    inputs = _feed(gm, [item.node for item in kept], "normfx_fold")
     folds = [
         _fold(item, tuple(order[n] for n in item.sources), node.meta["val"])
         for item, node in zip(kept, inputs, strict=True)
     ]
     return Folding(gm, Folds(folds, [place[n] for n in sources], rebinds), inputs, attributes)
+
+
+def _feed(gm: GraphModule, nodes: Sequence[Node], prefix: str) -> tuple[Node, ...]:
+    """Replace values of a graph, in place, by new inputs behind the old ones: the caller computes them.
+
+    The inputs are marked static, as Dynamo marks parameters: their memory does not move from call to call.
+    """
+    last = [n for n in gm.graph.nodes if n.op == "placeholder"][-1:]
+    inputs: list[Node] = []
+    for i, node in enumerate(nodes):
+        where = gm.graph.inserting_after(last[0]) if last else gm.graph.inserting_before(next(iter(gm.graph.nodes)))
+        with where:
+            new = gm.graph.placeholder(f"{prefix}_{i}")
+        new.meta["val"] = _detached(node.meta["val"])
+        new.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+        node.replace_all_uses_with(new)
+        inputs.append(new)
+        last = [new]
+    drop_dead_code(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    return tuple(inputs)
+
+
+def _detached(fake: Any) -> torch.Tensor:
+    """A fake like this one, without history, that is nobody's view."""
+    with fake.fake_mode, torch.inference_mode(False), torch.no_grad():
+        return torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device)
 
 
 def _fold(kept: Kept, sources: tuple[int, ...], fake: torch.Tensor) -> Fold:
