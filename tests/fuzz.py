@@ -1,6 +1,10 @@
 """Many random programs, fast: each is traced once, without Dynamo, and its rewritten graph is run beside eager.
 
     python tests/fuzz.py --first 0 --count 10000
+    python tests/fuzz.py --dynamo --count 300
+
+With --dynamo they are traced as by `torch.compile`, with steps that only this brings (border_programs.py), and the
+canonical graph is run even where no rule applies.
 
 Outputs and every gradient are compared in float64; where folds are kept, outputs without gradients. A program is a
 function of its number alone: any failure can be run again by its number. The settings go round: the default rules, kept
@@ -19,20 +23,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from equivalence import assert_same_results, outputs_and_grads
-from programs import BREAKING_OPS, OBSERVERS, STREAM_OPS, Program, Step, tokens
+from equivalence import assert_same_float64, assert_same_results, outputs_and_grads
+from programs import BORDERS, BREAKING_OPS, OBSERVERS, STREAM_OPS, Program, Step, tokens
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from normfx.backend import _keep_folds, transform_canonical
+from normfx.backend import _keep_folds, forced, transform_canonical
 from normfx.capture import Captured
 from normfx.ir.cleanup import drop_dead_code, simplify_constants
 from normfx.ir.sources import Source
 from normfx.lower.folded import fed
 from normfx.options import Options
-from normfx.report import GraphReport
+from normfx.report import GraphReport, Report
 
 COUNT = 2000
 """Programs of one run."""
@@ -47,10 +51,11 @@ SETTINGS: tuple[Mapping[str, str], ...] = (
 )
 
 
-def program(number: int) -> tuple[Step, ...]:
+def program(number: int, dynamo: bool = False) -> tuple[Step, ...]:
     """The steps of a random program."""
     draw = random.Random(number)
-    return tuple((draw.choice(OPS), draw.choice((0, 0, 0, 1, 2, 3))) for _ in range(draw.randint(2, 10)))
+    ops = OPS + BORDERS * 4 if dynamo else OPS
+    return tuple((draw.choice(ops), draw.choice((0, 0, 0, 1, 2, 3))) for _ in range(draw.randint(2, 10)))
 
 
 def capture_program(model: nn.Module, inputs: Sequence[Tensor]) -> Captured:
@@ -105,15 +110,22 @@ def _check(steps: tuple[Step, ...], options: Mapping[str, str]) -> GraphReport:
     return report
 
 
-def run(first: int, count: int, every: int = 500) -> list[int]:
+def check_by_dynamo(steps: tuple[Step, ...], options: Mapping[str, str]) -> Report:
+    """The same for a program that Dynamo traces; the canonical graph is run in any case."""
+    torch.manual_seed(len(steps))
+    with forced(), torch.set_grad_enabled(options.get("fold") != "cached"):
+        return assert_same_float64(Program(steps).eval(), (tokens(),), options, floor=1.0)
+
+
+def run(first: int, count: int, every: int = 500, dynamo: bool = False) -> list[int]:
     """Check programs by number; returns those that fail. Prints each failure's steps, and progress."""
     failed: list[int] = []
     counts: Counter[str] = Counter()
     begin = time.perf_counter()
     for number in range(first, first + count):
-        steps, options = program(number), SETTINGS[number % len(SETTINGS)]
+        steps, options = program(number, dynamo), SETTINGS[number % len(SETTINGS)]
         try:
-            report = check(steps, options)
+            report = (check_by_dynamo if dynamo else check)(steps, options)
         except Exception as error:  # of whatever kind: the search goes on
             failed.append(number)
             print(f"program {number} {dict(options)}: {steps}\n    {type(error).__name__}: {error}", flush=True)
@@ -131,9 +143,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first program")
     parser.add_argument("--count", type=int, default=COUNT, help="how many programs")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dynamo", action="store_true", help="trace them as torch.compile does")
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
-    failed = run(given.first, given.count)
+    failed = run(given.first, given.count, dynamo=given.dynamo)
     print(f"{given.count} programs from {given.first}: {len(failed)} failed {failed}")
     return 1 if failed else 0
 

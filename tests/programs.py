@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from border_programs import BORDER_OBSERVERS, BORDER_OPS
+from border_programs import FORMS as BORDER_FORMS
 from hypothesis import strategies as st
 from token_programs import FORMS as TOKEN_FORMS
 from token_programs import TOKEN_OBSERVERS, TOKEN_OPS, TOKEN_TRAPS, At
@@ -12,7 +14,7 @@ from weight_programs import FORMS as WEIGHT_FORMS
 from weight_programs import WEIGHT_OBSERVERS, WEIGHT_OPS, WEIGHT_TRAPS
 
 BATCH, TOKENS, WIDTH, HEADS, VOCABULARY = 2, 4, 8, 2, 11
-FORMS = TOKEN_FORMS | WEIGHT_FORMS
+FORMS = TOKEN_FORMS | WEIGHT_FORMS | BORDER_FORMS
 
 STREAM_OPS = (
     "branch", "branch", "branch", "write", "layer_scale", "conv_write", "head_write", "number", "add_number", "negate",
@@ -62,6 +64,9 @@ NORMS = frozenset(OBSERVERS) - {
     "two_readers",
 } | {"post_norm"}
 """Ops with a norm of their own."""
+
+BORDERS = (*BORDER_OPS, *BORDER_OBSERVERS)
+"""Steps that need Dynamo's trace."""
 
 Step = tuple[str, int]
 
@@ -125,7 +130,7 @@ class Program(nn.Module):
             x = values[-1 - back % len(values)]
             if op in FORMS:
                 at = At(x, values[0], values[-3:], ids, self._part(str(i)), self._vector(str(i)))
-                (outputs if op in OBSERVERS else values).append(FORMS[op].run(at))
+                (outputs if op in OBSERVERS or op in BORDER_OBSERVERS else values).append(FORMS[op].run(at))
             elif op in OBSERVERS:
                 outputs += self._observe(op, str(i), x)
             else:

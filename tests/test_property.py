@@ -7,7 +7,7 @@ import pytest
 import torch
 from equivalence import assert_same_float64
 from hypothesis import HealthCheck, example, given, settings
-from programs import OBSERVERS, STREAM_OPS, Program, Step, programs, tokens
+from programs import BORDERS, OBSERVERS, STREAM_OPS, Program, Step, programs, tokens
 from token_programs import TOKEN_TRAPS
 from weight_programs import WEIGHT_TRAPS
 
@@ -57,6 +57,18 @@ def test_many_random_compressed_streams(steps: tuple[Step, ...]) -> None:
 @given(programs(14))
 def test_many_random_residual_networks(steps: tuple[Step, ...]) -> None:
     _check(steps)
+
+
+@pytest.mark.parametrize("op", BORDERS)
+def test_each_step_that_dynamo_brings(op: str) -> None:
+    """The canonical graph is run even where no rule applies."""
+    fuzz.check_by_dynamo((("branch", 0), (op, 0), ("branch", 0)), {"fold": "live"})
+
+
+@pytest.mark.slow
+def test_many_programs_by_dynamo() -> None:
+    """As `python tests/fuzz.py --dynamo`."""
+    assert fuzz.run(0, 200, dynamo=True) == []
 
 
 @pytest.mark.parametrize("op", [op for op in dict.fromkeys(STREAM_OPS) if op not in UNFOLDED])
