@@ -27,7 +27,7 @@ from normfx.ir.names import module_path, source_line
 from normfx.ir.printer import print_graph
 from normfx.ir.recompute import keep_folds
 from normfx.ir.simplify import drop_identities, read_parts
-from normfx.ir.verify import verify
+from normfx.ir.verify import Checked, verify
 from normfx.lower import choice
 from normfx.lower.folded import Compiled, Folding, compile_folded, hoist, is_frozen
 from normfx.lower.inductor import compile_graph, inductor_options
@@ -161,11 +161,12 @@ def transform_canonical(
     stages = stages or _Stages()
     canonical, graph = captured.graph_module, captured.graph_module.graph
     weights = captured.weights
+    checked: Checked = {}
     names = {n: s.name for n, s in captured.sources.items()}
     live = None if settings.fold == "live" else weights - _keepable(captured, settings)
     stages.run("functionalize", functionalize_local, canonical)
     stages.run("simplify", _simplify, canonical)
-    _check(settings, canonical, "capture")
+    _check(settings, canonical, "capture", checked)
     sites = stages.run("recognize", recognize, graph, weights, mutated(graph), module_path, source_line, live)
     by_inductor, by_kernels = settings.lowering == "inductor", settings.lowering == "triton"
     plan = stages.run(
@@ -177,10 +178,10 @@ def transform_canonical(
         store = partial(stored, basis=settings.crms_basis, width=settings.crms_width, values=values or {})
         done = stages.run("rewrite", rewrite, canonical, plan, store)
         keep_folds(graph, weights)
-        _check(settings, canonical, "rewrite")
+        _check(settings, canonical, "rewrite", checked)
     if plan.changes:
         lowered = stages.run("lower", _lower, canonical, settings.lowering)
-        _check(settings, canonical, "lower")
+        _check(settings, canonical, "lower", checked)
     after = print_graph(graph, names, weights, module_path) if plan.changes else before
     report = graph_report(plan, before, after, module_path, _count_folds(canonical, weights), stages.seconds)
     report = report.with_lowering([lowered.of.get(done.written.get(norm)) for norm in plan.norms], lowered.kernels)
@@ -231,9 +232,9 @@ def _count_folds(gm: GraphModule, weights: frozenset[Any]) -> tuple[int, int]:
     return len(folds), len(centrings) + sum(map(centres_output, gm.graph.nodes))
 
 
-def _check(settings: Options, gm: GraphModule, stage: str) -> None:
+def _check(settings: Options, gm: GraphModule, stage: str, checked: Checked) -> None:
     if settings.check:
-        verify(gm, stage)
+        verify(gm, stage, checked)
 
 
 def _log(report: GraphReport, plan: Plan, settings: Options) -> None:

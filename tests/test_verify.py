@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 from normfx.capture import capture
 from normfx.errors import VerifyError
-from normfx.ir.verify import verify
+from normfx.ir.verify import Checked, verify
 
 aten = torch.ops.aten
 
@@ -125,3 +125,38 @@ def test_malformed_graph_and_foreign_fakes() -> None:
     linear.append(norm)
     with pytest.raises(VerifyError, match="malformed"):
         verify(gm, "rewrite")
+
+
+def test_what_was_checked_is_checked_again_when_it_changes() -> None:
+    """A value, an argument, an argument's value, the autocast region: all that the outcome depends on."""
+    gm = canonical(Model(), torch.randn(3, 4))
+    norm, linear = find(gm, aten.layer_norm.default), find(gm, aten.linear.default)
+    checked: Checked = {}
+
+    def passes() -> bool:
+        try:
+            verify(gm, "rewrite", checked)
+        except VerifyError:
+            return False
+        return True
+
+    assert passes() and len(checked) >= 3
+    reruns = dict(checked)
+    assert passes() and all(checked[node] is reruns[node] for node in reruns), "nothing is run twice"
+    good, arguments = norm.meta["val"], norm.args
+    norm.meta["val"] = good.double()
+    assert not passes()
+    norm.meta["val"] = good
+    norm.args = (norm.args[0], [5], *norm.args[2:])
+    assert not passes()
+    norm.args = arguments
+    weight = linear.args[1]
+    kept = weight.meta["val"]
+    with kept.fake_mode:
+        weight.meta["val"] = torch.empty(5, 4)
+    assert not passes()
+    weight.meta["val"] = kept
+    assert passes()
+    region = next(node for node in gm.graph.nodes if "enter_autocast" in str(node.target))
+    region.args = ("cpu", torch.float16, *region.args[2:])
+    assert not passes()

@@ -244,6 +244,18 @@ def test_neighbours_on_one_page(library: object) -> None:
         )
 
 
+def test_a_new_watch_changes_nothing_for_the_old(library: object) -> None:
+    """Blocks on pages that are written all the time too."""
+    buffer = np.zeros(3000, dtype=np.float32)
+    tensors = [torch.from_numpy(buffer[begin : begin + size]) for begin, size in ((10, 50), (100, 1500), (2000, 7))]
+    watch = accepted(tensors)
+    for time in range(20):
+        buffer[[5, 80, 90, 1700, 1999, 2100]] = 1.0 + time
+        assert not watch.changed(tensors)
+        other = accepted(tensors)
+        assert not watch.changed(tensors) and not other.changed(tensors)
+
+
 def test_another_mapping_in_a_gap(library: object) -> None:
     """What lies between two tensors may be unmapped, and be other memory later."""
     library_of_c = ctypes.CDLL(None)

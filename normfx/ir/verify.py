@@ -22,13 +22,20 @@ from normfx.ir.regions import acts_on_autograd, attribute, carried, is_mode_swit
 _SCALAR_MODULES = frozenset({math.__name__, operator.__name__, "_operator", "builtins"})
 
 
-def verify(gm: GraphModule, stage: str) -> None:
+Checked = dict[Node, tuple[Any, ...]]
+"""Nodes that agreed with what they compute, and all that this depended on."""
+
+
+def verify(gm: GraphModule, stage: str, checked: Checked | None = None) -> None:
     """Raise `VerifyError` unless `gm` is a well-formed canonical graph whose `meta['val']` are what its ops
     compute.
 
     Every op of torch is run again on the fakes of its arguments, under the autocast region it stands in; the ambient
     autocast is the caller's. Only dtype, shape and device are compared, and no guard is added.
+
+    checked: of an earlier stage; nodes that nothing has happened to since are not run again
     """
+    checked = {} if checked is None else checked
     try:
         gm.graph.lint()
     except Exception as error:
@@ -42,7 +49,24 @@ def verify(gm: GraphModule, stage: str) -> None:
             _check_target(node, stage)
             _check_value(gm, node, stage)
             if isinstance(node.target, OpOverload) and not is_foreign_op(node) and mode is not None:
-                _check_rerun(node, mode, stage)
+                depends = _dependences(node)
+                if not _all_the_same(checked.get(node), depends):
+                    _check_rerun(node, mode, stage)
+                    checked[node] = depends
+
+
+def _dependences(node: Node) -> tuple[Any, ...]:
+    """What the outcome of running a node again depends on, as objects: they are compared by identity."""
+    values = pytree.tree_map_only(Node, lambda n: n.meta.get("val"), (node.args, node.kwargs))
+    leaves, structure = pytree.tree_flatten((values, node.meta.get("val")))
+    autocast = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
+    return (node.target, str(structure), str(autocast), *leaves)
+
+
+def _all_the_same(old: tuple[Any, ...] | None, new: tuple[Any, ...]) -> bool:
+    if old is None or len(old) != len(new) or old[1:3] != new[1:3]:
+        return False
+    return all(a is b for a, b in zip(old[3:], new[3:], strict=True)) and old[0] is new[0]
 
 
 def _fail(stage: str, node: Node, expected: object, found: object) -> VerifyError:

@@ -151,6 +151,7 @@ PageRange quiet_pages(const Block& block) {
 
 // All of the block is hashed from now on. Its memory must be there.
 void watch_contents(Block& block) {
+    if (block.by_contents && block.edges[0].busy) return;  // as it is
     set_pages(block, {0, 0});
     block.edges[0] = Edge{block.key.begin, block.key.end};
     block.edges[0].busy = block.by_contents = true;
@@ -278,7 +279,7 @@ int64_t acquire(c10::StorageImpl* storage, const char* begin, const char* end, b
         ++block.users;
         bool differs = shared && !block.shared;
         block.shared |= shared;
-        if (differs || !block.watched()) start_watching(block);
+        if (differs || block.by_contents) start_watching(block);
         return known->second;
     }
     int64_t id = static_cast<int64_t>(g_blocks.size());
