@@ -285,31 +285,34 @@ def test_another_mapping_in_a_gap(library: object) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_random_writes(library: object, seed: int) -> None:
-    """Overlapping blocks of one memory, several watches, random writes: compared with copies of the contents."""
+    """Overlapping blocks of one memory, watches that come and go, random writes: compared with copies of them."""
     choose = random.Random(seed)
     size = 16 * mmap.PAGESIZE
     buffer = np.zeros(size, dtype=np.uint8)
-    watches: list[tuple[Watch, list[Tensor]]] = []
-    for _ in range(6):
+
+    def watched() -> tuple[Watch, list[Tensor], list[Tensor]]:
         tensors = []
         for _ in range(choose.randint(1, 5)):
             begin = choose.randrange(size)
             end = min(size, begin + choose.choice([1, 50, 3000, 5000, 20_000, size]))
             tensors.append(torch.from_numpy(buffer[begin:end]))
-        watches.append((accepted(tensors), tensors))
-    known = [[t.clone() for t in tensors] for _, tensors in watches]
-    for step in range(300):
+        return accepted(tensors), tensors, [t.clone() for t in tensors]
+
+    watches = [watched() for _ in range(6)]
+    for step in range(1200):
         begin = choose.randrange(size)
         buffer[begin : begin + choose.choice([1, 7, 5000])] = step % 251 + 1
-        for i, (watch, tensors) in enumerate(watches):
+        if choose.random() < (0.3, 0.01)[seed % 2]:
+            watches[choose.randrange(len(watches))] = watched()
+        for i, (watch, tensors, known) in enumerate(watches):
             if choose.random() < 0.3:
                 continue
-            differs = not all(map(torch.equal, tensors, known[i]))
+            differs = not all(map(torch.equal, tensors, known))
             stamps = watch.read(tensors)
             assert watch.changed(tensors) or not differs
             if choose.random() < 0.5:
                 watch.accept(tensors, stamps)
-                known[i] = [t.clone() for t in tensors]
+                watches[i] = watch, tensors, [t.clone() for t in tensors]
                 assert not watch.changed(tensors)
 
 

@@ -97,7 +97,7 @@ struct Block {
     PageRange pages{0, 0};  // that are watched; none: the whole contents are hashed
     Edge edges[2];          // on the first and the last page; without pages the first edge is all of the block
     bool shared = false;    // others may write it: never watched by pages
-    bool by_contents = true;  // all of it is hashed
+    bool by_contents = false;  // all of it is hashed
     uint64_t epoch = 0;
     uint64_t polls = 0;
     int64_t users = 0;
@@ -160,31 +160,11 @@ void watch_contents(Block& block) {
     renew(block);
 }
 
-// Watches pages if possible, else contents. The memory must be there.
-void start_watching(Block& block) {
-    uint64_t begin = reinterpret_cast<uint64_t>(block.key.begin), end = reinterpret_cast<uint64_t>(block.key.end);
-    PageRange pages{page_of(begin), page_after(end)};
-    if (!g_allowed || block.shared || !watch_pages(pages)) return watch_contents(block);
-    const char* head = reinterpret_cast<const char*>(std::min(page_after(begin), end));
-    const char* tail = std::max(reinterpret_cast<const char*>(page_of(end)), head);
-    block.edges[0] = Edge{block.key.begin, head};
-    block.edges[1] = Edge{tail, block.key.end};
-    set_pages(block, pages);
-    block.by_contents = false;
-    for (Edge& edge : block.edges) edge.refresh();
-    renew(block);
-}
-
 void stop_watching(Block& block) {
     set_pages(block, {0, 0});
     for (Edge& edge : block.edges) edge = Edge{};
+    block.by_contents = false;
     renew(block);
-}
-
-void begin_again(Block& block) {
-    Strong alive;
-    if (owns_memory(block, alive)) start_watching(block);
-    else stop_watching(block);
 }
 
 // ---------------------------------------------------------------- pages of blocks
@@ -215,7 +195,7 @@ bool edge_written(Edge& edge, uint64_t poll) {
 
 // Some pages of a block were written, and are protected again.
 void block_written(Block& block, PageRange pages) {
-    if (!block.watched()) return;  // no longer
+    if (!block.watched()) return;  // not any more
     Strong alive;
     if (!owns_memory(block, alive)) return stop_watching(block);
     auto& [head, tail] = block.edges;
@@ -226,11 +206,62 @@ void block_written(Block& block, PageRange pages) {
     set_pages(block, quiet_pages(block));
 }
 
+PageRange common(PageRange a, PageRange b) { return {std::max(a.first, b.first), std::min(a.last, b.last)}; }
+
+// Calls `visit` with each block that watches some of these pages, and which of them.
+template <class Visit>
+void each_block(PageRange pages, Visit visit) {
+    sort_places();
+    std::vector<std::pair<int64_t, PageRange>> found;  // a visit may change the places
+    auto above = [](uint64_t last, const Place& place) { return last <= place.pages.first; };
+    auto next = std::upper_bound(g_places.begin(), g_places.end(), pages.last, above);
+    while (next != g_places.begin() && (--next)->reach > pages.first) {
+        PageRange both = common(next->pages, pages);
+        if (both.first < both.last) found.emplace_back(next->block, both);
+    }
+    for (auto [id, its] : found) visit(g_blocks[static_cast<size_t>(id)], its);
+}
+
+// Protects pages, and tells all blocks that they belong to which of them had been written: whoever protects a page takes
+// the sign away from everybody. False: the pages cannot be watched.
+bool protect(PageRange pages) {
+    return each_written(pages, [](PageRange run) { each_block(run, block_written); }, PROTECT_MATCHING);
+}
+
+// The first half: whether the pages of a block, all of them, are protected from now on.
+bool protect_all(Block& block) {
+    if (!g_allowed || block.shared) return false;
+    PageRange pages{page_of(address(block.key.begin)), page_after(address(block.key.end))};
+    return register_mappings(pages) && protect(pages);
+}
+
+// The second half: what the block holds now is what a new epoch stands for.
+void begin_watching(Block& block, bool by_pages) {
+    if (!by_pages) return watch_contents(block);
+    uint64_t begin = address(block.key.begin), end = address(block.key.end);
+    const char* head = reinterpret_cast<const char*>(std::min(page_after(begin), end));
+    const char* tail = std::max(reinterpret_cast<const char*>(page_of(end)), head);
+    block.edges[0] = Edge{block.key.begin, head};
+    block.edges[1] = Edge{tail, block.key.end};
+    block.by_contents = false;
+    set_pages(block, quiet_pages(block));
+    for (Edge& edge : block.edges) edge.refresh();
+    renew(block);
+}
+
+// Watches pages if possible, else contents. The memory must be there.
+void start_watching(Block& block) { begin_watching(block, protect_all(block)); }
+
+void begin_again(Block& block) {
+    Strong alive;
+    if (owns_memory(block, alive)) start_watching(block);
+    else stop_watching(block);
+}
+
 // Watches the pages of busy edges again: their neighbours may have come to rest.
 void watch_edges(Block& block) {
     for (Edge& edge : block.edges) {
-        PageRange page{page_of(address(edge.begin)), page_after(address(edge.end))};
-        if (!edge.busy || !protect(page)) continue;
+        if (!edge.busy || !protect({page_of(address(edge.begin)), page_after(address(edge.end))})) continue;
         edge.busy = false;
         edge.alarms = ALARMS - 1;
         edge.alarm = block.polls;
@@ -239,47 +270,23 @@ void watch_edges(Block& block) {
     set_pages(block, quiet_pages(block));
 }
 
-PageRange common(PageRange a, PageRange b) { return {std::max(a.first, b.first), std::min(a.last, b.last)}; }
-
-// Calls `visit` with each block that watches some of these pages, and which of them.
-template <class Visit>
-void each_block(PageRange pages, Visit visit) {
-    auto above = [](uint64_t address, const Place& place) { return address <= place.pages.first; };
-    auto next = std::upper_bound(g_places.begin(), g_places.end(), pages.last, above);
-    while (next != g_places.begin() && (--next)->reach > pages.first) {
-        PageRange both = common(next->pages, pages);
-        if (both.first < both.last) visit(g_blocks[static_cast<size_t>(next->block)], both);
-    }
-}
-
-// These pages were written: protects them, and then looks at the blocks they belong to.
+// Some of these pages were written.
 void pages_written(PageRange pages) {
-    bool watched = protect(pages);
-    each_block(pages, [&](Block& block, PageRange its) {
-        if (watched) block_written(block, its);
-        else begin_again(block);
-    });
+    if (!protect(pages)) each_block(pages, [](Block& block, PageRange) { begin_again(block); });
 }
 
-// After a fork the kernel watches nothing of the child, and the descriptors are those of the parent.
-void begin_again_in_child() {
-    g_forked = false;
-    close_kernel();
-    forget_mappings();
-    for (Block& block : g_blocks) {
-        if (block.watched()) begin_again(block);  // hashes are as good as before
-    }
-}
-
-int64_t acquire(c10::StorageImpl* storage, const char* begin, const char* end, bool shared) {
+// The block of this memory; put on `fresh` if it is to be watched from now on.
+int64_t acquire(c10::StorageImpl* storage, const char* begin, const char* end, bool shared, std::vector<int64_t>& fresh) {
     Key key{storage, begin, end};
     auto known = g_by_key.find(key);
     if (known != g_by_key.end()) {
         Block& block = g_blocks[static_cast<size_t>(known->second)];
         ++block.users;
-        bool differs = shared && !block.shared;
+        if (shared && !block.shared) stop_watching(block);
         block.shared |= shared;
-        if (differs || block.by_contents) start_watching(block);
+        if (block.by_contents || !(block.watched() || block.edges[0].busy || block.edges[1].busy)) {
+            fresh.push_back(known->second);
+        }
         return known->second;
     }
     int64_t id = static_cast<int64_t>(g_blocks.size());
@@ -295,8 +302,34 @@ int64_t acquire(c10::StorageImpl* storage, const char* begin, const char* end, b
     block.users = 1;
     block.shared = shared;
     g_by_key[key] = id;
-    start_watching(block);
+    fresh.push_back(id);
     return id;
+}
+
+// All pages first: a page that two of them share is protected twice, and neither has looked at its contents then.
+void watch_together(const std::vector<int64_t>& fresh) {
+    std::vector<bool> by_pages;
+    for (int64_t id : fresh) by_pages.push_back(protect_all(g_blocks[static_cast<size_t>(id)]));
+    for (size_t i = 0; i < fresh.size(); ++i) begin_watching(g_blocks[static_cast<size_t>(fresh[i])], by_pages[i]);
+}
+
+// After a fork the kernel watches nothing of the child, and the descriptors are those of the parent.
+void begin_again_in_child() {
+    g_forked = false;
+    close_kernel();
+    forget_mappings();
+    std::vector<int64_t> watched;
+    std::vector<Strong> kept;
+    for (size_t id = 0; id < g_blocks.size(); ++id) {
+        Block& block = g_blocks[id];
+        if (!block.watched()) continue;  // hashes are as good as before
+        stop_watching(block);
+        Strong alive;
+        if (!owns_memory(block, alive)) continue;
+        kept.push_back(std::move(alive));
+        watched.push_back(static_cast<int64_t>(id));
+    }
+    watch_together(watched);
 }
 
 void release(int64_t id) {
@@ -477,6 +510,7 @@ Watch* normfx_watch(
     if (g_forked) begin_again_in_child();
     forget_mappings();
     auto* watch = new Watch();
+    std::vector<int64_t> fresh;
     watch->tensors.resize(static_cast<size_t>(count));
     for (int64_t i = 0; i < count; ++i) {
         const c10::TensorImpl* tensor = tensors[i];
@@ -492,8 +526,9 @@ Watch* normfx_watch(
         known.readable = is_readable(tensor, known.itemsize);
         int64_t bytes = bytes_of(tensor, known.itemsize);
         if (bytes == 0 || !known.readable) continue;
-        known.block = acquire(known.storage, known.data, known.data + bytes, shared[i] != 0);
+        known.block = acquire(known.storage, known.data, known.data + bytes, shared[i] != 0, fresh);
     }
+    watch_together(fresh);
     return watch;
 }
 

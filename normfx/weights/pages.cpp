@@ -33,6 +33,8 @@ std::mutex g_mutex;
 uint64_t page_of(uint64_t address) { return address / g_page_size * g_page_size; }
 uint64_t page_after(uint64_t address) { return page_of(address + g_page_size - 1); }
 
+constexpr uint64_t PROTECT_MATCHING = 1;  // of PAGEMAP_SCAN
+
 #ifdef __linux__
 
 #ifndef SYS_userfaultfd
@@ -49,7 +51,7 @@ struct ScanRequest {
 struct ScanRegion { uint64_t start, end, categories; };
 
 constexpr uint64_t API = 0xAA, WP_ASYNC = 1ull << 15, USER_MODE_ONLY = 1, MODE_WP = 2;
-constexpr uint64_t PAGE_IS_WRITTEN = 2, PROTECT_MATCHING = 1, CHECK_PROTECTED = 2;
+constexpr uint64_t PAGE_IS_WRITTEN = 2, CHECK_PROTECTED = 2;
 
 int g_faults = -1, g_pages = -1;
 bool g_opened = false;
@@ -96,19 +98,14 @@ int scan(ScanRequest& request, PageRange pages) {
     return ioctl(g_pages, _IOWR('f', 16, ScanRequest), &request);
 }
 
-// Protects the pages that are not: from now on writes to them are found. False: they cannot be watched (any more).
-bool protect(PageRange pages) {
-    ScanRequest request{};
-    request.flags = PROTECT_MATCHING;
-    return scan(request, pages) >= 0;
-}
-
-// Calls `found` with each run of pages that are not protected. False: not all of the mappings are registered.
+// Calls `found` with each run of pages that are not protected; with PROTECT_MATCHING as `flags` each is protected before it
+// is reported, in one step, so that no write is lost between. False: not all of the mappings are registered.
 template <class Found>
-bool each_written(PageRange pages, Found found) {
+bool each_written(PageRange pages, Found found, uint64_t flags = 0) {
     ScanRegion regions[64];
     while (pages.first < pages.last) {
         ScanRequest request{};
+        request.flags = flags;
         request.vec = reinterpret_cast<uint64_t>(regions);
         request.vec_len = sizeof(regions) / sizeof(regions[0]);
         int count = scan(request, pages);
@@ -149,8 +146,8 @@ bool register_pages(PageRange pages) {
     return ioctl(g_faults, _IOWR(0xAA, 0x00, RegisterRequest), &request) == 0;
 }
 
-// Registers the mappings of these pages, and protects the pages.
-bool watch_pages(PageRange pages) {
+// Registers the mappings of these pages. False: they cannot be watched.
+bool register_mappings(PageRange pages) {
     if (!open_kernel()) return false;
     if (g_mappings.empty()) read_mappings();
     uint64_t reached = pages.first;
@@ -160,7 +157,7 @@ bool watch_pages(PageRange pages) {
         if (!mapping.registered) mapping.registered = register_pages(mapping.pages);
         if (!mapping.registered) return false;
         reached = mapping.pages.last;
-        if (reached >= pages.last) return protect(pages);
+        if (reached >= pages.last) return true;
     }
     return false;
 }
@@ -169,10 +166,9 @@ bool watch_pages(PageRange pages) {
 bool open_kernel() { return false; }
 void close_kernel() {}
 void forget_mappings() {}
-bool watch_pages(PageRange) { return false; }
-bool protect(PageRange) { return false; }
+bool register_mappings(PageRange) { return false; }
 template <class Found>
-bool each_written(PageRange, Found) { return false; }
+bool each_written(PageRange, Found, uint64_t = 0) { return false; }
 #endif
 
 }  // namespace
