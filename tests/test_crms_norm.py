@@ -169,12 +169,12 @@ def test_packed_readers_stay_packed() -> None:
 
 @pytest.mark.parametrize("fold", [pytest.param("auto", marks=pytest.mark.slow), "frozen"])
 def test_under_inductor(fold: str) -> None:
-    """Kept and frozen folds, a changed parameter, and rows of any number."""
+    """Kept and frozen folds, a changed parameter, and another number of rows."""
     model = Stack(d=16, layers=1)
     options = {"rules": "default,+crms_norm", "strict": True, "fold": fold}
     compiled = torch.compile(model, backend="normfx", fullgraph=True, dynamic=fold == "auto", options=options)
     with torch.no_grad():
-        for rows in (2, 3, 5):
+        for rows in (2, 3):
             ids = torch.randint(0, 97, (rows, 16))
             torch.testing.assert_close(compiled(ids), model(ids), rtol=1e-4, atol=1e-4)
             model.norm.weight.mul_(1.5)

@@ -5,6 +5,8 @@ test_models.py proves the same models in float64.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -63,8 +65,15 @@ class Observed(nn.Module):
         return self.head(self.final(x)), x
 
 
-def _report(case: tuple[nn.Module, tuple[torch.Tensor, ...]], training: bool = False) -> Report:
-    model, inputs = case
+def observed() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    return Observed(), (torch.arange(6).reshape(2, 3),)
+
+
+@functools.cache
+def _report(
+    build: Callable[..., tuple[nn.Module, tuple[torch.Tensor, ...]]], *args: float, training: bool = False
+) -> Report:
+    model, inputs = build(*args)
     if not training:
         assert_same_float64(model.eval(), inputs)
     return transformed(model.train(training), inputs)[1]
@@ -75,7 +84,7 @@ class Goldens(TestCase):
 
     def test_gpt2_plan(self) -> None:
         self.assertExpectedInline(
-            str(_report(gpt2())),
+            str(_report(gpt2)),
             """\
 layer_norm: 5, rms_norm: 0, to_rms_norm: 5, fold_affine: 5, fuse_residual_norm: 4, pre_rms_norm: 5, centrings: 0, folds: 20, graphs: 1, graph_breaks: 0
 model.transformer.h.0.ln_1  LayerNorm  pre_rms_norm, fold_affine
@@ -89,7 +98,7 @@ graph 0: predicted bytes a call: pre_rms_norm 46,080 to 35,328, fold_affine 15,3
 
     def test_gpt2_graph(self) -> None:
         self.assertExpectedInline(
-            excerpt(_report(gpt2()).graphs[0].after),
+            excerpt(_report(gpt2).graphs[0].after),
             """\
 %0 = embedding(model.transformer.wte.weight, %1): f32[2, 12, 32]
 %2 = center(%0, dim=2): f32[2, 12, 32]
@@ -138,7 +147,7 @@ return [%63]
 
     def test_vit_plan(self) -> None:
         self.assertExpectedInline(
-            str(_report(vit())),
+            str(_report(vit)),
             """\
 layer_norm: 3, rms_norm: 0, to_rms_norm: 3, fold_affine: 2, fuse_residual_norm: 2, pre_rms_norm: 3, centrings: 0, folds: 16, graphs: 1, graph_breaks: 0
 model.layers.0.layernorm_before  LayerNorm  pre_rms_norm, fold_affine
@@ -150,7 +159,7 @@ graph 0: predicted bytes a call: pre_rms_norm 39,168 to 26,112, fold_affine 8,70
 
     def test_vit_graph(self) -> None:
         self.assertExpectedInline(
-            excerpt(_report(vit()).graphs[0].after),
+            excerpt(_report(vit).graphs[0].after),
             """\
 %0 = center(model.embeddings.patch_embeddings.projection.weight, dim=0): f32[32, 3, 8, 8]
 %1 = center(model.embeddings.patch_embeddings.projection.bias, dim=0): f32[32]
@@ -186,7 +195,7 @@ return [%32]
 
     def test_refusal_plan(self) -> None:
         self.assertExpectedInline(
-            str(_report((Observed(), (torch.arange(6).reshape(2, 3),)))),
+            str(_report(observed)),
             """\
 layer_norm: 2, rms_norm: 0, to_rms_norm: 0, fold_affine: 2, fuse_residual_norm: 1, centrings: 0, folds: 4, graphs: 1, graph_breaks: 0
 norm   LayerNorm  fold_affine
@@ -197,7 +206,7 @@ graph 0: predicted bytes a call: fold_affine 384 to 0, fuse_residual_norm 192 to
         )
 
     def test_refusal_graph(self) -> None:
-        report = _report((Observed(), (torch.arange(6).reshape(2, 3),)))
+        report = _report(observed)
         self.assertExpectedInline(
             report.graphs[0].after,
             """\
@@ -218,7 +227,7 @@ return [%9, %6]
     def test_training_plan(self) -> None:
         """With dropout on the residual branches each write would have to be centred while the model runs (M12)."""
         self.assertExpectedInline(
-            str(_report(gpt2(0.1), training=True)),
+            str(_report(gpt2, 0.1, training=True)),
             """\
 layer_norm: 5, rms_norm: 0, to_rms_norm: 0, fold_affine: 5, fuse_residual_norm: 4, centrings: 0, folds: 10, graphs: 1, graph_breaks: 0
 model.transformer.h.0.ln_1  LayerNorm  fold_affine
@@ -236,7 +245,7 @@ graph 0: predicted bytes a call: fold_affine 15,360 to 0, fuse_residual_norm 12,
 
     def test_training_graph(self) -> None:
         self.assertExpectedInline(
-            excerpt(_report(gpt2(0.1), training=True).graphs[0].after),
+            excerpt(_report(gpt2, 0.1, training=True).graphs[0].after),
             """\
 %0 = embedding(model.transformer.wte.weight, %1): f32[2, 12, 32]
 %2 = embedding(model.transformer.wpe.weight, %3): f32[1, 12, 32]

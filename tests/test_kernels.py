@@ -111,7 +111,7 @@ def test_many_wide_rows(width: int) -> None:
     check([{"spec": forms(width, "bfloat16")[3], "shape": [257]}])
 
 
-@pytest.mark.parametrize("width", [1, 127, pytest.param(1024, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("width", [127, *(pytest.param(width, marks=pytest.mark.slow) for width in (1, 1024))])
 def test_shapes(width: int) -> None:
     """No rows, one row, one to four dimensions, and rows that do not lie side by side."""
     shapes: list[list[int]] = [[0], [1], [], [2, 3], [2, 1, 3], [0, 3]]
@@ -121,7 +121,7 @@ def test_shapes(width: int) -> None:
     check(cases)
 
 
-@pytest.mark.parametrize("width", [128, 1023, pytest.param(20000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("width", [1023, *(pytest.param(width, marks=pytest.mark.slow) for width in (128, 20000))])
 def test_hard_values(width: int) -> None:
     """A mean of a thousand deviations, rows of zeros with and without ε; infinities and NaN as eager has them."""
     affine = {"weight": "float32", "bias": "float32"}

@@ -17,7 +17,7 @@ QUICK = {
     "bert post-norm", "llama",
 }  # fmt: skip
 """The other models are `slow`."""
-LOW = {"gpt2", "timm vit", "encoder", "whisper", "llama"}
+LOW = {"gpt2", "timm vit", "encoder"}
 
 
 def _cases(quick: Collection[str]) -> pytest.MarkDecorator:
@@ -86,7 +86,7 @@ def test_generate_token_by_token() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["gpt2", "opt", *(pytest.param(n, marks=pytest.mark.slow) for n in ("llama", "gemma2"))]
+    "name", ["gpt2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("opt", "llama", "gemma2"))]
 )
 def test_dynamic_lengths(name: str) -> None:
     """One graph for all lengths, the same decisions as with static shapes."""

@@ -63,7 +63,10 @@ QUICK = {"gpt2", "torchvision vit"}
 SOME = [pytest.param(c, id=c.name.replace(" ", "-"), marks=[] if c.name in QUICK else pytest.mark.slow) for c in CASES]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(torch.float32, marks=pytest.mark.slow, id="float32"), pytest.param(torch.bfloat16, id="bfloat16")],
+)
 @pytest.mark.parametrize("case", SOME)
 def test_low_precision(case: Case, dtype: torch.dtype) -> None:
     """As the live folds are judged, in tests/test_models.py."""

@@ -26,7 +26,7 @@ def _check(steps: tuple[Step, ...], options: dict[str, str] | None = None) -> No
         assert site.rules or site.refusals
 
 
-@settings(max_examples=15, **QUIET)
+@settings(max_examples=6, **QUIET)
 @given(programs())
 @example((("post_norm", 0), ("number", 0), ("branch", 0)))  # a centring between a norm and its multiple
 def test_random_residual_networks(steps: tuple[Step, ...]) -> None:
@@ -38,7 +38,7 @@ def _check_compressed(steps: tuple[Step, ...]) -> None:
     _check(steps, {"rules": "default,+crms_norm", "crms_basis": basis, "crms_width": "exact", "fold": "live"})
 
 
-@settings(max_examples=8, **QUIET)
+@settings(max_examples=4, **QUIET)
 @given(programs())
 @example((("branch", 0), ("head_write", 0), ("branch", 0)))  # a writer that reads a norm, and takes its γ
 def test_random_compressed_streams(steps: tuple[Step, ...]) -> None:

@@ -106,7 +106,7 @@ def test_which_adds(case: str, fused: bool) -> None:
     assert site.lowering.startswith("triton: add_layer_norm_8, " if fused else "triton: layer_norm_8, ")
 
 
-@pytest.mark.parametrize("call", [checkpointed, Layer.__call__])
+@pytest.mark.parametrize("call", [checkpointed, pytest.param(Layer.__call__, marks=pytest.mark.slow)])
 def test_checkpointed_layers(call: Any) -> None:
     """The op of a region takes in no add of another region: backward is left with as little."""
     plain = Partitioned(640, None).run(Stack(call, depth=3).double(), ids(1, 640))
