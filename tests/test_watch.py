@@ -108,7 +108,7 @@ def test_layouts_are_part_of_the_identity(library: object) -> None:
         watch = accepted([form])
         for other in forms:
             assert watch.changed([other]) == (other is not form)
-        assert [watch.read([o])[0] == (0,) for o in forms] == [o is not form for o in forms]
+        assert [watch.read([o]) != watch.read([o]) for o in forms] == [o is not form for o in forms]
     parameter = torch.nn.Parameter(square.clone())
     watch = accepted([parameter])
     parameter.data = parameter.data.t()  # the same object, storage and address
@@ -191,7 +191,7 @@ def test_freed_and_filled_again(library: object) -> None:
     size = tensor.untyped_storage().nbytes()
     tensor.untyped_storage().resize_(0)
     assert watch.changed([tensor])
-    assert watch.read([tensor]) == [(0,)]
+    assert watch.read([tensor]) != watch.read([tensor])
     tensor.untyped_storage().resize_(size)
     tensor.data.fill_(1.0)
     again = accepted([tensor])

@@ -15,6 +15,7 @@
 #include <c10/util/intrusive_ptr.h>
 
 #include <algorithm>
+#include <deque>
 #include <initializer_list>
 #include <map>
 #include <set>
@@ -96,7 +97,7 @@ struct Block {
     Weak storage;           // keeps the identity from being used again
     PageRange pages{0, 0};  // that are watched; none: the whole contents are hashed
     Edge edges[2];          // on the first and the last page; without pages the first edge is all of the block
-    bool shared = false;    // others may write it: never watched by pages
+    bool shared = false;       // others may write it: never watched by pages
     bool by_contents = false;  // all of it is hashed
     uint64_t epoch = 0;
     uint64_t polls = 0;
@@ -106,12 +107,12 @@ struct Block {
     bool watched() const { return pages.first < pages.last; }
 };
 
-constexpr int ALARMS = 8;              // false alarms until an edge counts as busy
-constexpr uint64_t QUIET = 4;          // polls without an alarm after which they are counted from the beginning
-constexpr uint64_t PATIENCE = 1024;    // polls until a busy edge is given another chance
-constexpr uint64_t GAP = 256 * 4096;   // walking over this much takes the kernel as long as one more question
+constexpr int ALARMS = 8;             // false alarms until an edge counts as busy
+constexpr uint64_t QUIET = 4;         // polls without an alarm after which they are counted from the beginning
+constexpr uint64_t PATIENCE = 1024;   // polls until a busy edge is given another chance
+constexpr uint64_t GAP = 256 * 4096;  // walking over this much takes the kernel as long as one more question
 
-std::vector<Block> g_blocks;
+std::deque<Block> g_blocks;  // their addresses stay
 uint64_t g_clock = 1;
 uint64_t g_layout = 1;  // grows when the watched pages of a block change
 std::vector<int64_t> g_free;
@@ -497,7 +498,7 @@ extern "C" {
 
 // Whether the kernel tells which pages were written.
 int64_t normfx_watches_pages() {
-    std::lock_guard<std::mutex> guard(g_mutex);
+    std::lock_guard<std::recursive_mutex> guard(g_mutex);
     return g_allowed && open_kernel();
 }
 
@@ -506,7 +507,7 @@ void normfx_allow_pages(int64_t allowed) { g_allowed = allowed != 0; }
 
 Watch* normfx_watch(
     c10::TensorImpl* const* tensors, const uint8_t* itemsizes, const uint8_t* shared, int64_t count) {
-    std::lock_guard<std::mutex> guard(g_mutex);
+    std::lock_guard<std::recursive_mutex> guard(g_mutex);
     if (g_forked) begin_again_in_child();
     forget_mappings();
     auto* watch = new Watch();
@@ -533,25 +534,24 @@ Watch* normfx_watch(
 }
 
 void normfx_unwatch(Watch* watch) {
-    std::lock_guard<std::mutex> guard(g_mutex);
+    std::lock_guard<std::recursive_mutex> guard(g_mutex);
     for (const Tensor& known : watch->tensors) {
         if (known.block >= 0) release(known.block);
     }
     delete watch;
 }
 
-// The epoch of each tensor; 0 of one that cannot be read, or is not the one that is watched.
+// The epoch of each tensor; 0 for all if one cannot be read, or is not the one that is watched.
 void normfx_read(Watch* watch, c10::TensorImpl* const* tensors, uint64_t* epochs) {
-    std::lock_guard<std::mutex> guard(g_mutex);
+    std::lock_guard<std::recursive_mutex> guard(g_mutex);
     if (g_forked) begin_again_in_child();
     size_t count = watch->tensors.size();
     bool there = true;
     for (size_t i = 0; i < count; ++i) {
         const Tensor& known = watch->tensors[i];
-        epochs[i] = known.readable && same(known, tensors[i]);
-        there &= epochs[i] != 0;
+        there &= known.readable && same(known, tensors[i]);
     }
-    if (!there) return;
+    if (!there) return std::fill(epochs, epochs + count, 0);
     poll(*watch);
     for (size_t i = 0; i < count; ++i) epochs[i] = epoch(watch->tensors[i]);
 }
@@ -561,7 +561,7 @@ void normfx_read(Watch* watch, c10::TensorImpl* const* tensors, uint64_t* epochs
 // objects: Python's tensors, with the address of the C++ tensor `payload` bytes behind their own; all of this, and what it
 // leads to, is out of the cache when a model has run, hence the order
 int64_t normfx_changed(Watch* watch, const char* const* objects, int64_t payload, const uint64_t* epochs) {
-    std::lock_guard<std::mutex> guard(g_mutex);
+    std::lock_guard<std::recursive_mutex> guard(g_mutex);
     if (g_forked) return 1;
     auto prefetch = [](const void* place, int lines) {
         for (int line = 0; line < lines; ++line) __builtin_prefetch(static_cast<const char*>(place) + 64 * line);
@@ -586,7 +586,7 @@ int64_t normfx_changed(Watch* watch, const char* const* objects, int64_t payload
 
 // Blocks that are in use, and those whose pages are watched: for tests.
 int64_t normfx_blocks(int64_t by_pages) {
-    std::lock_guard<std::mutex> guard(g_mutex);
+    std::lock_guard<std::recursive_mutex> guard(g_mutex);
     int64_t count = 0;
     for (const Block& block : g_blocks) count += block.users > 0 && (by_pages == 0 || block.watched());
     return count;

@@ -28,7 +28,7 @@ struct PageRange { uint64_t first, last; };  // addresses: of the first page, an
 
 bool g_forked = false;  // this process is a child that has not begun to watch for itself
 uint64_t g_page_size = 4096;
-std::mutex g_mutex;
+std::recursive_mutex g_mutex;  // the last reference to a storage may run Python code, which may come back here
 
 uint64_t page_of(uint64_t address) { return address / g_page_size * g_page_size; }
 uint64_t page_after(uint64_t address) { return page_of(address + g_page_size - 1); }
@@ -57,7 +57,7 @@ int g_faults = -1, g_pages = -1;
 bool g_opened = false;
 
 void after_fork_in_child() {
-    new (&g_mutex) std::mutex();
+    new (&g_mutex) std::recursive_mutex();
     g_forked = true;
 }
 

@@ -98,7 +98,7 @@ class Watch:
         stamps: list[Stamp] = [()] * len(tensors)
         if self.trackable and self._memory is not None:
             for i, epoch in zip(self._near, self._memory.read([tensors[i] for i in self._near]), strict=True):
-                stamps[i] = (epoch,)
+                stamps[i] = (epoch or object(),)  # what cannot be read is not equal to anything
             for i, stamp in zip(self._far, self._read_far(tensors), strict=True):
                 stamps[i] = stamp
         return stamps
