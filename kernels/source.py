@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from textwrap import fill
 
 from .backward import backward_chunks, backward_rows, columns
@@ -46,9 +47,13 @@ def forward_source(spec: Spec, launch: Launch, statistics: bool) -> Source:
             ("inner_rstd", statistics),
         ]
     by_row = ("x", "residual", "sum", "out")
-    parameters = [*_parameters(tensors, by_row), "eps", *(["inner_eps"] if spec.inner is not None else [])]
+    numbers = ["eps", *(["inner_eps"] if spec.inner is not None else [])]
+    parameters = [*_parameters(tensors, by_row), *numbers]
+    # a compiler that launches the kernel passes a Python number in float64, which would make the whole row float64
+    casts = [f"{number} = tl.cast({number}, tl.float32)" for number in numbers]
     body = forward_chunks if launch.form == "chunks" else forward_rows
-    return _source(f"{spec.name}_forward", spec, launch, parameters, body(Rows(spec, launch), statistics))
+    lines = chain(casts, body(Rows(spec, launch), statistics))
+    return _source(f"{spec.name}_forward", spec, launch, parameters, lines)
 
 
 def backward_source(spec: Spec, launch: Launch, sum_grad: bool) -> Source:

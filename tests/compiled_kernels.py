@@ -25,13 +25,15 @@ _BYTES = {".128": 16, ".64": 8, ".U16": 2, ".U8": 1}
 @dataclass(frozen=True)
 class Code:
     """stack: bytes of local memory a thread; spills: instructions that use it; registers: of a thread; loads, stores:
-    bytes of global memory that one program's instructions access, each counted once, by width of the access"""
+    bytes of global memory that one program's instructions access, each counted once, by width of the access; doubles:
+    arithmetic instructions in float64"""
 
     stack: int
     spills: int
     registers: int
     loads: dict[int, int]
     stores: dict[int, int]
+    doubles: int
 
 
 def compile_offline(source: Source, spec: Spec, backend: str, arch: int | str) -> dict[str, str | bytes]:
@@ -53,7 +55,7 @@ def compile_offline(source: Source, spec: Spec, backend: str, arch: int | str) -
 
 def _type(name: str, kind: str, spec: Spec) -> str:
     if kind != "ptr":
-        return "fp32" if kind == "eps" else "i32"
+        return "fp64" if kind == "eps" else "i32"  # as Inductor passes Python's numbers
     fields = {"out_grad": "out", "sum_grad": "sum", "x_grad": "x", "saved": "saved"}
     if name.startswith("inner_"):
         return _POINTER[getattr(spec.inner, name.removeprefix("inner_"), None) or "float32"]
@@ -77,6 +79,7 @@ def nvidia_code(source: Source, spec: Spec, arch: int) -> Code:
         registers,
         _accesses(text, "LDG", threads),
         _accesses(text, "STG", threads),
+        len(re.findall(r"\b(?:DADD|DMUL|DFMA|DSETP|MUFU\.\w*64H)\b", text)),
     )
 
 
