@@ -39,7 +39,7 @@ FLOORS = (
     ("recognize.composed", "recognize.norms", "recognize.readers", "recognize.stream"),
     ("recognize.residual",),
     ("recognize",),
-    ("rules.rule", "rules.algebra"),
+    ("rules.rule", "rules.algebra", "rules.device"),
     ("rules.centring",),
     ("rules.pre_rms_norm", "rules.linear_norm", "rules.fold_scale", "rules.fold_affine", "rules.bake_weights"),
     ("rules.crms_norm", "rules.fuse_residual_norm"),

@@ -1,4 +1,4 @@
-"""LayerNorms with a residual add that a CPU computes faster as `aten.layer_norm`."""
+"""LayerNorms that are faster as `aten.layer_norm`: on a CPU some with a residual add, on a GPU all without a kernel."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from normfx.ir import ops
 from normfx.ir.calls import add_call
 from normfx.ir.fused_ops import ADD_LAYER_NORM, ADDS, KINDS, NORM_ADD_NORM, AddNorm, NormAddNorm
 from normfx.ir.graph import grad_modes, shape, tensor
@@ -19,7 +20,11 @@ _OPS = {name: op for op, name in KINDS.items()}
 
 
 def use_native_norms(gm: GraphModule) -> None:
-    """LayerNorms in ops with a residual add become `aten.layer_norm`, in place, where that is the same and faster."""
+    """LayerNorms become `aten.layer_norm`, in place, where that is the same and faster.
+
+    On a GPU Inductor computes mean and variance of `aten.layer_norm` in one loop over a row that does not fit into
+    registers, and in two of the canonical form.
+    """
     graph, modes = gm.graph, grad_modes(gm.graph)
     for node in graph.find_nodes(op="call_function", target=NORM_ADD_NORM):
         if _wins(node, modes[node]):
@@ -36,12 +41,19 @@ def use_native_norms(gm: GraphModule) -> None:
             part.replace_all_uses_with((out, total)[part.args[1]])
             graph.erase_node(part)
         graph.erase_node(node)
+    for node in graph.find_nodes(op="call_function", target=ops.LAYER_NORM):
+        x, weight, bias, *rest = node.args
+        form = Form(*rest)
+        if tensor(node).device.type != "cpu" and _is_native(x, weight, bias, form):
+            with graph.inserting_before(node):
+                node.replace_all_uses_with(_native(graph, x, weight, bias, form, node))
+            graph.erase_node(node)
     gm.recompile()
 
 
 def _wins(node: Node, records: bool) -> bool:
     x: Any = node.args[0]
-    return tensor(x).device.type == "cpu" and not faster_spelled(x, records)
+    return tensor(x).device.type != "cpu" or not faster_spelled(x, records)
 
 
 def _apart(graph: Graph, node: Node) -> Node:

@@ -1,7 +1,8 @@
 """What pre_rms_norm and linear_norm share: deciding and centring one stream.
 
-Costs are counted in bytes, pass by pass. A LayerNorm reads a row for its mean, for its variance and to normalise it; an
-RMSNorm saves the first. Centring an activation while the model runs reads it for the mean and writes the difference;
+Costs are counted in bytes, pass by pass. On a CPU a LayerNorm reads a row for its mean, for its variance and to
+normalise it, and an RMSNorm saves the first; a GPU reads it once for either (device.py), so that there centring pays
+only where it is free. Centring an activation while the model runs reads it for the mean and writes the difference;
 for looked-up embedding rows and rows that a norm emits, the write is their own, unless others read the original too.
 Folded weights are free where they are kept. Where they are live, for their gradients, every call reads and writes them,
 and so does its backward pass: it takes many rows to pay.
@@ -21,6 +22,7 @@ from torch.fx import Node
 from normfx.ir.graph import bytes_of, entries, op_name, shape, size_hint, tensor, total
 from normfx.ir.sites import Leaf, Norm, Stream
 from normfx.recognize.flow import LINEARS
+from normfx.rules.device import device_costs
 from normfx.rules.rule import Code, Cost
 
 CODES = {
@@ -64,6 +66,9 @@ LIVE_PASSES = 5
 """Passes over a weight that is centred in every call: three forward (ops.center takes two means), two backward. The
 predicted break-even is twelve rows a feature in a transformer (ViT at 8 rows a feature: 0.98 of Inductor's speed)."""
 
+LIVE_LAUNCHES = 3
+"""Kernels that a GPU starts for a weight that is centred in every call, forward and backward."""
+
 
 def pieces(stream: Stream) -> Iterator[Stream]:
     """The part of a stream that pays to centre, and the rest.
@@ -77,7 +82,8 @@ def pieces(stream: Stream) -> Iterator[Stream]:
     network = networkx.DiGraph()
     rank = 2 * len(stream.norms)  # breaks ties in favour of centring
     for norm in stream.norms:
-        network.add_edge("source", norm, capacity=rank * _hint(bytes_of(norm.input), norm.input) + 1)
+        saved = _saved(norm) * _hint(bytes_of(norm.input), norm.input)
+        network.add_edge("source", norm, capacity=rank * saved + 1)
     for reader, operands in stream.reads.items():
         for operand in operands:
             if not isinstance(operand, Leaf) or operand.explicit or operand.obstacle or _live(operand, stream):
@@ -102,8 +108,15 @@ def pieces(stream: Stream) -> Iterator[Stream]:
 
 def cost(stream: Stream) -> Cost:
     """Of passes over the rows of norm inputs, over centred leaves and over live weights."""
-    rows = total(bytes_of(norm.input) for norm in stream.norms)
-    return Cost(3 * rows, 2 * rows + _total(stream, stream.leaves))
+    before = total(device_costs(norm.input).layer_norm * bytes_of(norm.input) for norm in stream.norms)
+    saved = total(_saved(norm) * bytes_of(norm.input) for norm in stream.norms)
+    return Cost(before, before - saved + _total(stream, stream.leaves))
+
+
+def _saved(norm: Norm) -> int:
+    """Passes over the rows that an RMSNorm saves."""
+    costs = device_costs(norm.input)
+    return costs.layer_norm - costs.rms_norm
 
 
 def _total(stream: Stream, leaves: Iterable[Leaf]) -> sympy.Expr:
@@ -115,7 +128,8 @@ def _price(leaf: Leaf, stream: Stream) -> sympy.Expr:
         inside = leaf.alone and leaf.kind in ("norm", "embedding")  # a norm itself emits centred rows (M9)
         return (1 if inside else 2) * bytes_of(leaf.node)
     rows = op_name(leaf.node) == "aten::embedding"  # of a table, at positions that are known: the lookup writes them
-    return (1 if rows else LIVE_PASSES) * total(map(bytes_of, _live(leaf, stream)))
+    passes, launches = (1, 1) if rows else (LIVE_PASSES, LIVE_LAUNCHES)
+    return total(passes * bytes_of(node) + launches * device_costs(node).launch for node in _live(leaf, stream))
 
 
 def _live(leaf: Leaf, stream: Stream) -> tuple[Node, ...]:

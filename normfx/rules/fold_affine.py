@@ -23,6 +23,7 @@ from normfx.ir.graph import bytes_of, entries, shape, size_hint, tensor, total
 from normfx.ir.packing import packed_sources
 from normfx.ir.sites import Linear, Norm, Readers, Sites
 from normfx.rules import centring
+from normfx.rules.device import device_costs
 from normfx.rules.rule import Code, Cost, Example, Rule, Symbols
 
 
@@ -108,12 +109,19 @@ def narrow_readers(site: Readers) -> tuple[Node, ...]:
 LIVE_PASSES = 7
 """Passes over a reader's weight that is folded in every call: W·γ and Wβ forward, dW, dγ and dβ backward."""
 
+LIVE_LAUNCHES = 1
+"""Kernels that a GPU starts for such a weight, beyond those of dγ and dβ that it saves."""
+
 
 def cost(site: Readers) -> Cost:
-    """One pass over the rows for γ and β, and one for their gradients; afterwards none. Kept folded weights are free,
-    live ones are read and written in every call."""
+    """On a CPU one pass over the rows for γ and β, and one for their gradients; afterwards none. Kept folded weights
+    are free, live ones are read and written in every call."""
     live = [linear.weight for linear, _, _ in site.linears if _live(linear, site)]
-    return Cost((2 if live else 1) * bytes_of(site.norm.output), LIVE_PASSES * total(map(bytes_of, live)))
+    costs = device_costs(site.norm.output)
+    trained = torch.is_grad_enabled() if costs.launch else bool(live)
+    before = (costs.affine + (costs.affine_grad if trained else 0)) * bytes_of(site.norm.output)
+    after = total(LIVE_PASSES * bytes_of(weight) + LIVE_LAUNCHES * costs.launch for weight in live)
+    return Cost(before, after)
 
 
 def _live(linear: Linear, site: Readers) -> bool:
