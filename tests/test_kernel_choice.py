@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ pytest.importorskip("triton")
 from normfx.backend import transform
 from normfx.kernels import run
 from normfx.lower import choice
+from normfx.lower.folded import fed
 from normfx.options import Options
 from normfx.report import GraphReport
 
@@ -36,7 +38,8 @@ def report(make: Callable[[], tuple[nn.Module, Tensor]], dynamic: bool | None = 
     def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         ready = transform(gm, inputs, settings)
         found.append(ready.report)
-        return ready.graph_module.forward
+        run = ready.graph_module.forward
+        return fed(run, ready.folding) if ready.folding else run
 
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -212,3 +215,51 @@ def test_llama_in_training() -> None:
     sites = report(make, lowering="triton").sites
     assert len(sites) == 5
     assert all(site.lowering.startswith(("triton: rms_norm_2048", "triton: add_rms_norm_2048")) for site in sites)
+
+
+# ---------------------------------------------------------------- what rules cost on a GPU
+
+
+def blocks(rows: int = 4096, dtype: torch.dtype = torch.bfloat16) -> tuple[nn.Module, Tensor]:
+    def linear(width: int, out: int) -> nn.Module:
+        return nn.Linear(width, out, dtype=dtype)
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.up, self.down = nn.LayerNorm(256, dtype=dtype), linear(256, 512), linear(512, 256)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.down(torch.relu(self.up(self.norm(x))))
+
+    model = nn.Sequential(linear(8, 256), Block(), Block(), nn.LayerNorm(256, dtype=dtype), linear(256, 8))
+    return model, torch.randn(rows, 8, dtype=dtype)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("rows", [64, 4096, 2**20])
+def test_live_folds_do_not_pay(rows: int, training: bool) -> None:
+    """A GPU reads a row once for a LayerNorm and for an RMSNorm: nothing pays for a weight centred in each call."""
+    with torch.set_grad_enabled(training):
+        sites = report(lambda: blocks(rows), lowering="inductor").sites
+    for site in sites:
+        assert "pre_rms_norm" not in site.rules and site.kind == "LayerNorm"
+        assert any(r.rule == "pre_rms_norm" and r.code == "live_weights" for r in site.refusals)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("fold", ["live", "cached"])
+def test_layer_norms_without_a_kernel_stay_whole(fold: str, dtype: torch.dtype) -> None:
+    """Inductor's own form of `aten.layer_norm` has one row loop less than the canonical one. γ and β may have moved."""
+    rules = "fold_affine,fuse_residual_norm"
+    with torch.no_grad():
+        found = report(lambda: blocks(dtype=dtype), fold=fold, rules=rules, lowering="inductor")
+    assert any(site.rules for site in found.sites)
+    norms = [line for line in found.after.splitlines() if "layer_norm" in line]
+    assert len(norms) == 3 and all(re.search(r"= layer_norm\(%\d+, \[256\]", line) for line in norms), norms
+
+
+def test_kept_folds_are_free() -> None:
+    with torch.no_grad():
+        sites = report(blocks, fold="cached", lowering="inductor").sites
+    assert all("pre_rms_norm" in site.rules for site in sites)

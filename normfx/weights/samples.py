@@ -5,7 +5,7 @@ Reading them waits for the device. A write that bumps no version and misses all 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -38,7 +38,8 @@ def is_recording() -> bool:
     """Whether a CUDA graph is being recorded: nothing can be read back, and what is recorded is repeated unchecked, so
     folds must be computed in it.
     """
-    return torch.cuda.is_current_stream_capturing()
+    initialised: Callable[[], bool] = torch.cuda.is_initialized  # torch leaves it untyped
+    return initialised() and torch.cuda.is_current_stream_capturing()
 
 
 def wait_for(devices: Iterable[torch.device]) -> None:
