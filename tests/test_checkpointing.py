@@ -74,7 +74,8 @@ def test_recomputed_forward(call: Any) -> None:
     assert backend.count(*RMS_NORMS) == len(sites) and not backend.count(higher.tag_activation_checkpoint)
 
 
-@pytest.mark.parametrize("p", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
+@pytest.mark.slow
+@pytest.mark.parametrize("p", [0.0, 0.5])
 def test_inductor(p: float, graphs: list[GraphReport]) -> None:
     """Random numbers are those that plain Inductor draws."""
     model = Stack(p=p).double()

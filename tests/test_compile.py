@@ -85,7 +85,8 @@ def _counts(graphs: list[GraphReport]) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(
-    ("style", "converted", "folded"), [("plain", 3, 3), ("in place", 3, 3), ("checkpoint", 3, 3), ("cond", 2, 3)]
+    ("style", "converted", "folded"),
+    [("plain", 3, 3), ("in place", 3, 3), pytest.param("checkpoint", 3, 3, marks=pytest.mark.slow), ("cond", 2, 3)],
 )
 def test_styles_in_float64(style: str, converted: int, folded: int, graphs: list[GraphReport]) -> None:
     """Checkpoints are written out. Other subgraphs are carried over whole, observe the stream they read and centre

@@ -167,7 +167,8 @@ def test_packed_readers_stay_packed() -> None:
     assert [r.code for r in site.refusals if r.rule == "crms_norm"] == ["packed_weight"]
 
 
-@pytest.mark.parametrize("fold", [pytest.param("auto", marks=pytest.mark.slow), "frozen"])
+@pytest.mark.slow
+@pytest.mark.parametrize("fold", ["auto", "frozen"])
 def test_under_inductor(fold: str) -> None:
     """Kept and frozen folds, a changed parameter, and another number of rows."""
     model = Stack(d=16, layers=1)
