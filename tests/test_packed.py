@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -253,3 +255,36 @@ def test_the_measurement_is_on_the_cpu() -> None:
     """Whatever the default device is when a model is compiled."""
     with torch.device("meta"):
         assert {tensor.device.type for tensor in gemm._layer(torch.float32)} == {"cpu"}
+
+
+def test_a_torch_without_onednn() -> None:
+    """Its ops are not there: normfx is imported, compiles, and packs nothing."""
+    code = """
+import torch
+real = torch.ops.mkldnn
+class Without:
+    def __getattr__(self, name):
+        if "linear" in name:
+            raise AttributeError(name)
+        return getattr(real, name)
+torch.ops.mkldnn = Without()
+torch._C._has_mkldnn = False
+torch.backends.mkldnn.is_available = lambda: False
+torch._inductor.config.freezing = False
+import normfx
+from normfx import backend
+from normfx.options import Options
+seen = []
+def compile_only(gm, inputs):
+    ready = backend.transform(gm, inputs, Options.parse({"strict": True, "fold": "cached"}, environ={}))
+    seen.append(ready)
+    from normfx.lower.folded import fed
+    return fed(ready.graph_module.forward, ready.folding)
+model = torch.nn.Sequential(torch.nn.Linear(8, 512), torch.nn.LayerNorm(512), torch.nn.Linear(512, 512))
+x = torch.randn(4, 8)
+with torch.no_grad():
+    torch.testing.assert_close(torch.compile(model, backend=compile_only)(x), model(x), rtol=1e-4, atol=1e-4)
+assert seen[0].report.sites[0].rules and "packed" not in str(seen[0].graph_module.code)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -7,6 +7,7 @@ one entry at a fixed address; the packed tensor behind it is found in weights/ha
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +33,11 @@ COPIES = 2**29
 """Bytes of a graph's weights that may be packed without being folded. A folded weight is kept in any case, packed or
 not; of another one the packed form is a second copy."""
 
-_multiply: Any = torch.ops.mkldnn._linear_pointwise.default
+
+@functools.cache
+def _multiply() -> Any:
+    """Not looked up at import: a torch that was built without oneDNN has no such op, and packs nothing."""
+    return torch.ops.mkldnn._linear_pointwise.default
 
 
 def _pack(weight: Tensor, out: int) -> Tensor:
@@ -42,7 +47,7 @@ def _pack(weight: Tensor, out: int) -> Tensor:
 
 
 def _packed_linear(x: Tensor, handle: Tensor, bias: Tensor | None, features: int) -> Tensor:
-    result: Tensor = _multiply(x, behind(handle), bias, "none", [], "")
+    result: Tensor = _multiply()(x, behind(handle), bias, "none", [], "")
     return result
 
 
