@@ -16,6 +16,7 @@ from torch import Tensor, nn
 pytest.importorskip("triton")
 
 from equivalence import LOW_PRECISION, assert_low_precision, exact
+from folding import Net
 from models import named
 from test_kernels import DTYPES, WIDTHS, check, forms, spec
 
@@ -100,3 +101,64 @@ def _gradients(call: Any, model: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
     torch.manual_seed(2)
     torch.stack([(o * torch.randn_like(o, dtype=torch.float32)).double().sum() for o in outputs]).sum().backward()
     return torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None])
+
+
+# ---------------------------------------------------------------- kept folds
+
+
+def _kept(device: str = "cuda") -> tuple[nn.Module, Any, Tensor]:
+    torch.manual_seed(0)
+    model = Net(256).to(device).eval().requires_grad_(False)
+    call = torch.compile(model, backend="normfx", fullgraph=True, options={"fold": "cached", "strict": True})
+    return model, call, torch.randn(64, 6, device=device)
+
+
+def _close(call: Any, model: nn.Module, x: Tensor) -> None:
+    torch.testing.assert_close(call(x), model(x), rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_refreshed_on_another_stream() -> None:
+    """Values are complete for every stream once they are believed."""
+    model, call, x = _kept()
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    _close(call, model, x)
+    for i in range(30):
+        model.up.weight.mul_(-1.1)
+        torch.cuda.synchronize()
+        for stream in (streams[i % 3], streams[(i + 1) % 3]):
+            with torch.cuda.stream(stream):
+                _close(call, model, x)
+
+
+@torch.no_grad()
+def test_recorded_graph() -> None:
+    """A graph recorded by the user computes its folds in each replay."""
+    model, call, x = _kept()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        out = call(x)
+    for _ in range(3):
+        model.norm1.weight.add_(0.5)
+        graph.replay()
+        torch.testing.assert_close(out, model(x), rtol=1e-3, atol=1e-3)
+    _close(call, model, x)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is no second CUDA device")
+@torch.no_grad()
+def test_another_device_than_the_current() -> None:
+    model, call, x = _kept("cuda:1")
+    assert torch.cuda.current_device() == 0
+    _close(call, model, x)
+    norm = nn.LayerNorm(512, device="cuda:1")
+    y = torch.randn(8, 512, device="cuda:1")
+    found = run.forward(
+        Spec(512, True, "float32", "float32", weight="float32", bias="float32"), y, 1e-5, None, norm.weight, norm.bias
+    )
+    torch.testing.assert_close(found.out, norm(y), rtol=1e-4, atol=1e-4)
