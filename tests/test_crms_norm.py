@@ -243,7 +243,10 @@ def _errors(basis: str, dtype: torch.dtype, found: tuple[int, float, float]) -> 
     return own, eager
 
 
-@pytest.mark.parametrize("dtype", LOW_PRECISION)
+SLOW_FLOAT32 = [d if d == torch.bfloat16 else pytest.param(d, marks=pytest.mark.slow) for d in LOW_PRECISION]
+
+
+@pytest.mark.parametrize("dtype", SLOW_FLOAT32)
 @pytest.mark.parametrize(("basis", "found"), HARD)
 def test_outliers(basis: str, dtype: torch.dtype, found: tuple[int, float, float]) -> None:
     """The error against float64 beside eager's own. Anywhere, on every row."""

@@ -91,7 +91,9 @@ def test_decisions_and_float64(kind: str, kernels: bool, monkeypatch: pytest.Mon
         assert two == {"peri": 6, "swin": 2}.get(kind, 0)
 
 
-@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@pytest.mark.parametrize(
+    "dtype", [d if d == torch.bfloat16 else pytest.param(d, marks=pytest.mark.slow) for d in LOW_PRECISION]
+)
 @pytest.mark.parametrize("kind", RULES)
 def test_low_precision(kind: str, dtype: torch.dtype) -> None:
     batches = [(torch.randint(0, 200, (16, 16), generator=torch.Generator().manual_seed(i)),) for i in range(8)]

@@ -12,10 +12,7 @@ from models import CASES, Case, named
 from normfx.backend import listening
 from normfx.report import GraphReport, Report
 
-QUICK = {
-    "gpt2", "gpt_neox parallel", "opt", "dinov2", "timm vit", "torchvision vit", "encoder", "bloom", "whisper",
-    "bert post-norm", "llama",
-}  # fmt: skip
+QUICK = {"gpt2", "gpt_neox parallel", "timm vit", "encoder", "whisper", "bert post-norm", "llama"}
 """The other models are `slow`."""
 LOW = {"gpt2", "timm vit", "encoder"}
 

@@ -71,6 +71,7 @@ def run(folder: Path, *families: Family, train: bool = False) -> tuple[int, dict
     return status, json.loads((folder / "survey.json").read_text())
 
 
+@pytest.mark.slow
 def test_families_of_the_zoo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
     assert main(["survey", "--models", "decision-transformer,distilbert,olmo2", "--output", str(tmp_path)]) == 0
