@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -87,20 +87,27 @@ def make_plan(sites: Sites, enabled: tuple[str, ...], spells: bool = False, kern
     spells:  LayerNorms that stay are spelled out on the CPU where that is faster
     kernels: norms that stay are spelled out on a CUDA device, for a kernel
     """
-    decisions = tuple(_decisions(sites, enabled))
+    decisions = tuple(_decisions(sites, enabled, kernels))
     touched = {norm for decision in decisions if decision.applied for norm in decision.norms}
     stays = [norm for norm in sites.norms if norm not in touched and enabled]
     stay = (norm for norm in stays if (spells and _faster_spelled(norm)) or (kernels and _for_a_kernel(norm)))
     return Plan(sites.norms, decisions, tuple(stay), sites.composed)
 
 
-def _decisions(sites: Sites, enabled: tuple[str, ...]) -> Iterator[Decision]:
+def _decisions(sites: Sites, enabled: tuple[str, ...], kernels: bool) -> Iterator[Decision]:
     for rule in RULES:
         if rule.opt_in and rule.name not in enabled:
             continue
         for site in rule.candidates(sites):
+            if rule.for_kernels and not kernels and _on_gpu(rule.norms(site)):
+                continue
             refusals = rule.refusals(site) if rule.name in enabled else (_disabled(rule),)
             yield Decision(rule, site, rule.norms(site), rule.cost(site), refusals)
+
+
+def _on_gpu(norms: Iterable[Norm | Composed]) -> bool:
+    fakes = [value(norm.output) for norm in norms if isinstance(norm, Norm)]
+    return any(fake is not None and fake.device.type == "cuda" for fake in fakes)
 
 
 LARGE = 2**20

@@ -254,7 +254,8 @@ def test_layer_norms_without_a_kernel_stay_whole(fold: str, dtype: torch.dtype) 
     rules = "fold_affine,fuse_residual_norm"
     with torch.no_grad():
         found = report(lambda: blocks(dtype=dtype), fold=fold, rules=rules, lowering="inductor")
-    assert any(site.rules for site in found.sites)
+    if fold == "cached" and dtype == torch.float32:
+        assert all(site.rules == ("fold_affine",) for site in found.sites)
     norms = [line for line in found.after.splitlines() if "layer_norm" in line]
     assert len(norms) == 3 and all(re.search(r"= layer_norm\(%\d+, \[256\]", line) for line in norms), norms
 

@@ -8,7 +8,8 @@ emits them centred, for one more sum over the row (M9):
 
     P (γ⊙z + β)  ==  γ⊙z + β − (γ·z/d + mean β)
 
-On a GPU with kernels the op is one kernel, which reads the sum from registers; elsewhere Inductor gets its parts.
+On a GPU with kernels the op is one kernel, which reads the sum from registers. Without kernels a GPU gets nothing from
+it: Inductor fuses the add and the norm by itself, and the op's own derivative reads more than that of the parts.
 """
 
 from __future__ import annotations
@@ -181,6 +182,7 @@ RULE = Rule(
     guard=guard,
     cost=cost,
     rewrite=rewrite,
+    for_kernels=True,
     example=Example("post-norm", _PostNorm, _input),
     counterexamples=(
         Example("broadcast", lambda: _PostNorm("broadcast"), _input, "broadcast"),

@@ -76,6 +76,7 @@ class Rule(Generic[S]):
     cost:                 bytes before and after; a guard may object to it
     rewrite(site, edit):  the edits, in terms of normfx.rewrite.Edit
     opt_in:               not among the default rules; unless it is asked for, the report does not mention it
+    for_kernels:          on a GPU it serves generated kernels alone; where none may run, its sites are not decided
     """
 
     name: str
@@ -91,6 +92,7 @@ class Rule(Generic[S]):
     example: Example
     counterexamples: tuple[Example, ...] = field(default=())
     opt_in: bool = False
+    for_kernels: bool = False
 
     def refusals(self, site: S) -> tuple[Refusal, ...]:
         return tuple(self.refuse(code, detail, nodes) for code, detail, nodes in self.guard(site))

@@ -25,6 +25,7 @@ import torch._inductor.fx_passes.post_grad
 import torch._inductor.graph
 import torch._subclasses.fake_tensor as fake_tensor
 import torch.amp.autocast_mode as autocast_mode
+import torch.cuda.amp.common as amp_common
 from torch._dynamo.device_interface import CudaInterface
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -97,8 +98,9 @@ def begin() -> None:
     torch.cuda.is_current_stream_capturing = lambda: False
     torch.cuda.is_bf16_supported = lambda *args, **kwargs: True
     fake_tensor.init_gpu_context = lambda *args: None
-    if hasattr(autocast_mode, "amp_definitely_not_available"):
-        autocast_mode.amp_definitely_not_available = lambda: False
+    for module in (autocast_mode, amp_common):  # else autocast switches itself off
+        if hasattr(module, "amp_definitely_not_available"):
+            module.amp_definitely_not_available = lambda: False
     inductor_config.compile_threads = 1
     inductor_config.force_disable_caches = True
     inductor_config.joint_graph_constant_folding = False  # it would run on the device
