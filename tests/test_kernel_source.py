@@ -30,6 +30,7 @@ def add_rms_norm_4096_forward(
     x_ptr, residual_ptr, sum_ptr, out_ptr, rstd_ptr, rows, x_stride, residual_stride, sum_stride, out_stride,
     eps,
 ):
+    eps = tl.cast(eps, tl.float32)
     cols = tl.arange(0, 4096)
     row = tl.cast(tl.program_id(0), tl.int64)
     x = tl.load(x_ptr + row * x_stride + cols).to(tl.float32)
@@ -101,6 +102,7 @@ import triton.language as tl
 def layer_norm_20000_forward(
     x_ptr, weight_ptr, out_ptr, rows, x_stride, out_stride, eps,
 ):
+    eps = tl.cast(eps, tl.float32)
     row = tl.cast(tl.program_id(0), tl.int64)
     mean = 0.0
     squares = 0.0
