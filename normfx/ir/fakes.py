@@ -76,7 +76,7 @@ def fake_inputs(gm: GraphModule, example_inputs: Sequence[Any], mode: FakeTensor
 def _fake_input(node: Node, x: Any, mode: FakeTensorMode) -> Any:
     """A fake of one input with the symbols Dynamo gave it.
 
-    `meta['example_value']` belongs to Dynamo's own fake mode, so a tensor is faked anew; a SymInt has no
+    `meta['example_value']` belongs to Dynamo's own fake mode, so a tensor is faked again; a SymInt has no
     mode. Without `source` a dynamic dimension becomes a fresh symbol, Dynamo then breaks the graph silently.
     """
     if isinstance(x, (list, tuple)) and all(isinstance(item, torch.Tensor) for item in x):

@@ -116,7 +116,7 @@ def hoist(gm: GraphModule, kept: Sequence[Kept]) -> Folding | None:
 
 
 def _feed(gm: GraphModule, nodes: Sequence[Node], prefix: str) -> tuple[Node, ...]:
-    """Replace values of a graph, in place, by new inputs behind the old ones: the caller computes them.
+    """Replace values of a graph, in place, by new inputs after the old ones: the caller computes them.
 
     The inputs are marked static, as Dynamo marks parameters: their memory does not move from call to call.
     """
@@ -138,7 +138,7 @@ def _feed(gm: GraphModule, nodes: Sequence[Node], prefix: str) -> tuple[Node, ..
 
 
 def _detached(fake: Any) -> torch.Tensor:
-    """A fake like this one, without history, that is nobody's view."""
+    """A fake like this one, without history, that is not a view."""
     with fake.fake_mode, torch.inference_mode(False), torch.no_grad():
         return torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device)
 

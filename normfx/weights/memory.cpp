@@ -117,7 +117,7 @@ uint64_t g_clock = 1;
 uint64_t g_layout = 1;  // grows when the watched pages of a block change
 std::vector<int64_t> g_free;
 std::map<Key, int64_t> g_by_key;
-std::set<uint64_t> g_breaks;  // ends of pages behind which lies memory that cannot be registered
+std::set<uint64_t> g_breaks;  // ends of pages after which comes memory that cannot be registered
 
 struct Place { PageRange pages; uint64_t reach; int64_t block; };
 std::vector<Place> g_places;  // of all watched blocks, by first page; reach: the end of this and all places before it
@@ -558,7 +558,7 @@ void normfx_read(Watch* watch, c10::TensorImpl* const* tensors, uint64_t* epochs
 
 // Whether tensors differ from those that are watched, or their contents from what they were at these epochs.
 //
-// objects: Python's tensors, with the address of the C++ tensor `payload` bytes behind their own; all of this, and what it
+// objects: Python's tensors, with the address of the C++ tensor `payload` bytes after their own; all of this, and what it
 // leads to, is out of the cache when a model has run, hence the order
 int64_t normfx_changed(Watch* watch, const char* const* objects, int64_t payload, const uint64_t* epochs) {
     std::lock_guard<std::recursive_mutex> guard(g_mutex);

@@ -24,7 +24,7 @@
 
 namespace {
 
-struct PageRange { uint64_t first, last; };  // addresses: of the first page, and behind the last
+struct PageRange { uint64_t first, last; };  // addresses: of the first page, and after the last
 
 bool g_forked = false;  // this process is a child that has not begun to watch for itself
 uint64_t g_page_size = 4096;
