@@ -211,7 +211,7 @@ def fused_step(s: State) -> None:
 
 @step
 def collective(s: State) -> None:
-    """Of a group of one process; all but the first bump no version."""
+    """A collective of a group of one process; all but the first bump no version."""
     p = s.parameter()
     fresh, written = torch.randn_like(p).contiguous(), p.detach()
     if written.is_contiguous():

@@ -17,6 +17,7 @@ from capturing import Backend, Model, Stack, same, x64
 from equivalence import assert_same_float64
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
+from torch.library import custom_op
 from torch.utils.checkpoint import checkpoint
 
 from normfx.ir.opaque import calls_unknown
@@ -153,7 +154,7 @@ def test_functions_of_torch_are_known() -> None:
 CALLS = {"fake": 0, "setup": 0, "backward": 0, "written": 0}
 
 
-@torch.library.custom_op("normfx_tests::twice", mutates_args=())
+@custom_op("normfx_tests::twice", mutates_args=())
 def twice(x: Tensor) -> Tensor:
     return x * 2
 
@@ -176,7 +177,7 @@ def _twice_backward(ctx: Any, grad: Tensor) -> Tensor:
 twice.register_autograd(_twice_backward, setup_context=_twice_setup)
 
 
-@torch.library.custom_op("normfx_tests::double_", mutates_args=("x",))
+@custom_op("normfx_tests::double_", mutates_args=("x",))
 def double_(x: Tensor) -> None:
     x.mul_(2)
 

@@ -88,7 +88,7 @@ def test_only_what_changed_is_packed_anew() -> None:
 
 
 def test_handles_stay_and_packed_weights_go_with_the_model() -> None:
-    assert not handles._BEHIND
+    assert not handles._VALUES
     run = torch.compile(
         lambda model, x: model(x), backend="normfx", fullgraph=True, options={"fold": "cached", "strict": True}
     )
@@ -96,20 +96,20 @@ def test_handles_stay_and_packed_weights_go_with_the_model() -> None:
     with torch.no_grad():
         run(keep, X.float())
         size = store.STORE.bytes
-        before = dict(handles._BEHIND)
+        before = dict(handles._VALUES)
         assert len(before) == 4 and size > sum(p.nbytes for p in before.values()) > 4 * 5 * 16
         for seed in range(1, 4):
             run(net(seed, torch.float32), X.float())
         run(keep, X.float())
     gc.collect()
-    assert store.STORE.bytes == size and handles._BEHIND.keys() == before.keys()
+    assert store.STORE.bytes == size and handles._VALUES.keys() == before.keys()
     WRITES["p.data = t"](keep)
     with torch.no_grad():
         torch.testing.assert_close(run(keep, X.float()), keep(X.float()), rtol=1e-4, atol=1e-4)
     del run
     torch._dynamo.reset()
     gc.collect()
-    assert not handles._BEHIND
+    assert not handles._VALUES
 
 
 def test_two_callables_share_packed_weights() -> None:

@@ -86,7 +86,8 @@ def _fake_input(node: Node, x: Any, mode: FakeTensorMode) -> Any:
     if isinstance(x, FakeTensor) and x.fake_mode is mode:
         return x
     context = TracingContext.try_get()
-    symbolic: Any = context.tensor_to_context.get(x) if context is not None else None  # type: ignore[no-untyped-call]
+    known: Any = context.tensor_to_context if context is not None else {}
+    symbolic = known.get(x)
     if symbolic is None:
         return static_fake(x, mode)
     return mode.from_tensor(x, symbolic_context=symbolic, source=symbolic.tensor_source, trace=False)

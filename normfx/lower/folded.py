@@ -209,7 +209,7 @@ def _copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _release_modules(loaded: int) -> None:
-    """Let generated modules with constants, those behind the first `loaded`, live only as long as their code is in use.
+    """Let generated modules with constants, those after the first `loaded`, live only as long as their code is in use.
 
     Inductor lists every module it generated for the life of the process, and frozen parameters are attributes of them.
     """

@@ -2,7 +2,7 @@
 
 Inductor packs weights only as constants. Here a linear layer's weight is one more kept value: the graph computes
 `pack(W)`, which the store takes out, and multiplies by it in `packed_linear`. What the graph is given is a handle of
-one entry at a fixed address; the packed tensor behind it is found in weights/handles.py, and exchanged when W changed.
+one entry at a fixed address; the packed tensor that it stands for is found in weights/handles.py, and exchanged when W changed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from normfx.ir.graph import BAKED, arguments, op_name, parameter_only, value
 from normfx.ir.ops import define
 from normfx.ir.regions import is_autocast
 from normfx.lower.gemm import packed_is_faster
-from normfx.weights.handles import behind
+from normfx.weights.handles import value_of
 from normfx.weights.kept import folded, records_gradients
 
 ROWS = 128
@@ -47,7 +47,7 @@ def _pack(weight: Tensor, out: int) -> Tensor:
 
 
 def _packed_linear(x: Tensor, handle: Tensor, bias: Tensor | None, features: int) -> Tensor:
-    result: Tensor = _multiply()(x, behind(handle), bias, "none", [], "")
+    result: Tensor = _multiply()(x, value_of(handle), bias, "none", [], "")
     return result
 
 

@@ -34,6 +34,6 @@ GPU = DeviceCosts(layer_norm=1, rms_norm=1, affine=0, affine_grad=1, launch=8 * 
 
 
 def device_costs(node: Node) -> DeviceCosts:
-    """Of the device that a value is on."""
+    """The costs of the device that a value is on."""
     fake = value(node)
     return CPU if fake is None or fake.device.type == "cpu" else GPU

@@ -9,22 +9,22 @@ import weakref
 
 from torch import Tensor
 
-_BEHIND: dict[int, Tensor] = {}
+_VALUES: dict[int, Tensor] = {}
 
 
-def put_behind(handle: Tensor, value: Tensor) -> None:
+def set_value(handle: Tensor, value: Tensor) -> None:
     """Let a handle stand for a value, for as long as the handle lives."""
     address = handle.data_ptr()
-    if address not in _BEHIND:
-        weakref.finalize(handle, _BEHIND.pop, address)
-    _BEHIND[address] = value
+    if address not in _VALUES:
+        weakref.finalize(handle, _VALUES.pop, address)
+    _VALUES[address] = value
 
 
-def behind(handle: Tensor) -> Tensor:
+def value_of(handle: Tensor) -> Tensor:
     """The value that a handle stands for."""
-    return _BEHIND[handle.data_ptr()]
+    return _VALUES[handle.data_ptr()]
 
 
 def size_in_bytes(value: Tensor) -> int:
     """Of a kept value, or of what its handle stands for."""
-    return _BEHIND.get(value.data_ptr(), value).nbytes
+    return _VALUES.get(value.data_ptr(), value).nbytes

@@ -23,7 +23,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils._python_dispatch import _disable_current_modes  # private; torch 2.11 to 2.15
 
 from normfx.weights.expression import Expression
-from normfx.weights.handles import put_behind, size_in_bytes
+from normfx.weights.handles import set_value, size_in_bytes
 from normfx.weights.samples import is_recording, wait_for
 from normfx.weights.watch import Identity, Stamp, Watch, identity, is_ordinary, storage_of
 
@@ -238,7 +238,7 @@ class Folds:
             entry.value = fold.memory()
         with torch.inference_mode(False), torch.no_grad():
             if fresh.is_mkldnn:
-                put_behind(entry.value, fresh)
+                set_value(entry.value, fresh)
             else:
                 entry.value.copy_(fresh)
         self.refreshes += 1
