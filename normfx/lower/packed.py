@@ -2,7 +2,8 @@
 
 Inductor packs weights only as constants. Here a linear layer's weight is one more kept value: the graph computes
 `pack(W)`, which the store takes out, and multiplies by it in `packed_linear`. What the graph is given is a handle of
-one entry at a fixed address; the packed tensor that it stands for is found in weights/handles.py, and exchanged when W changed.
+one entry at a fixed address; the packed tensor that it stands for is found in weights/handles.py, and exchanged when
+W changed.
 """
 
 from __future__ import annotations
