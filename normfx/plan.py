@@ -14,6 +14,7 @@ from torch.fx import Node
 from normfx.ir.graph import entries, shape, size_hint, value
 from normfx.ir.sites import Composed, Norm, Sites
 from normfx.rules import RULES
+from normfx.rules.device import GPU, device_costs
 from normfx.rules.rule import DISABLED, Cost, Refusal, Rule
 
 
@@ -106,8 +107,7 @@ def _decisions(sites: Sites, enabled: tuple[str, ...], kernels: bool) -> Iterato
 
 
 def _on_gpu(norms: Iterable[Norm | Composed]) -> bool:
-    fakes = [value(norm.output) for norm in norms if isinstance(norm, Norm)]
-    return any(fake is not None and fake.device.type == "cuda" for fake in fakes)
+    return any(device_costs(norm.output) is GPU for norm in norms if isinstance(norm, Norm))
 
 
 LARGE = 2**20

@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -174,3 +175,22 @@ def test_returned_weights_are_not_the_kept_ones() -> None:
         assert torch.equal(weight, kept)
         assert torch.allclose(out, model(X)[0], rtol=0, atol=1e-12)
         assert torch.allclose(fresh, 3 * kept, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("fold", KEPT)
+def test_parameters_side_by_side_in_one_mapped_file(fold: str, tmp_path: Path) -> None:
+    """Two models take turns in it, at odd offsets, as in a file of weights; single entries anywhere are written."""
+    file = tmp_path / "weights"
+    torch.randn(40_000, dtype=torch.float64).numpy().tofile(file)
+    flat = torch.from_file(str(file), shared=False, size=40_000, dtype=torch.float64)
+    models, begin = [net(seed, width=80) for seed in range(2)], 3
+    for parameters in zip(*(model.parameters() for model in models), strict=True):
+        for p in parameters:
+            p.data = flat[begin : begin + p.numel()].view_as(p)
+            begin += p.numel() + 5
+    calls = [compiled(model, fold) for model in models]
+    for place in torch.randint(begin, (60,), generator=torch.Generator().manual_seed(0)).tolist():
+        flat[place] += 1.0
+        for k, (call, model) in enumerate(zip(calls, models, strict=True)):
+            if place % (3 + k):
+                check(call, model)

@@ -337,6 +337,16 @@ def test_samples_of_devices(dtype: torch.dtype) -> None:
     assert samples.read(tensors)[0] != seen[0]
 
 
+@pytest.mark.parametrize("size", [3, 100_000])
+def test_where_python_keeps_a_tensor_is_not_known(monkeypatch: pytest.MonkeyPatch, library: object, size: int) -> None:
+    """Then torch is asked for the address of each."""
+    monkeypatch.setattr("normfx.weights.watch._payload", lambda: None)
+    tensors = [torch.randn(size), torch.nn.Parameter(torch.randn(5))]
+    watch = accepted(tensors)
+    assert sees(watch, tensors, entry(tensors[0], size))
+    assert watch.changed(tensors[::-1]) and watch.changed([tensors[0], torch.randn(5)]) and not watch.changed(tensors)
+
+
 def test_without_a_compiler_nothing_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("normfx.weights.watch.native_library", lambda: None)
     tensors = [torch.randn(10)]

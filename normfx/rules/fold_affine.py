@@ -114,11 +114,11 @@ LIVE_LAUNCHES = 1
 
 
 def cost(site: Readers) -> Cost:
-    """On a CPU one pass over the rows for γ and β, and one for their gradients; afterwards none. Kept folded weights
-    are free, live ones are read and written in every call."""
+    """Passes over the rows for γ and β, and for their gradients where they are trained; afterwards none. Kept folded
+    weights are free, live ones are read and written in every call."""
     live = [linear.weight for linear, _, _ in site.linears if _live(linear, site)]
     costs = device_costs(site.norm.output)
-    trained = torch.is_grad_enabled() if costs.launch else bool(live)
+    trained = bool(live) and torch.is_grad_enabled()
     before = (costs.affine + (costs.affine_grad if trained else 0)) * bytes_of(site.norm.output)
     after = total(LIVE_PASSES * bytes_of(weight) + LIVE_LAUNCHES * costs.launch for weight in live)
     return Cost(before, after)
