@@ -106,7 +106,8 @@ class Watch:
     def accept(self, tensors: Sequence[Tensor], stamps: Sequence[Stamp]) -> None:
         """Compare with this from now on. Only after all that depends on it is up to date: other threads look."""
         if self.trackable and self._memory is not None:
-            changed = self._memory.comparison([stamps[i][0] for i in self._near])
+            epochs = [stamps[i][0] for i in self._near]
+            changed = self._memory.comparison([epoch if isinstance(epoch, int) else 0 for epoch in epochs])
             self._accepted = _Accepted(changed, [stamps[i] for i in self._far])
 
     def forget(self) -> None:
