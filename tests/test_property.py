@@ -67,7 +67,7 @@ def test_each_step_that_dynamo_brings(op: str) -> None:
 
 @pytest.mark.slow
 def test_many_programs_by_dynamo() -> None:
-    """As `python tests/fuzz.py --dynamo`."""
+    """What `python tests/fuzz.py --dynamo` runs."""
     assert fuzz.run(0, 200, dynamo=True) == []
 
 

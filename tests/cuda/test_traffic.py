@@ -1,4 +1,4 @@
-"""On a GPU normfx, by default, moves no more bytes and starts no more kernels than Inductor: in generated code."""
+"""The default options move no more bytes on a GPU, and start no more kernels, than Inductor: in generated code."""
 
 from __future__ import annotations
 

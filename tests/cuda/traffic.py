@@ -69,7 +69,7 @@ def measure(cases: Sequence[str], timeout: float = 3000) -> list[Traffic]:
 
 
 def table(found: Sequence[Traffic]) -> str:
-    """As Markdown."""
+    """The table of docs/benchmarks/cuda.md."""
     lines = [
         "| model, batch × tokens | mode | Inductor: MB, launches | normfx: MB, launches | norms |",
         "|---|---|---|---|---|",
