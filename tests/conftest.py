@@ -11,6 +11,8 @@ from budget import Budget
 
 BEGIN = time.monotonic()
 
+COSTLY = "tests/costly.txt"
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--budget", type=float, help="minutes of two cores that the default tests may cost")
@@ -26,8 +28,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Budget(config, config.getoption("budget")), "normfx-budget")
 
 
+@pytest.hookimpl(tryfirst=True)  # before markers choose
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where a deadline ends a run, a fixed order would leave out the same tests every time."""
+    """Mark costly tests slow, and order tests by a word: a deadline would else leave out the same ones every time."""
+    costly = frozenset((config.rootpath / COSTLY).read_text().splitlines())
+    for item in items:
+        if item.nodeid in costly:
+            item.add_marker("slow")
     word = config.getoption("order")
     if word is not None:
         items.sort(key=lambda item: hashlib.sha256(f"{word} {item.nodeid}".encode()).digest())

@@ -141,8 +141,9 @@ def _rerun(node: Node, mode: FakeTensorMode) -> Any:
         if mode.shape_env is not None:
             stack.enter_context(mode.shape_env.ignore_fresh_unbacked_symbols())
             stack.enter_context(mode.shape_env.suppress_guards())
-        # detached: an op that changes strides or sizes in place must not change what was recorded
-        args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.detach(), (args, kwargs))
+        if node.target._schema.is_mutable:  # type: ignore[union-attr]
+            # detached: an op that changes strides or sizes must not change what was recorded
+            args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.detach(), (args, kwargs))
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
