@@ -33,6 +33,7 @@ from normfx.lower.folded import Compiled, Folding, compile_folded, hoist, is_fro
 from normfx.lower.inductor import compile_graph, inductor_options
 from normfx.lower.native import use_native_norms
 from normfx.lower.packed import PACK, pack_linears
+from normfx.lower.products import with_products
 from normfx.lower.triton import Lowered, lower_norms
 from normfx.lower.verified import verified
 from normfx.options import Options
@@ -85,7 +86,7 @@ def normfx(
     graph is compiled, unless options["strict"] is set; Inductor's own exceptions pass through.
     """
     settings = Options.parse(options, mode)
-    patches = inductor_options(settings.mode, settings.inductor)
+    patches = with_products(inductor_options(settings.mode, settings.inductor), settings.products)
     freezes = is_frozen(settings.fold, patches)
     if settings.fold != "live":
         start_native_library()

@@ -16,9 +16,10 @@ RULE_NAMES = (
 DEFAULT_RULES = tuple(name for name in RULE_NAMES if name != "crms_norm")
 FOLDS = ("auto", "live", "cached", "frozen")
 LOWERINGS = ("auto", "triton", "inductor")
+PRODUCTS = ("auto", "aten", "onednn")
 BASES = ("orthonormal", "drop")
 WIDTHS = ("auto", "exact", "padded")
-KEYS = ("rules", "fold", "lowering", "crms_basis", "crms_width", "strict", "verify", "inductor", "mode")
+KEYS = ("rules", "fold", "lowering", "products", "crms_basis", "crms_width", "strict", "verify", "inductor", "mode")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class Options:
                written, and live elsewhere
     lowering:  "inductor" hands every norm to Inductor; "triton" runs norms on generated kernels where there are any
                (on CUDA); "auto" where they are predicted to move fewer bytes and were tested
+    products:  which library multiplies float32 matrices on the CPU where a weight is not packed, in training above all:
+               "aten" is torch's own choice; "onednn" takes oneDNN for all of them; "auto" the one that is faster for
+               their shapes on this machine
     crms_basis: in which basis crms_norm stores rows: "orthonormal" or "drop" (see rules/crms_norm.py)
     crms_width: "exact": d − 1 entries; "padded": zeros behind them up to a multiple of 8; "auto": padded where
                gradients are recorded and on CUDA
@@ -46,6 +50,7 @@ class Options:
     rules: tuple[str, ...] = DEFAULT_RULES
     fold: str = "auto"
     lowering: str = "auto"
+    products: str = "auto"
     crms_basis: str = "orthonormal"
     crms_width: str = "auto"
     strict: bool = False
@@ -82,6 +87,7 @@ class Options:
             rules=rules,
             fold=_choice(given, "fold", FOLDS),
             lowering=_choice(given, "lowering", LOWERINGS),
+            products=_choice(given, "products", PRODUCTS),
             crms_basis=_choice(given, "crms_basis", BASES),
             crms_width=_choice(given, "crms_width", WIDTHS),
             strict=_flag(given, "strict") or _env_flag(env, "NORMFX_STRICT"),

@@ -1,0 +1,126 @@
+"""Let Inductor's float32 products on the CPU run on the faster of two libraries, shape by shape.
+
+ATen multiplies float32 matrices by the BLAS library that torch was built with (on x86 MKL). oneDNN multiplies them too,
+and which of the two is faster depends on the processor, the shape and the layout. Kept and frozen weights are packed
+for oneDNN before AOTAutograd (lower/packed.py, lower/gemm.py). All other products are in the graphs that Inductor
+lowers: those of a training step, forward and backward, and those with weights that the graph computes. This pass
+runs after all of Inductor's own passes, so that decompositions, the partition into forward and backward, and fusions
+are those of Inductor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch._inductor.config as inductor_config
+from torch import Tensor, library
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph, Node
+
+from normfx.ir.ops import define
+from normfx.lower import rates
+from normfx.lower.gemm import onednn_works
+from normfx.lower.rates import Product
+
+HOOK = "post_grad_custom_post_pass"
+"""Inductor's place for a pass that runs after its own ones."""
+
+LEAST = 2**26
+"""Floating-point operations of the smallest products considered: the call itself costs 10 µs more than ATen's."""
+
+
+def _mm(a: Tensor, b: Tensor) -> Tensor:
+    return rates.onednn(a, b) if a.numel() and b.numel() else torch.mm(a, b)
+
+
+def _addmm(bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return rates.onednn(a, b, bias) if a.numel() and b.numel() else torch.addmm(bias, a, b)
+
+
+_TAGS = (torch.Tag.flexible_layout,)
+MM = define("mm(Tensor a, Tensor b) -> Tensor", _mm, "CPU", _TAGS)
+ADDMM = define("addmm(Tensor bias, Tensor a, Tensor b) -> Tensor", _addmm, "CPU", _TAGS)
+library.register_fake(MM, lambda a, b: a.new_empty(a.shape[0], b.shape[1]))
+library.register_fake(ADDMM, lambda bias, a, b: a.new_empty(a.shape[0], b.shape[1]))
+
+REPLACED = {torch.ops.aten.mm.default: MM, torch.ops.aten.addmm.default: ADDMM}
+
+
+def with_products(patches: Mapping[str, Any], products: str = "auto") -> dict[str, Any]:
+    """Inductor's config patches, with the pass after the one that the user set, if one is set.
+
+    They stay as they are where oneDNN cannot multiply, and, unless products is "onednn", where Inductor compares
+    libraries itself (`max_autotune`).
+
+    products: "auto", "aten" or "onednn", as in normfx.options
+    """
+
+    def setting(name: str) -> Any:
+        return patches[name] if name in patches else getattr(inductor_config, name)
+
+    tuned = products == "auto" and (setting("max_autotune") or setting("max_autotune_gemm"))
+    if products == "aten" or tuned or not onednn_works(torch.float32):
+        return dict(patches)
+    return {**patches, HOOK: FasterProducts(products == "auto", setting(HOOK))}
+
+
+class FasterProducts(CustomGraphPass):
+    """Replaces products by oneDNN's.
+
+    measured: only where these were measured to be faster
+    first:    a pass that runs before this one, or several
+    """
+
+    def __init__(self, measured: bool, first: Any = None) -> None:
+        self.measured = measured
+        self.first = tuple(first) if isinstance(first, (list, tuple)) else (first,) if first is not None else ()
+
+    def __call__(self, graph: Graph) -> None:
+        for run in self.first:
+            run(graph)
+        for node in graph.nodes:
+            product = _product(node)
+            if product is not None and (not self.measured or rates.onednn_is_faster(product)):
+                node.target = REPLACED[node.target]
+
+    def uuid(self) -> Any:
+        """What Inductor's caches know the pass by; None, as a user's pass may answer, switches them off."""
+        others = [one.uuid() if isinstance(one, CustomGraphPass) else None for one in self.first]
+        return None if None in others else (_digest(), self.measured, *others)
+
+
+def _digest() -> str:
+    source = inspect.getsource(inspect.getmodule(_digest) or rates) + inspect.getsource(rates)
+    return hashlib.sha256(source.encode()).hexdigest()
+
+
+def _product(node: Node) -> Product | None:
+    """A float32 product of two matrices on the CPU, plus a vector or not, of known sizes and worth a look."""
+    if node.target not in REPLACED or node.kwargs:
+        return None
+    values: list[Any] = [arg.meta.get("val") if isinstance(arg, Node) else None for arg in node.args]
+    if not all(isinstance(v, Tensor) and v.dtype == torch.float32 and v.device.type == "cpu" for v in values):
+        return None
+    *bias, a, b = values
+    if bias and (bias[0].ndim != 1 or bias[0].shape[0] != b.shape[1]):
+        return None
+    rows, inner, columns = _hint(a.shape[0]), _hint(a.shape[1]), _hint(b.shape[1])
+    if rows is None or inner is None or columns is None or 2 * rows * inner * columns < LEAST:
+        return None
+    return Product(rows, inner, columns, _is_transposed(a), _is_transposed(b))
+
+
+def _hint(size: Any) -> int | None:
+    """The size, or the one that a symbol had when the graph was traced."""
+    if isinstance(size, int):
+        return size
+    return int(size.node.hint) if size.node.has_hint() else None
+
+
+def _is_transposed(matrix: Tensor) -> bool:
+    """Whether columns are contiguous, not rows. Known strides only: a symbolic one is that of a contiguous matrix."""
+    return isinstance(matrix.stride(0), int) and matrix.stride(0) == 1 and matrix.shape[0] != 1
