@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from normfx.errors import NormfxWarning
 from normfx.weights import native
-from normfx.weights.samples import Samples
+from normfx.weights.samples import EVERY, Contents, Samples
 from normfx.weights.watch import Watch, identity
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.complex128, torch.int8]
@@ -338,6 +339,33 @@ def test_samples_of_devices(dtype: torch.dtype) -> None:
     assert samples.read(tensors)[1] != seen[1] and samples.read(tensors)[0] == seen[0]
     tensors[0].data.fill_(7)
     assert samples.read(tensors)[0] != seen[0]
+
+
+def test_contents_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here on the CPU: versions tell in each call; samples, which wait for a device, are read ever more rarely."""
+    reads: list[list[Tensor]] = []
+    read = Samples.read
+    monkeypatch.setattr(Samples, "read", lambda self, tensors: reads.append(tensors) or read(self, tensors))
+    tensors = [torch.randn(8, 10), torch.randn(3)]
+    contents = Contents(tensors)
+    seen = contents.read(tensors)
+    counts = []
+    for _ in range(3 * EVERY):
+        assert not contents.changed(tensors, seen)
+        counts.append(len(reads))
+    assert [i + 1 for i in range(1, 3 * EVERY) if counts[i] > counts[i - 1]] == [2, 4, 8, 16, 32, 64, 128, 192]
+    tensors[1].add_(1)
+    assert contents.changed(tensors, seen) and len(reads) == counts[-1]  # by its version
+    seen = contents.read(tensors)
+    for _ in range(5):
+        assert not contents.changed(tensors, seen)
+    tensors[0].data.fill_(7)
+    assert [contents.changed(tensors, seen) for _ in range(2)] == [False, False]
+    for _ in range(2):  # the eighth call sees it; and so does the next, in case the warning was raised
+        with pytest.warns(NormfxWarning, match="refold"):
+            assert contents.changed(tensors, seen)
+    seen = contents.read(tensors)
+    assert not contents.changed(tensors, seen)
 
 
 @pytest.mark.parametrize("size", [3, 100_000])

@@ -1,16 +1,26 @@
-"""What differs on devices: samples of tensors, up to SAMPLES entries each, compared bit by bit; streams.
+"""What differs on devices: contents are compared by version counters and, now and then, by samples; streams.
 
-Reading them waits for the device. A write that bumps no version and misses all samples is not seen (docs/folds.md).
+Samples are up to SAMPLES entries of each tensor, compared bit by bit. Reading them waits for the device, so they are
+not read in each call. docs/folds.md says which writes are not seen, or not at once.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
+from normfx.errors import NormfxWarning
+
 SAMPLES = 8
+
+EVERY = 64
+"""Samples are compared in calls 1, 2, 4, 8, … after they were accepted, and from then on in every EVERY-th one."""
+
+version_of = attrgetter("_version")
 
 
 class Samples:
@@ -32,6 +42,42 @@ class Samples:
                 for k, values in zip(members, _grouped(flat, [taken[k].numel() for k in members]), strict=True):
                     found[k] = values
         return found
+
+
+class Contents:
+    """Tells whether tensors on devices, always the same ones, have changed; most calls do not wait for the devices."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._samples = Samples(tensors)
+        self._calls = 0
+
+    def read(self, tensors: Sequence[Tensor]) -> list[tuple[int, tuple[int, ...]]]:
+        """The version and the samples of each tensor now. Waits for the devices."""
+        self._calls = 0
+        return list(zip(map(version_of, tensors), self._samples.read(tensors), strict=True))
+
+    def changed(self, tensors: Sequence[Tensor], seen: Sequence[tuple[int, tuple[int, ...]]]) -> bool:
+        """Whether a version differs from what was read, or, in the calls in which they are compared, a sample.
+
+        Warns when only samples differ: earlier calls may have missed that write.
+        """
+        if any(t._version != version for t, (version, _) in zip(tensors, seen, strict=True)):
+            return True
+        self._calls += 1
+        if self._calls % EVERY and self._calls & (self._calls - 1):
+            return False
+        if self._samples.read(tensors) == [samples for _, samples in seen]:
+            return False
+        self._calls = 0  # a warning may be an error: then the next call must look again
+        warnings.warn(LATE, NormfxWarning, stacklevel=2)
+        return True
+
+
+LATE = (
+    "normfx: parameters on a device were written in a way that no version counter shows (p.data, DLPack, a collective, "
+    f"a compiled fused optimizer). Up to {EVERY} calls may have used the old folded weights. Call normfx.refold() "
+    "after such a write, or use options={'fold': 'live'}"
+)
 
 
 def is_recording() -> bool:

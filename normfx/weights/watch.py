@@ -1,7 +1,7 @@
 """Detects whether a list of tensors is what it was: the same memory, read in the same layout, with the same contents.
 
-On the CPU the contents are watched exactly (memory.cpp), whatever writes them. On other devices versions and samples
-are compared (samples.py), which a write through `.data` can escape.
+On the CPU the contents are watched exactly (memory.cpp), whatever writes them. On other devices versions are compared,
+and now and then samples (samples.py), which a write through `.data` can escape.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef  # private in name only; torch 2.11 to 2.15
 
 from normfx.weights.native import native_library
-from normfx.weights.samples import Samples
+from normfx.weights.samples import Contents
 
 # torch leaves this one untyped
 weak_reference: Callable[[torch.UntypedStorage], Any] = StorageWeakRef
 
 storage_of = torch.Tensor.untyped_storage
 address_of = attrgetter("_cdata")  # of a storage or tensor: its C++ object
-version_of = attrgetter("_version")
 
 Stamp = tuple[Any, ...]
 """What a source was when it was looked at. Equal stamps stand for equal contents."""
@@ -69,7 +68,7 @@ class Watch:
         self._near = [i for i, t in enumerate(tensors) if t.device.type == "cpu"]
         self._far = [i for i, t in enumerate(tensors) if t.device.type != "cpu"]
         self._memory = _memory([tensors[i] for i in self._near])
-        self._samples = Samples([tensors[i] for i in self._far])
+        self._contents = Contents([tensors[i] for i in self._far])
         self._accepted: _Accepted | None = None
         self.trackable = self._memory is not None and not any(tensors[i].is_inference() for i in self._far)
         self._living = len(storages)
@@ -91,7 +90,7 @@ class Watch:
         if accepted is None:
             return True
         near = tuple(tensors[i] for i in self._near) if self._far else tuple(tensors)
-        return accepted.memory_changed(near) or (bool(self._far) and self._read_far(tensors) != accepted.far)
+        return accepted.memory_changed(near) or (bool(self._far) and self._far_changed(tensors, accepted.far))
 
     def read(self, tensors: Sequence[Tensor]) -> list[Stamp]:
         """The stamps of the tensors now. Read before anything is computed from them, so that a later write shows."""
@@ -114,13 +113,16 @@ class Watch:
         """Believe nothing until the next `accept`."""
         self._accepted = None
 
-    def _read_far(self, tensors: Sequence[Tensor]) -> list[Stamp]:
-        if not self._far:
-            return []
+    def _far_changed(self, tensors: Sequence[Tensor], accepted: Sequence[Stamp]) -> bool:
         far = [tensors[i] for i in self._far]
-        if [*map(identity, far)] != [self.identities[i] for i in self._far]:
-            return [()] * len(far)
-        return list(zip(map(version_of, far), self._samples.read(far), strict=True))
+        return self._far_moved(far) or not all(accepted) or self._contents.changed(far, accepted)
+
+    def _read_far(self, tensors: Sequence[Tensor]) -> list[Stamp]:
+        far = [tensors[i] for i in self._far]
+        return [()] * len(far) if self._far_moved(far) else list(self._contents.read(far))
+
+    def _far_moved(self, far: Sequence[Tensor]) -> bool:
+        return [*map(identity, far)] != [self.identities[i] for i in self._far]
 
 
 def _storage_died(watch: weakref.ref[Watch]) -> None:
