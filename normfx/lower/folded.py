@@ -12,6 +12,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -191,7 +192,8 @@ class FrozenTemplate:
         rest = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
         mode = detect_fake_mode(rest)
         loaded = len(PyCodeCache.modules)
-        with tracing(TracingContext(mode)), torch.inference_mode(False), torch.no_grad(), packing():
+        packed = packing() if any(t.device.type == "cpu" for t in values.values()) else nullcontext()
+        with tracing(TracingContext(mode)), torch.inference_mode(False), torch.no_grad(), packed:
             compiled = compile_graph(gm, rest, self.patches)
         _release_modules(loaded)
         return compiled

@@ -79,10 +79,11 @@ def pack_linears(gm: GraphModule, free: frozenset[Node]) -> None:
     free: parameters that may be kept. Every packed weight is one of `kept_values` afterwards.
     """
     graph = gm.graph
-    if is_autocast(graph) or records_gradients(graph):
+    products = {node: p for node in graph.nodes if (p := _product(node))}
+    if not products or is_autocast(graph) or records_gradients(graph):
         return
     known = parameter_only(graph, free)
-    products = {node: p for node in graph.nodes if (p := _product(node)) and p.weight in known}
+    products = {node: p for node, p in products.items() if p.weight in known}
     storages = storages_of(graph)
     outside, kept = escaping(graph, storages), folded(known)
     packs: dict[tuple[Node, int], Node] = {}
