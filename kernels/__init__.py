@@ -6,4 +6,5 @@ rows.py, forward.py, backward.py: the lines of its kernels
 source.py: its Triton source
 build.py:  source → kernel
 run.py:    tensors → launches
+refold.py: kept folds renewed on a device without a wait (a prototype)
 """

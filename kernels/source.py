@@ -104,7 +104,7 @@ def finalise_source(width: int) -> Source:
         f"    total += tl.load(sums_ptr + row * {width} + cols, mask=inside, other=0.0)",
         f"tl.store(out_ptr + cols, tl.sum(total, 0, keep_dims=True), mask=cols < {width})",
     ]
-    return _module(f"sum_{width}", ["sums_ptr", "out_ptr", "rows"], 4, "Partial sums, added up.", lines)
+    return module(f"sum_{width}", ["sums_ptr", "out_ptr", "rows"], 4, "Partial sums, added up.", lines)
 
 
 def _parameters(tensors: Iterable[tuple[str, object]], by_row: tuple[str, ...]) -> list[str]:
@@ -116,10 +116,11 @@ def _source(name: str, spec: Spec, launch: Launch, parameters: list[str], lines:
     if launch.form == "chunks" and (spec.centre_output or spec.inner is not None):
         what = "centres the output" if spec.centre_output else "has a norm before the add"
         raise ValueError(f"normfx kernels: none {what} of rows of {spec.entries}: {launch.reason}")
-    return _module(name, parameters, launch.warps, f"{spec}\n\n{launch.reason}; {launch.warps} warps.", lines)
+    return module(name, parameters, launch.warps, f"{spec}\n\n{launch.reason}; {launch.warps} warps.", lines)
 
 
-def _module(name: str, parameters: list[str], warps: int, doc: str, lines: Iterable[str]) -> Source:
+def module(name: str, parameters: list[str], warps: int, doc: str, lines: Iterable[str]) -> Source:
+    """A kernel of these lines, in a module of its own; doc says what it computes, warps how to launch it."""
     body = "\n".join(f"    {line}" for line in lines)
     signature = fill(", ".join(parameters) + ",", 110, initial_indent="    ", subsequent_indent="    ")
     text = (

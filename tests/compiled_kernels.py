@@ -6,6 +6,7 @@ import re
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,14 +38,27 @@ class Code:
 
 
 def compile_offline(source: Source, spec: Spec, backend: str, arch: int | str) -> dict[str, str | bytes]:
-    """Triton's artefacts by name. Pointers are aligned to 16 bytes, and so are rows whose width allows it: what the
-    launcher tells Triton of such arguments."""
-    signature, attributes = {}, {}
-    for i, parameter in enumerate(source.parameters):
+    """Triton's artefacts by name, of the kernel of a norm."""
+    types = {}
+    for parameter in source.parameters:
         name, _, kind = parameter.rpartition("_")
-        signature[parameter] = _type(name, kind, spec)
-        if kind == "ptr" or (kind == "stride" and spec.entries % 16 == 0):
-            attributes[(i,)] = [["tt.divisibility", 16]]
+        types[parameter] = _type(name, kind, spec)
+    wide = "stride" if spec.entries % 16 == 0 else None
+    return compile_typed(source, types, backend, arch, aligned=wide)
+
+
+def compile_typed(
+    source: Source, types: Mapping[str, str], backend: str, arch: int | str, aligned: str | None = None
+) -> dict[str, str | bytes]:
+    """Triton's artefacts by name. Pointers are aligned to 16 bytes, and so are numbers whose name ends in `aligned`:
+    what the launcher tells Triton of such arguments.
+    """
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, parameter in enumerate(source.parameters)
+        if parameter.rpartition("_")[2] in ("ptr", aligned)
+    }
+    signature = {parameter: types[parameter] for parameter in source.parameters}
     target = GPUTarget(backend, arch, 32 if backend == "cuda" else 64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # Triton 3.9, of its own default
@@ -63,8 +77,12 @@ def _type(name: str, kind: str, spec: Spec) -> str:
 
 
 def nvidia_code(source: Source, spec: Spec, arch: int) -> Code:
+    return code_of(compile_offline(source, spec, "cuda", arch), source.warps)
+
+
+def code_of(artefacts: Mapping[str, str | bytes], warps: int) -> Code:
     """From the disassembled cubin. Triton's own count of spills is None without a device."""
-    cubin = compile_offline(source, spec, "cuda", arch)["cubin"]
+    cubin = artefacts["cubin"]
     assert isinstance(cubin, bytes)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -72,7 +90,7 @@ def nvidia_code(source: Source, spec: Spec, arch: int) -> Code:
         text = _disassembled("-sass", file.name)
         usage = _disassembled("-res-usage", file.name)
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # type: ignore[union-attr]
-    threads = 32 * source.warps
+    threads = 32 * warps
     return Code(
         stack,
         len(re.findall(r"\b(?:LDL|STL)\b", text)),
@@ -96,8 +114,12 @@ def _accesses(text: str, instruction: str, threads: int) -> dict[int, int]:
 
 
 def amd_spills(source: Source, spec: Spec, arch: str) -> int:
+    return amd_spills_of(compile_offline(source, spec, "hip", arch))
+
+
+def amd_spills_of(artefacts: Mapping[str, str | bytes]) -> int:
     """Registers spilled, and bytes of private memory, of an AMD kernel."""
-    text = compile_offline(source, spec, "hip", arch)["amdgcn"]
+    text = artefacts["amdgcn"]
     assert isinstance(text, str)
     counts = re.findall(r"\.(?:vgpr_spill_count|sgpr_spill_count|private_segment_fixed_size):\s*(\d+)", text)
     assert len(counts) == 3

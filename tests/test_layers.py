@@ -18,7 +18,7 @@ FLOORS = (
     ("kernels.forward", "kernels.backward"),
     ("kernels.source",),
     ("kernels.build",),
-    ("kernels.run",),
+    ("kernels.run", "kernels.refold"),
     ("kernels",),
     ("ir.opaque",),
     ("ir.ops", "ir.regions", "ir.names", "ir.cleanup", "ir.fakes"),
