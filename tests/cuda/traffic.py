@@ -85,18 +85,16 @@ def measure(cases: Sequence[str], timeout: float = 3000) -> list[Traffic]:
     return [Traffic(**json.loads(line)) for line in lines]
 
 
-def table(found: Sequence[Traffic]) -> str:
-    """The table of docs/benchmarks/cuda.md."""
-    lines = [
-        "| model, batch × tokens | mode | Inductor: MB, launches | normfx: MB, launches | norms |",
-        "|---|---|---|---|---|",
-    ]
-    for t in found:
-        model, size, mode = t.case.split(" ", 2)
-        norms = ", ".join(f"{count} {what}" for what, count in t.norms.items())
-        plain, ours = f"{t.inductor_mb:.2f}, {t.inductor_launches:g}", f"{t.normfx_mb:.2f}, {t.normfx_launches:g}"
-        lines.append(f"| {model} {size.replace('x', ' × ')} | {mode} | {plain} | {ours} | {norms} |")
-    return "\n".join(lines)
+HEADER = "| model, batch × tokens | mode | Inductor: MB, launches | normfx: MB, launches | norms |"
+HEADER += "\n|---|---|---|---|---|"
+"""Of the table of docs/benchmarks/cuda.md."""
+
+
+def row(t: Traffic) -> str:
+    model, size, mode = t.case.split(" ", 2)
+    norms = ", ".join(f"{count} {what}" for what, count in t.norms.items())
+    plain, ours = f"{t.inductor_mb:.2f}, {t.inductor_launches:g}", f"{t.normfx_mb:.2f}, {t.normfx_launches:g}"
+    return f"| {model} {size.replace('x', ' × ')} | {mode} | {plain} | {ours} | {norms} |"
 
 
 # ---------------------------------------------------------------- the process with a device that is not there
@@ -180,16 +178,15 @@ def _traffic(case: str) -> Traffic:
 def main() -> None:
     chosen = sys.argv[1:] or list(CASES)
     if os.environ.get("NORMFX_TRAFFIC") != "1":
-        found = []
+        failed = False
+        print(HEADER)
         for case in chosen:
             try:
-                found += measure([case])
+                print(*map(row, measure([case])), flush=True)
             except RuntimeError as error:
+                failed = True
                 print(f"{case} failed: {error}", file=sys.stderr)
-        print(table(found))
-        if len(found) < len(chosen):
-            raise SystemExit(1)
-        return
+        raise SystemExit(failed)
     sys.path.insert(0, str(HERE))
     import warnings
 
