@@ -1,6 +1,7 @@
 """Generated kernels on a CUDA device: `pytest -m gpu`, or the scripts of docs/gpu-runbook.md, which end in time.
 
-When all of this passes, and some of it under compute-sanitizer, the device's architecture belongs into normfx/lower/choice.py, TESTED.
+When all of this passes, and some of it under compute-sanitizer, the device's architecture belongs into
+normfx/lower/choice.py, TESTED.
 """
 
 from __future__ import annotations
