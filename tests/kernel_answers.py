@@ -72,15 +72,15 @@ def normalised(spec: Spec, s: Tensor, eps: float, weight: Tensor | None, bias: T
 
 
 def inputs(spec: Spec, shape: list[int], shift: float, kind: str) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)
 
     def random(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator)
+        return torch.randn(*size, generator=generator, device=DEVICE)
 
     full = (*shape, spec.entries)
     x = random(*full) + shift
     if kind == "zeros":
-        x = torch.zeros(full)
+        x = torch.zeros(full, device=DEVICE)
     elif kind == "strided":
         x = torch.stack([x, x + 1], -1).flatten(-2)[..., ::2]
     elif kind == "rows apart":
@@ -139,18 +139,15 @@ def results(
     spec: Spec, eps: float, tensors: dict[str, Tensor], out_grad: Tensor, sum_grad: Tensor | None
 ) -> tuple[dict[str, Tensor], Tensor]:
     """What the kernels give, and rstd."""
-    x, residual, weight, bias, dy, ds = (
-        _there(t) for t in (*map(tensors.get, ("x", "residual", "weight", "bias")), out_grad, sum_grad)
-    )
-    assert x is not None and dy is not None
-    inner_weight, inner_bias = (_there(tensors.get(name)) for name in ("inner_weight", "inner_bias"))
+    x, residual, weight, bias = tensors["x"], *map(tensors.get, ("residual", "weight", "bias"))
+    inner_weight, inner_bias = map(tensors.get, ("inner_weight", "inner_bias"))
     forward = run.forward(spec, x, eps, residual, weight, bias, inner=(inner_weight, inner_bias, INNER_EPS))
     assert forward.rstd is not None
     saved = x if forward.sum is None else forward.sum
     if not trains(spec):
-        return {"out": forward.out.cpu()}, forward.rstd.cpu()
+        return {"out": forward.out}, forward.rstd
     last = spec if spec.inner is None else spec.last
-    grads = run.backward(last, dy, saved, forward.rstd, forward.mean, weight, ds)
+    grads = run.backward(last, out_grad, saved, forward.rstd, forward.mean, weight, sum_grad)
     found = {
         "out": forward.out,
         "sum": forward.sum,
@@ -162,15 +159,7 @@ def results(
         assert forward.inner_rstd is not None
         first = run.backward(spec.first, grads.x, x, forward.inner_rstd, forward.inner_mean, inner_weight)
         found |= {"x_grad": first.x, "inner_weight_grad": first.weight, "inner_bias_grad": first.bias}
-    return {name: t.cpu() for name, t in found.items() if t is not None}, forward.rstd.cpu()
-
-
-def _there(tensor: Tensor | None) -> Tensor | None:
-    """On the device, with the strides it has here."""
-    if tensor is None or DEVICE == "cpu":
-        return tensor
-    moved = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=DEVICE)
-    return moved.copy_(tensor)
+    return {name: t for name, t in found.items() if t is not None}, forward.rstd
 
 
 def answer(case: dict[str, Any]) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from normfx.bench.measure import VARIANTS, Cell, Settings, Variant, peak_memory
+from normfx.bench.clock import Call, Captured
+from normfx.bench.measure import VARIANTS, Cell, Measured, Result, Settings, Variant, measure, peak_memory
 from normfx.bench.models import MODELS, make
+from normfx.bench.present import Results, markdown
 from normfx.bench.timing import Quartiles, interleaved, relative_error, speeds
 from normfx.cli import main
 
@@ -108,9 +111,82 @@ def test_without_matplotlib(
     assert load(tmp_path)["cells"] and not (tmp_path / "bench.png").exists()
 
 
+CELL = Cell("test_bench:tiny", "float32", 2, "training", "cpu")
+
+
+@pytest.mark.parametrize("task", ["forward", "training"])
+def test_replays(task: str) -> None:
+    """They are timed where what they write is right."""
+
+    def copying(call: Call, device: str) -> Captured:
+        written = call()
+        return (lambda: [w.copy_(t) for w, t in zip(written, call(), strict=True)]), written
+
+    def idle(call: Call, device: str) -> Captured:
+        return (lambda: None), call()
+
+    def wrong(call: Call, device: str) -> Captured:
+        written = call()
+        return (lambda: [w.copy_(1.01 * t) for w, t in zip(written, call(), strict=True)]), written
+
+    cell, settings = replace(CELL, task=task), Settings(rounds=3, base="eager", graphs=True)
+    found = measure(cell, ["eager"], settings, lambda stage: None, copying)
+    assert found.failures == {} and found.results["eager"].graph_speed == (1, 1, 1)
+    assert found.results["eager"].graph_ms is not None and found.results["eager"].graph_ms.low > 0
+    for capture in (idle, wrong):
+        found = measure(cell, ["eager"], settings, lambda stage: None, capture)
+        assert found.failures["eager graph"].startswith("RuntimeError: wrong: a replay is off by ")
+        assert found.results["eager"].graph_ms is None and found.results["eager"].ms.low > 0
+
+
+def test_replays_are_columns(tmp_path: Path) -> None:
+    once = Quartiles(1.0, 2.0, 3.0)
+    result = Result(once, once, once, 1e-3, 1.0, 3, 1, graph_ms=once, graph_speed=once)
+    results = Results({"cpu": "", "device": ""}, Settings(base="eager"), [Measured(CELL, {"eager": result})], left=2)
+    assert Results.load(results.dump()) == results
+    text = markdown(results)
+    assert "| ms | speed | graph ms | graph speed | error | first call s |" in text
+    assert "- left: 2 cells, for --resume" in text and "## Speed relative to eager" in text
+
+
+def test_another_base_and_an_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--models", "test_bench:tiny", "--variants", "", "--base", "eager")
+    assert bench(tmp_path, *arguments, "--minutes", "0") == 0
+    assert load(tmp_path)["left"] == 1 and load(tmp_path)["cells"] == []
+    assert bench(tmp_path, *arguments, "--resume") == 0
+    (measured,) = load(tmp_path)["cells"]
+    assert load(tmp_path)["left"] == 0
+    assert list(measured["results"]) == ["eager"] and measured["results"]["eager"]["speed"] == [1, 1, 1]
+
+
+def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It needs no device, makes the models and measures nothing."""
+    arguments = ("--device", "cuda", "--graphs", "--dry-run", "--task", "forward,training")
+    assert bench(tmp_path, *arguments, "--models", "test_bench:tiny", "--variants", "inductor-freezing") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "tiny float32 batch 2 forward, 0.0 million parameters: inductor, inductor-freezing" in printed
+    assert "tiny float32 batch 2 training, 0.0 million parameters: inductor" in printed
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(RuntimeError, match="no such weights"):
+        bench(tmp_path, *arguments, "--models", "test_bench:broken")
+
+
+@pytest.mark.slow
+def test_modes(tmp_path: Path) -> None:
+    """Every variant with a mode compiles; without a device there are no CUDA graphs in it."""
+    names = [name for name, variant in VARIANTS.items() if variant.replays and "max" not in name]
+    assert {"inductor-reduce-overhead", "normfx-reduce-overhead"} <= set(names)
+    assert bench(tmp_path, "--models", "test_bench:tiny", "--variants", ",".join(names)) == 0
+    (measured,) = load(tmp_path)["cells"]
+    assert set(measured["results"]) == {"inductor", *names} and measured["failures"] == {}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--graphs",), "--graphs: CUDA graphs are of CUDA devices, not of cpu"),
+        (("--base", "jit"), "unknown variant 'jit' in --base"),
+        (("--base", "eager,inductor"), "--base takes one variant"),
         (("--models", "resnet"), "unknown model 'resnet' in --models; valid: gpt2_small"),
         (("--models", "test_bench:nothing"), "cannot import the model 'test_bench:nothing'"),
         (("--models", "no_module:f"), "No module named 'no_module'"),

@@ -1,12 +1,15 @@
-"""Generated kernels on a CUDA device: `pytest -m gpu`, and once under compute-sanitizer, see docs/kernels.md.
+"""Generated kernels on a CUDA device: `pytest -m gpu`, or the scripts of docs/gpu-runbook.md, which end in time.
 
-When all of this passes, the device's architecture belongs into normfx/lower/choice.py, TESTED.
+When all of this passes, and some of it under compute-sanitizer, the device's architecture belongs into
+normfx/lower/choice.py, TESTED.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,11 +20,13 @@ pytest.importorskip("triton")
 
 from equivalence import LOW_PRECISION, assert_low_precision, exact
 from folding import Net
+from kernel_processes import Processes
 from models import named
-from test_kernels import DTYPES, WIDTHS, check, forms, spec
+from test_kernels import DTYPES, WIDTHS, forms, judge, spec
 
 from normfx.backend import listening, normfx
 from normfx.kernels import run
+from normfx.kernels.launch import PROGRAM, power_of_two
 from normfx.kernels.spec import Spec
 from normfx.report import GraphReport
 
@@ -31,17 +36,32 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Processes]:
+    """Each needs a core, and up to 3 GB of the device."""
+    with Processes(min(16, len(os.sched_getaffinity(0))), "cuda") as found:
+        yield found
+
+
+def check(processes: Processes, cases: list[dict[str, Any]]) -> None:
+    judge(cases, processes.answers(cases))
+
+
+def many(width: int) -> int:
+    """Rows enough that each program of an H100 has some more than once, and the last one is not full."""
+    return 301 if width > 8192 else 600 * max(1, PROGRAM // power_of_two(width)) + 1
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_float64(width: int, dtype: str) -> None:
+def test_float64(width: int, dtype: str, processes: Processes) -> None:
     """Every form, no row to many, each twice with the same bits."""
-    rows = [0, 1, 3, 257, 5000 if width <= 8192 else 600]
-    cases = [{"spec": form, "shape": [n], "twice": True} for n in rows for form in forms(width, dtype)]
-    check(cases, "cuda")
+    rows = [0, 1, 3, 257, many(width)]
+    check(processes, [{"spec": form, "shape": [n], "twice": True} for n in rows for form in forms(width, dtype)])
 
 
 @pytest.mark.parametrize("width", [127, 1024, 20000])
-def test_shapes_and_hard_values(width: int) -> None:
+def test_shapes_and_hard_values(width: int, processes: Processes) -> None:
     cases: list[dict[str, Any]] = []
     for kind in ("", "strided", "rows apart", "transposed"):
         cases += [{"spec": form, "shape": [2, 3], "kind": kind} for form in forms(width, "float32")[:5]]
@@ -49,7 +69,7 @@ def test_shapes_and_hard_values(width: int) -> None:
     cases += [{"spec": spec(width, centre=True, **affine), "shape": [3], "shift": 1000.0}]
     cases += [{"spec": spec(width, centre=True, **affine), "shape": [3], "kind": "zeros"}]
     cases += [{"spec": spec(width, centre=centre), "shape": [4], "kind": "not finite"} for centre in (True, False)]
-    check(cases, "cuda")
+    check(processes, cases)
 
 
 def test_more_entries_than_32_bits_count() -> None:

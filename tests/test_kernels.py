@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from kernel_processes import PROGRAM, Processes, environment
 
 from normfx.kernels.launch import FORWARD_IN_REGISTERS, backward_launch, forward_launch
 from normfx.kernels.source import backward_source, forward_source
@@ -22,17 +21,21 @@ DTYPES = ("float32", "bfloat16", "float16")
 ADDED = {"residual": "float32", "sum": "float32"}
 
 
-def answers(cases: list[dict[str, Any]], device: str = "cpu") -> list[dict[str, Any]]:
-    """Of one process for all of these. device: "cpu" for the interpreter, or "cuda"."""
-    program = Path(__file__).with_name("kernel_answers.py")
+def answers(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Under the interpreter, of one process for all of these."""
     lines = "".join(json.dumps(case) + "\n" for case in cases)
-    env = {**os.environ, "TRITON_INTERPRET": "1" if device == "cpu" else "0"}
-    run = subprocess.run([sys.executable, program], input=lines, capture_output=True, text=True, check=True, env=env)
+    run = subprocess.run(
+        [sys.executable, PROGRAM], input=lines, capture_output=True, text=True, check=True, env=environment("cpu")
+    )
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
-def check(cases: list[dict[str, Any]], device: str = "cpu") -> None:
-    for case, answer in zip(cases, answers(cases, device), strict=True):
+def check(cases: list[dict[str, Any]]) -> None:
+    judge(cases, answers(cases))
+
+
+def judge(cases: list[dict[str, Any]], replies: list[dict[str, Any]]) -> None:
+    for case, answer in zip(cases, replies, strict=True):
         assert "failure" not in answer, f"{case}: {answer['failure']}"
         wrong = {name: error for name, error in answer["errors"].items() if not error <= 1}
         assert not wrong, f"{case}: errors as parts of what is allowed: {wrong}"
@@ -139,6 +142,19 @@ def test_the_check_can_fail() -> None:
     assert "correction is 200" in answer["failure"]
     with pytest.raises(AssertionError, match="errors as parts"):
         check([{"spec": wanted, "shape": [3], "exact_eps": 2e-5}])
+
+
+@pytest.mark.slow
+def test_processes_side_by_side() -> None:
+    """Answers come in the order of the cases, and a process that fails takes no other case with it."""
+    cases: list[dict[str, Any]] = [{"spec": spec(width, centre=True), "shape": [2]} for width in (2, 3, 4)]
+    cases.insert(1, {"spec": spec(128, centre=True, correction=200), "shape": [3]})
+    cases.insert(2, {"spec": spec(8, centre=True), "shape": [2], "exact_eps": 2.0})
+    with Processes(2, "cpu") as processes:
+        first, broken, wrong, *others = processes.answers(cases)
+    assert "correction is 200" in broken["failure"]
+    judge([cases[0], *cases[3:]], [first, *others])
+    assert wrong["errors"]["out"] > 1
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (
-    ("errors", "ir"),
+    ("errors", "ir", "checkout"),
     ("options",),
     ("kernels.spec",),
     ("kernels.launch", "kernels.cost"),
@@ -111,6 +111,7 @@ PRIVATE_NAMES = {
     },
     # the one setting that lets a backward pass of Inductor run twice
     "bench.rivals": {"torch._functorch.config"},
+    "checkout": {"torch._dynamo.register_backend"},
     "explain": {"torch._dynamo.reset"},
     "survey.run": {
         "torch._dynamo.reset",

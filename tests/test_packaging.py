@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.resources
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import torch
 
 import normfx
 import normfx.kernels
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_backend_is_found_without_an_import() -> None:
@@ -42,11 +45,11 @@ def test_command() -> None:
 @pytest.mark.slow
 def test_wheel_holds_everything(tmp_path: Path) -> None:
     """Built from a copy: setuptools leaves a build folder, whose stale files would enter the next wheel."""
-    root, copy, wheels = Path(__file__).parents[1], tmp_path / "copy", tmp_path / "wheels"
+    copy, wheels = tmp_path / "copy", tmp_path / "wheels"
     for folder in ("normfx", "kernels"):
-        shutil.copytree(root / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(root / file, copy)
+        shutil.copy(ROOT / file, copy)
     pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", str(wheels), str(copy)]
     subprocess.run(pip, check=True)
     (wheel,) = wheels.glob("*.whl")
@@ -55,3 +58,46 @@ def test_wheel_holds_everything(tmp_path: Path) -> None:
     assert names == {"normfx/py.typed", "normfx/weights/memory.cpp", "normfx/weights/pages.cpp"} | {
         f"normfx/{s}" if s.startswith("kernels/") else s for s in sources
     }
+
+
+def _imported(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a folder with the packages installed here, all but normfx."""
+    site = folder / "site"
+    site.mkdir()
+    packages = [entry for place in sys.path if place.endswith("-packages") for entry in Path(place).iterdir()]
+    for entry in packages:
+        if not entry.name.startswith(("normfx", "__editable__")) and not (site / entry.name).exists():
+            (site / entry.name).symlink_to(entry)
+    env = {**os.environ, "PYTHONPATH": str(site)}
+    return subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, cwd=folder, env=env)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    for folder in ("normfx", "kernels"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_checkout_that_is_not_installed(checkout: Path) -> None:
+    """It has its own kernels, and torch knows the backend once normfx is imported."""
+    code = (
+        "import torch, normfx, normfx.kernels.spec as s; print(s.__file__); print(normfx.kernels.__file__); "
+        "print(torch._dynamo.lookup_backend('normfx') is normfx.backend.normfx)"
+    )
+    done = _imported(checkout, code)
+    assert done.returncode == 0, done.stderr
+    kernels = checkout / "kernels"
+    assert done.stdout.split() == [str(kernels / "spec.py"), str(kernels / "__init__.py"), "True"]
+
+
+def test_checkout_without_kernels(checkout: Path) -> None:
+    """Another project's folder of that name is not taken for normfx's."""
+    shutil.rmtree(checkout / "kernels")
+    (checkout / "kernels").mkdir()
+    (checkout / "kernels" / "__init__.py").write_text("")
+    done = _imported(checkout, "import normfx")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("ImportError: normfx: ")
+    assert "pip install -e ." in done.stderr.splitlines()[-1]

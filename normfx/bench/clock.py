@@ -1,4 +1,4 @@
-"""Times of single calls on a CUDA device, each with nothing of its inputs in the L2 cache."""
+"""Captured CUDA graphs, and times of single calls, each with nothing of its inputs in the L2 cache."""
 
 from __future__ import annotations
 
@@ -16,6 +16,30 @@ FLUSH = 4
 Call = Callable[[], tuple[Tensor, ...]]
 
 
+Captured = tuple[Callable[[], object], tuple[Tensor, ...]]
+"""A replay, and the tensors that each replay writes."""
+
+
+def captured(call: Call, device: str) -> Captured:
+    """A CUDA graph of a call, whose inputs and results stay where they are. It is made on a stream of its own, three
+    calls after what has to be set up there; backward passes run on the calling thread."""
+    stream = _stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream), torch.autograd.grad_mode.set_multithreading_enabled(False):
+        for _ in range(3):
+            call()
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.autograd.grad_mode.set_multithreading_enabled(False), torch.cuda.graph(graph, stream=stream):
+        results = call()
+    return graph.replay, results
+
+
+def _stream(device: str) -> torch.cuda.Stream:
+    make: Callable[..., torch.cuda.Stream] = torch.cuda.Stream  # torch leaves it untyped
+    return make(device)
+
+
 class Clock(Protocol):
     """What `normfx.bench.contest` needs of a device; tests have one that counts instead."""
 
@@ -23,7 +47,7 @@ class Clock(Protocol):
 
     def running(self) -> Any: ...
 
-    def graph(self, call: Call) -> tuple[Callable[[], object], tuple[Tensor, ...]]: ...
+    def graph(self, call: Call) -> Captured: ...
 
     def launched(self, call: Callable[[], object], repeats: int, device: str) -> float: ...
 
@@ -34,8 +58,7 @@ class DeviceClock:
     """before: what is to be done before a timed call, outside of its time"""
 
     def __init__(self, device: str) -> None:
-        stream: Callable[..., torch.cuda.Stream] = torch.cuda.Stream  # torch leaves it untyped
-        self.stream = stream(device)
+        self.stream = _stream(device)
         self.before: Callable[[], object] = lambda: None
         size = torch.cuda.get_device_properties(device).L2_cache_size
         self._other = torch.ones(FLUSH * size // 4, device=device)
@@ -50,8 +73,8 @@ class DeviceClock:
             yield
         self.stream.synchronize()
 
-    def graph(self, call: Call) -> tuple[Callable[[], object], tuple[Tensor, ...]]:
-        """(replay, the tensors each replay writes). The call has been made before: nothing is left to be compiled."""
+    def graph(self, call: Call) -> Captured:
+        """The call has been made before: nothing is left to be compiled."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self.stream):
             results = call()

@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--check", action="store_true", help="compare results with float64, time nothing")
     parser.add_argument("--minutes", type=float, help="begin no cell after so many: the rest is for --resume")
     parser.add_argument("--resume", action="store_true", help="keep the cells of an earlier run of the same settings")
+    parser.add_argument("--dry-run", action="store_true", help="name the cells and candidates, measure nothing")
     parser.add_argument("--output", type=Path, default=Path("normfx-bench"), metavar="DIR")
 
 
@@ -70,8 +71,13 @@ def main(parsed: argparse.Namespace) -> int:
     """
     console = command.console()
     cells = _cells(parsed)
+    chosen = words(parsed.rivals, "--rivals", "rival", RIVALS)
+    if parsed.dry_run:
+        for cell in cells:
+            console.print(f"{cell}: {', '.join((*OURS, *chosen))}", highlight=False, markup=False)
+        return 0
     _check_device(parsed)
-    names, absent = rivals.present(words(parsed.rivals, "--rivals", "rival", RIVALS))
+    names, absent = rivals.present(chosen)
     results = _results(parsed, absent)
     done = {m.cell: m for m in results.cells}
     parsed.output.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ import torch
 
 
 def describe(device: str) -> dict[str, str | int | None]:
-    """Processor, cores this process may use, threads of torch, versions; with CUDA the device and its driver."""
+    """Processor, cores this process may use, threads of torch, versions; with CUDA its version, device and driver."""
     cuda = torch.device(device).type == "cuda"
     return {
         "cpu": _cpu(),
@@ -25,6 +25,7 @@ def describe(device: str) -> dict[str, str | int | None]:
         "triton": version("triton"),
         "transformers": version("transformers"),
         "normfx": version("normfx"),
+        "cuda": torch.version.cuda if cuda else None,
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
         "driver": _driver() if cuda else None,
     }

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from normfx.bench import command
+from normfx.bench.clock import Call, Captured, captured
 from normfx.bench.models import make
 from normfx.bench.timing import Quartiles, interleaved, relative_error, seconds, speeds
 
@@ -34,12 +35,19 @@ class Variant:
     """A backend of torch.compile (None: eager) and its options; `trains` where a training step is among its uses.
 
     asked: measured only when it is asked for
+    mode:  of torch.compile, which takes no options with it
     """
 
     backend: str | None
     options: Mapping[str, Any] = field(default_factory=dict)
     trains: bool = True
     asked: bool = False
+    mode: str | None = None
+
+    @property
+    def replays(self) -> bool:
+        """Whether its calls replay CUDA graphs of their own, so that none can be captured of them."""
+        return (self.mode or self.options.get("mode")) in ("reduce-overhead", "max-autotune")
 
     def compile(self, model: nn.Module, name: str) -> Callable[..., Tensor]:
         if self.backend is None:
@@ -52,7 +60,8 @@ class Variant:
         # Dynamo keeps what it compiled by code object: with its own, no variant counts towards another's limits
         code = call.__code__.replace(co_name=name)
         own = types.FunctionType(code, call.__globals__, name, None, call.__closure__)
-        return torch.compile(own, backend=self.backend, options=dict(self.options), fullgraph=True, dynamic=False)
+        options = None if self.mode else dict(self.options)
+        return torch.compile(own, backend=self.backend, mode=self.mode, options=options, fullgraph=True, dynamic=False)
 
     @contextmanager
     def compiling(self, cold: bool) -> Iterator[None]:
@@ -66,6 +75,7 @@ class Variant:
             yield
 
 
+_TRITON = {"strict": True, "lowering": "triton"}
 _CRMS = {"strict": True, "rules": "default,+crms_norm"}
 
 # strict: a failure of normfx shall be a failure here, not the unchanged model's time
@@ -75,6 +85,12 @@ VARIANTS = {
     "inductor-freezing": Variant("inductor", {"freezing": True}, trains=False),
     "normfx": Variant("normfx", {"strict": True}),
     "normfx-frozen": Variant("normfx", {"strict": True, "fold": "frozen"}, trains=False),
+    "inductor-reduce-overhead": Variant("inductor", asked=True, mode="reduce-overhead"),
+    "inductor-max-autotune": Variant("inductor", asked=True, mode="max-autotune"),
+    "normfx-reduce-overhead": Variant("normfx", {"strict": True, "mode": "reduce-overhead"}, asked=True),
+    "normfx-max-autotune": Variant("normfx", {"strict": True, "mode": "max-autotune"}, asked=True),
+    "normfx-triton": Variant("normfx", _TRITON, asked=True),
+    "normfx-triton-reduce-overhead": Variant("normfx", {**_TRITON, "mode": "reduce-overhead"}, asked=True),
     "normfx-no-rules": Variant("normfx", {"strict": True, "rules": "none"}, asked=True),
     "normfx-live": Variant("normfx", {"strict": True, "fold": "live"}, asked=True),
     "normfx-crms": Variant("normfx", _CRMS, asked=True),
@@ -100,12 +116,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class Settings:
-    """rounds: None for 15, or more where calls are short; cold: compile without caches; memory: peaks too."""
+    """rounds: None for 15, or more where calls are short; cold: compile without caches; memory: peaks too; base: the
+    variant that all ratios are to; graphs: replays of captured CUDA graphs too."""
 
     rounds: int | None = None
     cold: bool = False
     memory: bool = False
     threads: int | None = None
+    base: str = BASE
+    graphs: bool = False
 
     def apply(self, device: str) -> None:
         if self.threads:
@@ -118,12 +137,14 @@ class Result:
     """What one variant did in one cell.
 
     ms:            milliseconds of a call
-    speed:         how many times as fast as `inductor`, from ratios within rounds; None where that failed
-    extra_us:      microseconds more than `inductor`, from differences within rounds
+    speed:         how many times as fast as the base, from ratios within rounds; None where that failed
+    extra_us:      microseconds more than the base, from differences within rounds
     error:         relative to float64, of the output (forward) or of all gradients as one vector (training)
     first_call_s:  seconds of the first call: compiling
     peak_mb:       peak of memory in megabytes (10⁶ bytes) during calls after the first, see `peak_memory`
     rounds, calls: how often it was timed, and with how many calls a time
+    graph_ms:      milliseconds of a replay of the call's CUDA graph: the kernels alone
+    graph_speed:   how many times as fast as the base's replay, from ratios within rounds
     """
 
     ms: Quartiles
@@ -134,11 +155,13 @@ class Result:
     rounds: int
     calls: int
     peak_mb: float | None = None
+    graph_ms: Quartiles | None = None
+    graph_speed: Quartiles | None = None
 
 
 @dataclass
 class Measured:
-    """A cell's results by variant; failures by variant (or "cell", or "… memory") as text."""
+    """A cell's results by variant; failures by variant (or "cell", "… memory", "… graph") as text."""
 
     cell: Cell
     results: dict[str, Result] = field(default_factory=dict)
@@ -203,11 +226,18 @@ class _Step:
         return [p.grad for p in self.model.parameters() if p.grad is not None] if self.training else [output]
 
 
-def measure(cell: Cell, variants: Sequence[str], settings: Settings, say: Callable[[str], None]) -> Measured:
+def measure(
+    cell: Cell,
+    variants: Sequence[str],
+    settings: Settings,
+    say: Callable[[str], None],
+    capture: Callable[[Call, str], Captured] = captured,
+) -> Measured:
     """All results of a cell. A variant that fails is noted, and the others go on."""
     torch._dynamo.reset()
     measured = Measured(cell)
     steps: dict[str, _Step] = {}
+    replays: dict[str, Callable[[], object]] = {}
     first, errors, peaks = dict[str, float](), dict[str, float](), dict[str, float]()
     with torch.set_grad_enabled(cell.task == "training"):
         eager = _Step.of(cell)
@@ -223,16 +253,23 @@ def measure(cell: Cell, variants: Sequence[str], settings: Settings, say: Callab
                 steps[name] = step
             except Exception as error:
                 measured.failures[name] = failure_text(error)
+        for name in (n for n in steps if settings.graphs and not VARIANTS[n].replays):
+            say(f"capturing {name}")
+            try:
+                replays[name] = _replay(steps[name], exact, errors[name], cell.device, capture)
+            except Exception as error:
+                measured.failures[f"{name} graph"] = failure_text(error)
         del exact
         say("timing")
         times, repeats = _times(steps, settings.rounds, cell.device)
+        graphs, _ = _times(replays, settings.rounds, cell.device)
     for name in steps if settings.memory else ():
         say(f"memory of {name}")
         try:
             peaks[name] = peak_memory(cell, name, settings)
         except Exception as error:
             measured.failures[f"{name} memory"] = failure_text(error)
-    base = times.get(BASE)
+    base, base_graph = times.get(settings.base), graphs.get(settings.base)
     for name, own in times.items():
         measured.results[name] = Result(
             ms=Quartiles.of([1e3 * t for t in own]),
@@ -243,8 +280,25 @@ def measure(cell: Cell, variants: Sequence[str], settings: Settings, say: Callab
             rounds=len(own),
             calls=repeats[name],
             peak_mb=peaks.get(name),
+            graph_ms=Quartiles.of([1e3 * t for t in graphs[name]]) if name in graphs else None,
+            graph_speed=speeds(base_graph, graphs[name]) if base_graph and name in graphs else None,
         )
     return measured
+
+
+def _replay(
+    step: _Step, exact: list[Tensor], error: float, device: str, capture: Callable[[Call, str], Captured]
+) -> Callable[[], object]:
+    """A replay of the step's CUDA graph, whose results were compared. Raises RuntimeError where they are wrong."""
+    replay, written = capture(lambda: tuple(step.outcome()), device)
+    with torch.no_grad():
+        for tensor in written:
+            tensor.fill_(torch.nan)
+    replay()
+    found = relative_error(written, exact)
+    if not found <= 2 * error:  # NaN is not
+        raise RuntimeError(f"wrong: a replay is off by {found:.1e}, a call by {error:.1e}")
+    return replay
 
 
 def _times(

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
-from normfx.bench.measure import BASE, VARIANTS, Cell, Measured, Result, Settings
+from normfx.bench.measure import VARIANTS, Cell, Measured, Result, Settings
 from normfx.bench.models import CHAIN, CHAIN_PARAMETERS
 from normfx.bench.output import (
     grouped_table,
@@ -34,11 +34,12 @@ OVERHEAD_UNIT = 150  # parameters
 
 @dataclass
 class Results:
-    """Everything that a run knows: the machine, the settings, the cells so far."""
+    """Everything that a run knows: the machine, the settings, the cells so far, and how many are left for --resume."""
 
     machine: dict[str, Any]
     settings: Settings
     cells: list[Measured] = field(default_factory=list)
+    left: int = 0
 
     def dump(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)
@@ -46,7 +47,8 @@ class Results:
     @classmethod
     def load(cls, text: str) -> Results:
         raw = json.loads(text)
-        return cls(raw["machine"], Settings(**raw["settings"]), [_measured(cell) for cell in raw["cells"]])
+        cells = [_measured(cell) for cell in raw["cells"]]
+        return cls(raw["machine"], Settings(**raw["settings"]), cells, raw.get("left", 0))
 
 
 def _measured(raw: dict[str, Any]) -> Measured:
@@ -63,42 +65,44 @@ def write(results: Results, folder: Path) -> None:
 
 
 def table(results: Results) -> Table:
-    caption = "medians and quartiles of the rounds; speed: times as fast as inductor"
+    caption = f"medians and quartiles of the rounds; speed: times as fast as {results.settings.base}"
     return grouped_table(*_rows(results.cells), caption)
 
 
 def markdown(results: Results) -> str:
     lines = ["# normfx bench", "", machine_line(results.machine), "", *markdown_table(*_rows(results.cells))]
     if _models(results.cells):
-        lines += ["", "## Speed relative to inductor, all cells", "", *markdown_table(*summary(results.cells))]
-    if notes := remarks(results.cells):
+        title = f"## Speed relative to {results.settings.base}, all cells"
+        lines += ["", title, "", *markdown_table(*summary(results))]
+    if notes := remarks(results):
         lines += ["", *(f"- {note}" for note in notes)]
     return "\n".join(lines) + "\n"
 
 
 def _rows(cells: Iterable[Measured]) -> tuple[list[str], list[list[str]]]:
-    header = ["cell", "variant", "ms", "speed", "error", "first call s", "peak MB"]
+    header = ["cell", "variant", "ms", "speed", "graph ms", "graph speed", "error", "first call s", "peak MB"]
     rows = []
     for measured in cells:
         cell = str(measured.cell)
         for name, r in measured.results.items():
             peak = "" if r.peak_mb is None else f"{r.peak_mb:.0f}"
+            replay = "" if r.graph_ms is None else three_digits(r.graph_ms)
             rows.append([
-                cell, name, three_digits(r.ms), spread(r.speed),
+                cell, name, three_digits(r.ms), spread(r.speed), replay, spread(r.graph_speed),
                 f"{r.error:.1e}", f"{r.first_call_s:.1f}", peak,
             ])  # fmt: skip
-        rows += [[cell, name, "failed", "", "", "", ""] for name in measured.failures]
-    if not any(row[-1] for row in rows):  # memory is measured only when asked for
-        return header[:-1], [row[:-1] for row in rows]
-    return header, rows
+        rows += [[cell, name, "failed", *[""] * (len(header) - 3)] for name in measured.failures]
+    asked = ("graph ms", "graph speed", "peak MB")  # columns of what is measured only when it is asked for
+    shown = [i for i, name in enumerate(header) if name not in asked or any(row[i] for row in rows)]
+    return [header[i] for i in shown], [[row[i] for i in shown] for row in rows]
 
 
-def summary(cells: Iterable[Measured]) -> tuple[list[str], list[list[str]]]:
+def summary(results: Results) -> tuple[list[str], list[list[str]]]:
     """Per task and variant: geometric mean of the speeds, and the cells whose quartiles lie on one side of 1."""
     found: dict[tuple[str, str], list[Quartiles]] = {}
-    for measured in _models(cells):
+    for measured in _models(results.cells):
         for name, r in measured.results.items():
-            if r.speed is not None and name != BASE:
+            if r.speed is not None and name != results.settings.base:
                 found.setdefault((measured.cell.task, name), []).append(r.speed)
     header = ["task", "variant", "geometric mean", "cells", "slower beyond noise", "faster beyond noise"]
     rows = [
@@ -115,20 +119,22 @@ def summary(cells: Iterable[Measured]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def remarks(cells: Iterable[Measured]) -> list[str]:
-    """The call overhead, where it was measured, and every failure."""
-    lines = []
-    for measured in cells:
+def remarks(results: Results) -> list[str]:
+    """The call overhead, where it was measured, every failure, and what is left."""
+    lines, base = [], results.settings.base
+    for measured in results.cells:
         if measured.cell.model == CHAIN:
             scale = OVERHEAD_UNIT / CHAIN_PARAMETERS
             for name, r in measured.results.items():
-                if r.extra_us is not None and name != BASE:
+                if r.extra_us is not None and name != base:
                     extra = Quartiles(*(scale * us for us in r.extra_us))
                     lines.append(
-                        f"{measured.cell.task} call, {name} minus {BASE}, per {OVERHEAD_UNIT} parameters: "
+                        f"{measured.cell.task} call, {name} minus {base}, per {OVERHEAD_UNIT} parameters: "
                         f"{extra.middle:.1f} µs ({extra.low:.1f} to {extra.high:.1f})"
                     )
         lines += [f"failed: {measured.cell}, {name}: {text}" for name, text in measured.failures.items()]
+    if results.left:
+        lines.append(f"left: {results.left} cells, for --resume")
     return lines
 
 
@@ -141,7 +147,8 @@ def _plot(results: Results, path: Path) -> None:
     from matplotlib.figure import Figure  # an extra; without pyplot no display is looked for
 
     cells = _models(results.cells)
-    names = [n for n in VARIANTS if n != BASE and any(n in m.results for m in cells)]
+    base = results.settings.base
+    names = [n for n in VARIANTS if n != base and any(n in m.results for m in cells)]
     figure = Figure(figsize=(max(6.0, 2.0 + 0.25 * len(cells) * (len(names) + 1)), 5.0), layout="constrained")
     axes = figure.add_subplot()
     width = 0.8 / max(1, len(names))
@@ -157,7 +164,7 @@ def _plot(results: Results, path: Path) -> None:
         )
     axes.axhline(1.0, color="black", linewidth=1)
     axes.set_xticks(range(len(cells)), [str(m.cell) for m in cells], rotation=45, ha="right")
-    axes.set_ylabel("speed relative to inductor")
+    axes.set_ylabel(f"speed relative to {base}")
     axes.set_title(f"{where(results.machine)}; bars: medians, whiskers: quartiles")
     if names:
         figure.legend(loc="outside lower center", ncols=len(names))

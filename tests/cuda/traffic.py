@@ -9,8 +9,10 @@ own count; it does not see second loops over a row, workspaces or caches.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -43,17 +45,32 @@ class Traffic:
 
 def build_stubs(folder: Path) -> dict[str, str]:
     """Compile the stand-ins for CUDA's libraries; returns the environment in which a process loads them."""
-    import triton
-
-    include = Path(triton.__file__).parent / "backends/nvidia/include"
+    include = [f"-I{folder}" for folder in _headers()]
     for source, library in (("runtime.c", "libruntime.so"), ("driver.c", "libcuda.so.1")):
-        command = ["cc", "-shared", "-fPIC", "-w", f"-I{include}", "-o", str(folder / library), str(HERE / source)]
+        command = ["cc", "-shared", "-fPIC", "-w", *include, "-o", str(folder / library), str(HERE / source)]
         subprocess.run(command, check=True)
     return {
         "LD_PRELOAD": str(folder / "libruntime.so"),
         "LD_LIBRARY_PATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("LD_LIBRARY_PATH")])),
         "OMP_NUM_THREADS": "1",
     }
+
+
+def _headers() -> list[Path]:
+    """Folders of the CUDA runtime's headers, first those of the version that torch was built with: its structures
+    change, and Triton's headers may be of another one. But these have the parts that come with the compiler."""
+    import torch
+    import triton
+
+    version = (torch.version.cuda or "").partition(".")[0]
+    nvidia = importlib.util.find_spec("nvidia")  # what pip installs for torch
+    places = [Path(place) for place in (nvidia.submodule_search_locations or ())] if nvidia else []
+    own = Path(triton.__file__).parent / "backends/nvidia/include"
+    for folder in (*(header.parent for place in places for header in place.glob("*/include/driver_types.h")), own):
+        text = (folder / "cuda_runtime_api.h").read_text()
+        if re.search(rf"#define\s+CUDART_VERSION\s+{version}\d{{3}}\b", text):
+            return [folder, own]
+    raise RuntimeError(f"no headers of CUDA {version}, which torch was built with: pip install nvidia-cuda-runtime")
 
 
 def measure(cases: Sequence[str], timeout: float = 3000) -> list[Traffic]:
@@ -68,18 +85,16 @@ def measure(cases: Sequence[str], timeout: float = 3000) -> list[Traffic]:
     return [Traffic(**json.loads(line)) for line in lines]
 
 
-def table(found: Sequence[Traffic]) -> str:
-    """The table of docs/benchmarks/cuda.md."""
-    lines = [
-        "| model, batch × tokens | mode | Inductor: MB, launches | normfx: MB, launches | norms |",
-        "|---|---|---|---|---|",
-    ]
-    for t in found:
-        model, size, mode = t.case.split(" ", 2)
-        norms = ", ".join(f"{count} {what}" for what, count in t.norms.items())
-        plain, ours = f"{t.inductor_mb:.2f}, {t.inductor_launches:g}", f"{t.normfx_mb:.2f}, {t.normfx_launches:g}"
-        lines.append(f"| {model} {size.replace('x', ' × ')} | {mode} | {plain} | {ours} | {norms} |")
-    return "\n".join(lines)
+HEADER = "| model, batch × tokens | mode | Inductor: MB, launches | normfx: MB, launches | norms |"
+HEADER += "\n|---|---|---|---|---|"
+"""Of the table of docs/benchmarks/cuda.md."""
+
+
+def row(t: Traffic) -> str:
+    model, size, mode = t.case.split(" ", 2)
+    norms = ", ".join(f"{count} {what}" for what, count in t.norms.items())
+    plain, ours = f"{t.inductor_mb:.2f}, {t.inductor_launches:g}", f"{t.normfx_mb:.2f}, {t.normfx_launches:g}"
+    return f"| {model} {size.replace('x', ' × ')} | {mode} | {plain} | {ours} | {norms} |"
 
 
 # ---------------------------------------------------------------- the process with a device that is not there
@@ -163,16 +178,15 @@ def _traffic(case: str) -> Traffic:
 def main() -> None:
     chosen = sys.argv[1:] or list(CASES)
     if os.environ.get("NORMFX_TRAFFIC") != "1":
-        found = []
+        failed = False
+        print(HEADER)
         for case in chosen:
             try:
-                found += measure([case])
+                print(*map(row, measure([case])), flush=True)
             except RuntimeError as error:
+                failed = True
                 print(f"{case} failed: {error}", file=sys.stderr)
-        print(table(found))
-        if len(found) < len(chosen):
-            raise SystemExit(1)
-        return
+        raise SystemExit(failed)
     sys.path.insert(0, str(HERE))
     import warnings
 
