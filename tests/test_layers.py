@@ -28,7 +28,8 @@ FLOORS = (
     ("ir.fused_ops", "ir.functionalize", "ir.simplify", "ir.verify", "ir.printer", "ir.inline", "ir.calls"),
     ("ir.producers",),
     ("ir.fusion", "ir.resize"),
-    ("capture", "specialize"),
+    ("records", "capture", "specialize"),
+    ("dynamo", "report_text"),
     ("recognize.axes", "recognize.algebra"),
     ("recognize.table",),
     ("recognize.moves", "recognize.arithmetic", "recognize.indexing", "recognize.mixing", "recognize.linears"),
@@ -78,6 +79,7 @@ FLOORS = (
 PRIVATE_ROOMS = frozenset(
     {
         "capture",
+        "dynamo",
         "ir.fakes",
         "specialize",
         "lower",

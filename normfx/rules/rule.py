@@ -28,13 +28,14 @@ DISABLED = Code("the rule is switched off", "enable it with options={'rules': 'd
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a rule left a norm alone. `nodes` names the graph values in the way."""
+    """Why a rule left a norm alone. `nodes` names the graph values in the way; `detail` begins with `meaning`."""
 
     rule: str
     code: str
     detail: str
     hint: str
     nodes: tuple[Node, ...] = ()
+    meaning: str = ""
 
 
 @dataclass(frozen=True)
@@ -99,4 +100,5 @@ class Rule(Generic[S]):
 
     def refuse(self, code: str, detail: str, nodes: tuple[Node, ...] = ()) -> Refusal:
         known = self.codes[code]
-        return Refusal(self.name, code, f"{known.meaning}: {detail}" if detail else known.meaning, known.hint, nodes)
+        text = f"{known.meaning}: {detail}" if detail else known.meaning
+        return Refusal(self.name, code, text, known.hint, nodes, known.meaning)
