@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 from normfx.capture import Captured, capture
 from normfx.compression import stored
 from normfx.dynamo import compile_id, explained, function, handed_on
+from normfx.edit import Rewritten, rewrite
 from normfx.errors import NormfxError, NormfxWarning, StageError, crash_note, stage_warning
 from normfx.ir import ops
 from normfx.ir.aliasing import mutated
@@ -40,7 +41,6 @@ from normfx.options import Options, warn_once
 from normfx.plan import Plan, make_plan
 from normfx.recognize import recognize
 from normfx.report import FailureReport, FoldReport, GraphReport, Report, graph_report
-from normfx.rewrite import Rewritten, rewrite
 from normfx.specialize import specialize_epsilons
 from normfx.weights.kept import keepable, kept_values, records_gradients
 from normfx.weights.live import live_folds

@@ -10,9 +10,9 @@ from raising import causes, raises_inside
 from torch import nn
 
 import normfx
+from normfx.edit import Edit
 from normfx.errors import StageError
 from normfx.options import DEFAULT_RULES, RULE_NAMES, Options
-from normfx.rewrite import Edit
 
 NO_ENV: dict[str, str] = {}
 

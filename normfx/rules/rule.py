@@ -75,7 +75,7 @@ class Rule(Generic[S]):
     candidates:           the sites of a graph to decide; `norms` says which norms, or weights, a site concerns
     guard:                every objection; none means apply
     cost:                 bytes before and after; a guard may object to it
-    rewrite(site, edit):  the edits, in terms of normfx.rewrite.Edit
+    rewrite(site, edit):  the edits, in terms of normfx.edit.Edit
     opt_in:               not among the default rules; unless it is asked for, the report does not mention it
     for_kernels:          on a GPU it serves generated kernels alone; where none may run, its sites are not decided
     """
