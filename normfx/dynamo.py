@@ -34,7 +34,7 @@ def compile_id() -> str:
 def function(gm: GraphModule) -> str:
     """'forward (model.py:41)': the function of which Dynamo traced this graph, and the line at which the graph ends."""
     frame = _frame(_stack(getattr(gm, "compile_subgraph_reason", None)), outermost=True)
-    if frame is None:
+    if frame is None or PurePath(frame.filename).parent.name == "_dynamo":  # its wrapper of a module of torch's own
         return ""
     resumed = _RESUMED.fullmatch(frame.name)
     name = f"{resumed[1]}, from line {resumed[2]}" if resumed else frame.name

@@ -97,7 +97,7 @@ class GraphReport:
                 and write, before and after, as text with the graph's symbolic sizes
     saved:      by rule, the difference of the two at the sizes of the call that was captured
     composed:   weights computed from parameters alone, of kind "Weight"
-    function:   name and place of the function that Dynamo traced ("" where Dynamo was not asked)
+    function:   name and place of the function that Dynamo traced ("" where it is not known)
     compile_id: Dynamo's: "2/1" is the second compilation of the third function
     gradients:  whether gradients of parameters are recorded
     failure:    the stage that failed, if one did; then nothing was applied

@@ -15,6 +15,7 @@ from test_compile import Blocks, _ids
 from torch import Tensor, nn
 
 import normfx
+from normfx import backend
 from normfx.backend import compiled_report
 from normfx.records import FailureReport, GraphBreak, GraphReport, RefusalReport, SiteReport
 from normfx.report import Report
@@ -195,3 +196,32 @@ def test_compiled_report_by_compile_id(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(f"[{graph.compile_id}] {graph.function}" in str(report) for graph in report.graphs)
     torch._dynamo.reset()
     assert not compiled_report().graphs
+
+
+@torch.no_grad()
+def test_blocks_compiled_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is known of what writes a block's input: the hint says what to do. A reset forgets what is held, too."""
+    monkeypatch.setattr("normfx.lower.folded.compile_graph", lambda gm, inputs, patches: gm.forward)
+    torch._dynamo.reset()
+    layers = [nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True, norm_first=True) for _ in range(2)]
+    model = nn.Sequential(*layers).train()
+    for block in model:
+        block.compile(backend="normfx")
+    model(torch.randn(2, 3, 8))
+    report, held = compiled_report(), list(backend._compiled)
+    refusals = [r for site in report.sites if site.name == "norm1" for r in site.refusals if r.rule == "pre_rms_norm"]
+    assert refusals and all("is computed outside of this graph" in r.hint for r in refusals)
+    assert all(graph.function == "" and graph.compile_id for graph in report.graphs)
+    torch._dynamo.reset()
+    assert held and not compiled_report().graphs
+
+
+def test_explain_says_where_it_fell_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object) -> None:
+        raise IndexError("no such thing")
+
+    monkeypatch.setattr("normfx.backend.make_plan", broken)
+    with pytest.warns(normfx.NormfxWarning, match="stage 'plan'"):
+        report = normfx.explain(Broken().norm)(torch.randn(2, 8))
+    assert report.graphs[0].failure == FailureReport("plan", "IndexError: no such thing")
+    assert "at stage 'plan' (IndexError: no such thing)" in str(report)
