@@ -22,7 +22,7 @@ class OptionError(NormfxError, ValueError):
     def unknown(cls, what: str, value: object, valid: Iterable[str], where: str) -> OptionError:
         known = sorted(valid)
         meant = did_you_mean(str(value), known)
-        return cls(f"normfx: unknown {what} {value!r} in {where};{meant and f' {meant}'} valid: {', '.join(known)}")
+        return cls(f"normfx: unknown {what} {value!r} in {where}; valid: {', '.join(known)}{meant and f'; {meant}'}")
 
 
 class VerifyError(NormfxError, AssertionError):

@@ -85,7 +85,7 @@ class Norm(nn.Module):
 @pytest.mark.parametrize(
     ("kwargs", "word"),
     [
-        ({"options": {"rulez": "all"}}, "unknown option 'rulez' in options; did you mean 'rules'?"),
+        ({"options": {"rulez": "all"}}, "strict, verify; did you mean 'rules'?"),
         ({"mode": "fastest"}, "unknown mode 'fastest'"),
         ({"options": {"inductor": {"max_autotun": 1}}}, "unknown Inductor option 'max_autotun'"),
         ({"options": {"inductor": {"max_autotun": 1}}}, "did you mean 'max_autotune'?"),
