@@ -3,17 +3,23 @@
 torch.compile(model, backend="normfx")
 """
 
-from normfx import checkout as _checkout  # before everything that imports the kernels
-from normfx.backend import compiled_report
-from normfx.backend import normfx as _backend
-from normfx.errors import ExportError, NormfxError, NormfxWarning, OptionError, StageError, VerifyError
-from normfx.explain import explain
-from normfx.export import rewrite
-from normfx.options import Options
-from normfx.report import Report
-from normfx.weights.store import refold
+from __future__ import annotations
 
-_checkout.register(_backend)
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from normfx import checkout
+from normfx.errors import ExportError, NormfxError, NormfxWarning, OptionError, StageError, VerifyError
+from normfx.options import Options
+
+if TYPE_CHECKING:
+    from normfx.backend import compiled_report
+    from normfx.explaining import explain
+    from normfx.export import rewrite
+    from normfx.report import Report
+    from normfx.weights.store import refold
+
+checkout.register()
 
 __version__ = "0.1.0"
 
@@ -31,3 +37,24 @@ __all__ = [
     "refold",
     "rewrite",
 ]
+
+_LAZY = {
+    "Report": "normfx.report",
+    "compiled_report": "normfx.backend",
+    "explain": "normfx.explaining",
+    "refold": "normfx.weights.store",
+    "rewrite": "normfx.export",
+}
+"""What is imported when it is first asked for: Dynamo, Inductor and sympy take seconds. No module has one of these
+names: Python would put it in the place of the function."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'normfx' has no attribute {name!r}")
+    found = globals()[name] = getattr(importlib.import_module(_LAZY[name]), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -17,7 +17,9 @@ from torch.fx import GraphModule, Node
 
 from normfx.capture import Captured, capture
 from normfx.compression import stored
-from normfx.errors import NormfxError, NormfxWarning, StageError, stage_warning
+from normfx.dynamo import compile_id, explained, function, handed_on
+from normfx.edit import Rewritten, rewrite
+from normfx.errors import NormfxError, NormfxWarning, StageError, crash_note, stage_warning
 from normfx.ir import ops
 from normfx.ir.aliasing import mutated
 from normfx.ir.cleanup import drop_dead_code
@@ -30,19 +32,18 @@ from normfx.ir.simplify import drop_identities, read_parts
 from normfx.ir.verify import Checked, verify
 from normfx.lower import choice
 from normfx.lower.folded import Compiled, Folding, compile_folded, hoist, is_frozen
-from normfx.lower.inductor import compile_graph, inductor_options
+from normfx.lower.inductor import check_options, compile_graph, inductor_options
 from normfx.lower.native import use_native_norms
 from normfx.lower.packed import PACK, pack_linears
 from normfx.lower.products import with_products
 from normfx.lower.triton import Lowered, lower_norms
 from normfx.lower.verified import verified
-from normfx.options import Options
+from normfx.options import Options, warn_once
 from normfx.plan import Plan, make_plan
 from normfx.recognize import recognize
-from normfx.report import FoldReport, GraphReport, Report, graph_report
-from normfx.rewrite import Rewritten, rewrite
+from normfx.report import FailureReport, FoldReport, GraphReport, Report, graph_report
 from normfx.specialize import specialize_epsilons
-from normfx.weights.kept import keepable, kept_values
+from normfx.weights.kept import keepable, kept_values, records_gradients
 from normfx.weights.live import live_folds
 from normfx.weights.native import start_native_library
 
@@ -83,34 +84,63 @@ def normfx(
     """The torch.compile backend: rewrite the norms of a Dynamo graph and compile it with Inductor.
 
     Raises OptionError for bad options. Any other failure of a stage of normfx gives one NormfxWarning and the untouched
-    graph is compiled, unless options["strict"] is set; Inductor's own exceptions pass through.
+    graph is compiled, unless options["strict"] is set; Inductor's own exceptions pass through, with a note.
     """
-    settings = Options.parse(options, mode)
-    patches = with_products(inductor_options(settings.mode, settings.inductor), settings.products)
+    try:
+        settings = parse(options, mode)
+        patches = with_products(inductor_options(settings.mode, settings.inductor), settings.products)
+        if settings.lowering == "triton" and not torch.cuda.is_available():
+            warn_once(
+                "normfx: lowering='triton' has no effect here: the generated kernels run on CUDA devices, and torch "
+                "finds none. Inductor runs the norms."
+            )
+        return _compile(gm, example_inputs, settings, patches)
+    except NormfxError as error:
+        raise handed_on(error) from error
+
+
+def _compile(
+    gm: GraphModule, example_inputs: Sequence[Any], settings: Options, patches: Mapping[str, Any]
+) -> Callable[..., Any]:
     freezes = is_frozen(settings.fold, patches)
     if settings.fold != "live":
         start_native_library()
     ready = transform(gm, example_inputs, settings, freezes)
-    if ready.graph_module is gm:
-        compiled = Compiled(compile_graph(gm, example_inputs, patches))
-    else:
-        constants = ready.weights if freezes else None
-        compiled = compile_folded(
-            ready.graph_module, ready.folding, example_inputs, constants, patches, settings.strict
-        )
+    changed = ready.graph_module is not gm
+    with explained(crash_note("compile", changed)):
+        if changed:
+            constants = ready.weights if freezes else None
+            compiled = compile_folded(
+                ready.graph_module, ready.folding, example_inputs, constants, patches, settings.strict
+            )
+        else:
+            compiled = Compiled(compile_graph(gm, example_inputs, patches))
+    compiled.note = crash_note("run", changed)
     _compiled[compiled] = ready.report
     for listener in _listeners:
         listener(ready.report)
-    return verified(compiled, gm) if settings.verify and ready.graph_module is not gm else compiled
+    return verified(compiled, gm) if settings.verify and changed else compiled
+
+
+def parse(options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
+    """The options as a value. Raises OptionError, also for an option of Inductor's that is not given to Inductor."""
+    check_options(options or {})
+    return Options.parse(options, mode)
 
 
 _compiled: WeakKeyDictionary[Compiled, GraphReport] = WeakKeyDictionary()
 
+vars(normfx)["reset"] = _compiled.clear  # torch._dynamo.reset() calls it (torch 2.11 to 2.14)
+
 
 def compiled_report() -> Report:
-    """The report of every graph that the backend compiled and that is still in use, folded weights as of now."""
+    """The report of every graph that the backend compiled and that is still in use, folded weights as of now.
+
+    `compile_id` tells the graphs of one function from those of another. torch._dynamo.reset() empties it.
+    """
     reports = [(report, compiled.folding()) for compiled, report in _compiled.items()]
-    return Report(tuple(replace(report, weights=FoldReport(**folding)) for report, folding in reports))
+    note = "" if reports else "Nothing is compiled with normfx now; torch._dynamo.reset() empties this report."
+    return Report(tuple(replace(r, weights=FoldReport(**folding)) for r, folding in reports), note=note)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +164,7 @@ def transform(gm: GraphModule, example_inputs: Sequence[Any], settings: Options,
     """
     stages = _Stages()
     specialize_epsilons(gm)
+    source, number = function(gm), compile_id()
     try:
         captured = stages.run("capture", capture, gm, example_inputs)
         changed, report = transform_canonical(captured, settings, stages, _values(captured, example_inputs))
@@ -142,8 +173,10 @@ def transform(gm: GraphModule, example_inputs: Sequence[Any], settings: Options,
         if settings.strict:
             raise StageError(stages.current, error) from error
         warnings.warn(stage_warning(stages.current, error), NormfxWarning, stacklevel=2)
-        return Transformed(gm, GraphReport(()))
-    report = replace(report, seconds=dict(stages.seconds))
+        failure = FailureReport(stages.current, f"{type(error).__name__}: {error}")
+        return Transformed(gm, GraphReport((), failure=failure, function=source, compile_id=number))
+    gradients = bool(captured.trained) and records_gradients(captured.graph_module.graph)
+    report = replace(report, function=source, compile_id=number, gradients=gradients, seconds=dict(stages.seconds))
     if changed or freezes or _forcing:
         return Transformed(captured.graph_module, report, folding, captured.weights)
     return Transformed(gm, report)
@@ -184,7 +217,7 @@ def transform_canonical(
         lowered = stages.run("lower", _lower, canonical, settings.lowering)
         _check(settings, canonical, "lower", checked)
     after = print_graph(graph, names, weights, module_path) if plan.changes else before
-    report = graph_report(plan, before, after, module_path, _count_folds(canonical, weights), stages.seconds)
+    report = graph_report(plan, before, after, module_path, _count_folds(canonical, weights), stages.seconds, names)
     report = report.with_lowering([lowered.of.get(done.written.get(norm)) for norm in plan.norms], lowered.kernels)
     report = report.with_shared([done.shared.get(norm) for norm in plan.norms])
     _log(report, plan, settings)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,21 @@ def find_kernels() -> None:
     vars(sys.modules["normfx"])["kernels"] = module  # as an import statement does
 
 
-def register(backend: Callable[..., Any]) -> None:
-    """Makes torch.compile know the backend by its name where no entry point does."""
-    import torch  # here, so that what is missing is said before seconds of import
+def register() -> None:
+    """Makes torch.compile know the backend by its name where no entry point does. torch is imported only then."""
+    if not is_checkout() or BACKEND in entry_points(group="torch_dynamo_backends").names:
+        return
+    import torch
 
-    if is_checkout() and BACKEND not in torch.compiler.list_backends():
-        torch._dynamo.register_backend(backend, name=BACKEND)
+    if BACKEND not in torch.compiler.list_backends():
+        torch._dynamo.register_backend(_backend, name=BACKEND)
+
+
+def _backend(*args: Any, **named: Any) -> Any:
+    """The backend, imported when it is first called."""
+    from normfx.backend import normfx
+
+    return normfx(*args, **named)
 
 
 find_kernels()

@@ -1,37 +1,42 @@
-"""The `normfx` command."""
+"""The `normfx` command. What a command needs is imported when that command is given: help is there at once."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.metadata
 import sys
 from collections.abc import Sequence
 
-from normfx import bench, demo, survey
 from normfx.errors import NormfxError
+
+COMMANDS = {
+    "demo": ("normfx.demo", "GPT-2 with random weights: report, error against float64, time"),
+    "explain": ("normfx.explain_command", "what becomes of each norm of a model, and why; compiles nothing"),
+    "doctor": ("normfx.doctor", "what normfx finds on this machine, and what to fix"),
+    "bench": ("normfx.bench", "time, error and memory of models under eager, Inductor and normfx"),
+    "survey": ("normfx.survey", "what becomes of the norms of a zoo of published models, and why"),
+}
+"""Module and summary of each command. The module has `add_arguments(parser)`, which sets `run` and `parser`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the console script. Returns the exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="normfx", description="LayerNorm to RMSNorm, exactly, under torch.compile.")
+    version = f"normfx {importlib.metadata.version('normfx')}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True)
-    show = commands.add_parser("demo", help="GPT-2 with random weights: report, error against float64, time")
-    show.add_argument("--quick", action="store_true", help="a two-layer model, seconds in place of a minute")
-    compare = commands.add_parser("bench", help="time, error and memory of models under eager, Inductor and normfx")
-    bench.add_arguments(compare)
-    zoo = commands.add_parser("survey", help="what becomes of the norms of a zoo of published models, and why")
-    survey.add_arguments(zoo)
-    given = sys.argv[1:] if arguments is None else arguments
+    for name, (module, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        if given[:1] == [name]:
+            importlib.import_module(module).add_arguments(command)
     parsed = parser.parse_args(given)
-    if parsed.command == "demo":
-        if parsed.quick:
-            demo.run(layers=2, width=128, batch=2, tokens=64, repeats=15)
-        else:
-            demo.run()
-        return 0
     own: argparse.ArgumentParser = parsed.parser
-    if parsed.command == "bench" and own is not compare and given[1] not in bench.OTHERS:
+    names = own.prog.split()[1:]
+    if given[: len(names)] != names:
         # argparse would drop them in silence
-        own.error(f"its options go behind its name: {own.prog} …")
+        own.error(f"its options go after its name: {own.prog} …")
     try:
         return int(parsed.run(parsed))
     except NormfxError as error:

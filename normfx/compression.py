@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from normfx.edit import Stored
 from normfx.ir.graph import op_name, value
 from normfx.ir.sites import Axis, Leaf, Readers
 from normfx.recognize.flow import LINEARS
-from normfx.rewrite import Stored
 from normfx.rules.crms_norm import Compressed
 
 ALIGNED = 8

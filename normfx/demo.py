@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import statistics
 from collections.abc import Callable
@@ -14,17 +15,34 @@ from rich.table import Table
 
 from normfx.bench.models import Logits, perturbed
 from normfx.bench.timing import interleaved, relative_error, speeds
-from normfx.explain import explain
+from normfx.errors import NormfxError
+from normfx.explaining import explain
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="a two-layer model, seconds instead of a minute")
+    parser.set_defaults(run=main, parser=parser)
+
+
+def main(parsed: argparse.Namespace) -> int:
+    """Run the demo. Raises NormfxError where transformers is missing."""
+    if parsed.quick:
+        run(layers=2, width=128, batch=2, tokens=64, repeats=15)
+    else:
+        run()
+    return 0
 
 
 def run(layers: int = 6, width: int = 384, batch: int = 4, tokens: int = 256, repeats: int = 21) -> None:
-    """Print the report, the error against float64 beside eager's own, and the time relative to plain Inductor.
+    """Print the report, the error against float64 next to eager's own, and the time relative to plain Inductor.
 
     Needs `transformers`. Times are medians of interleaved forward calls without gradients, in float32; the spread is
     the interquartile range of the per-round ratios.
     """
-    from transformers import GPT2Config, GPT2LMHeadModel  # an extra: only the demo needs it
-
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel  # an extra: only the demo needs it
+    except ImportError as error:
+        raise NormfxError("normfx: the demo needs transformers: pip install 'normfx[demo]'") from error
     console = Console()
     torch.manual_seed(0)
     config = GPT2Config(n_layer=layers, n_embd=width, n_head=width // 64, n_positions=tokens, use_cache=False)
@@ -32,7 +50,7 @@ def run(layers: int = 6, width: int = 384, batch: int = 4, tokens: int = 256, re
     ids = torch.randint(0, config.vocab_size, (batch, tokens))
     with torch.no_grad():
         console.print(f"GPT-2, {layers} layers of width {width}, batch {batch} x {tokens} tokens, float32, CPU\n")
-        console.print(str(explain(model)(ids)), highlight=False)
+        console.print(explain(model)(ids))
         console.print("\ncompiling with Inductor and with normfx …")
         calls: dict[str, Callable[..., Any]] = {
             "eager": model,

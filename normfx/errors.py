@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+import traceback
 from collections.abc import Iterable
+from pathlib import PurePath
 
+STRICT_HINT = "Without options={'strict': True} the untouched graph is compiled; please report it in either case."
 REPORT_HINT = "Please report it with the output of NORMFX_DEBUG=2, or set options={'strict': True} to raise here."
 
 
@@ -16,7 +20,9 @@ class OptionError(NormfxError, ValueError):
 
     @classmethod
     def unknown(cls, what: str, value: object, valid: Iterable[str], where: str) -> OptionError:
-        return cls(f"normfx: unknown {what} {value!r} in {where}; valid: {', '.join(sorted(valid))}")
+        known = sorted(valid)
+        meant = did_you_mean(str(value), known)
+        return cls(f"normfx: unknown {what} {value!r} in {where}; valid: {', '.join(known)}{meant and f'; {meant}'}")
 
 
 class VerifyError(NormfxError, AssertionError):
@@ -27,7 +33,9 @@ class StageError(NormfxError, RuntimeError):
     """A stage of normfx failed under strict=True; the original exception is its cause."""
 
     def __init__(self, stage: str, error: BaseException) -> None:
-        super().__init__(f"normfx: stage '{stage}' failed: {type(error).__name__}: {error}")
+        where = traceback.extract_tb(error.__traceback__)[-1:]
+        at = "".join(f" (at {PurePath(frame.filename).name}:{frame.lineno})" for frame in where)
+        super().__init__(f"normfx: stage '{stage}' failed: {type(error).__name__}: {error}{at}. {STRICT_HINT}")
 
 
 class ExportError(NormfxError, TypeError):
@@ -35,7 +43,23 @@ class ExportError(NormfxError, TypeError):
 
 
 class NormfxWarning(UserWarning):
-    """A stage failed; the untouched graph is compiled instead."""
+    """A stage failed and the untouched graph is compiled instead, or a setting has no effect."""
+
+
+def did_you_mean(given: str, valid: Iterable[str]) -> str:
+    """'did you mean "rules"?', or "" where nothing valid is like what was given."""
+    near = difflib.get_close_matches(given, list(valid), n=1)
+    return f"did you mean {near[0]!r}?" if near else ""
+
+
+def crash_note(stage: str, changed: bool) -> str:
+    """What is added to an exception that Inductor or the compiled graph raised: normfx, the stage, the way out."""
+    if not changed:
+        return f"normfx: raised at stage '{stage}', of a graph that normfx left as it is; try backend='inductor'."
+    return (
+        f"normfx: raised at stage '{stage}', of a graph that normfx rewrote. options={{'rules': 'none'}} or "
+        "backend='inductor' tells whether it has to do with that; if so, please report it."
+    )
 
 
 def stage_warning(stage: str, error: BaseException) -> str:

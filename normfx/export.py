@@ -11,11 +11,10 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature
 from torch.fx import Graph, Node
 
-from normfx.backend import transform_canonical
+from normfx.backend import parse, transform_canonical
 from normfx.capture import capture_exported
 from normfx.errors import ExportError
 from normfx.lower.inductor import inline_canonical_ops
-from normfx.options import Options
 
 
 def rewrite(exported_program: ExportedProgram, options: Mapping[str, Any] | None = None) -> ExportedProgram:
@@ -32,7 +31,7 @@ def rewrite(exported_program: ExportedProgram, options: Mapping[str, Any] | None
             "export the model first: torch.export.export(model, args)"
         )
     captured = capture_exported(exported_program)
-    settings = Options.parse(options)
+    settings = parse(options)
     kept = tuple(name for name in settings.rules if name != "fuse_residual_norm")  # its op would be written out again
     changed, _ = transform_canonical(captured, replace(settings, rules=kept, fold="live", lowering="inductor"))
     if not changed:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from normfx.errors import OptionError
+from normfx.errors import NormfxWarning, OptionError, did_you_mean
 
 RULE_NAMES = (
     "pre_rms_norm", "linear_norm", "fold_scale", "fold_affine", "fuse_residual_norm", "bake_weights", "crms_norm",
@@ -19,6 +20,7 @@ LOWERINGS = ("auto", "triton", "inductor")
 PRODUCTS = ("auto", "aten", "onednn")
 BASES = ("orthonormal", "drop")
 WIDTHS = ("auto", "exact", "padded")
+VARIABLES = ("NORMFX_RULES", "NORMFX_DEBUG", "NORMFX_VERIFY", "NORMFX_STRICT")
 KEYS = ("rules", "fold", "lowering", "products", "crms_basis", "crms_width", "strict", "verify", "inductor", "mode")
 
 
@@ -73,6 +75,7 @@ class Options:
         """
         given = dict(options or {})
         env = os.environ if environ is None else environ
+        _warn_of_unknown(env)
         for key in given:
             if key not in KEYS:
                 raise OptionError.unknown("option", key, KEYS, "options")
@@ -127,6 +130,26 @@ def parse_rules(spec: str | Iterable[str], start: tuple[str, ...], where: str) -
             chosen = members
         fresh = False
     return tuple(rule for rule in RULE_NAMES if rule in chosen)
+
+
+_warned: set[str] = set()
+
+
+def warn_once(text: str) -> None:
+    """Give this NormfxWarning, unless it was given before in this process."""
+    if text not in _warned:
+        _warned.add(text)
+        warnings.warn(text, NormfxWarning, stacklevel=3)
+
+
+def _warn_of_unknown(env: Mapping[str, str]) -> None:
+    for name in env:
+        if name.startswith("NORMFX_") and name not in VARIABLES:
+            meant = did_you_mean(name, VARIABLES)
+            warn_once(
+                f"normfx: the environment variable {name} has no meaning;{meant and f' {meant}'} "
+                f"valid: {', '.join(VARIABLES)}"
+            )
 
 
 def _choice(given: Mapping[str, Any], key: str, valid: tuple[str, ...]) -> str:

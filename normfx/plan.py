@@ -141,7 +141,8 @@ def _spellable(norm: Norm) -> bool:
 
 
 def _disabled(rule: Rule[Any]) -> Refusal:
-    return Refusal(rule.name, "disabled", DISABLED.meaning, DISABLED.hint.replace("RULE", rule.name))
+    hint = DISABLED.hint.replace("RULE", rule.name)
+    return Refusal(rule.name, "disabled", DISABLED.meaning, hint, meaning=DISABLED.meaning)
 
 
 def refusal_codes() -> Mapping[str, Mapping[str, str]]:

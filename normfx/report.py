@@ -6,104 +6,32 @@ import html
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import sympy
+from rich.text import Text
 from torch.fx import Node
 
+from normfx.ir.graph import size_hint
+from normfx.ir.names import source_line
 from normfx.ir.sites import Composed, Norm
 from normfx.plan import Plan
+from normfx.records import FailureReport, FoldReport, GraphBreak, GraphReport, RefusalReport, SiteReport
+from normfx.report_text import lines
+from normfx.rules.rule import Refusal
 
-
-@dataclass(frozen=True)
-class RefusalReport:
-    """Why a rule left a norm alone; `nodes` are graph values with the module they belong to."""
-
-    rule: str
-    code: str
-    detail: str
-    hint: str
-    nodes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class SiteReport:
-    """One norm: its module path, kind, the rules applied in order, the refusals, and where it is written.
-
-    lowering: on a CUDA device, and everywhere under lowering="triton", "triton: ", the kernel and the bytes it must
-              move, or "inductor: " and why there is no kernel, or why Inductor is ahead of it; else "two-pass" where a
-              norm that stays is spelled out, "inductor" where it is not
-    shares:   an earlier norm of the same value whose result is also this one's ("" if there is none)
-    """
-
-    name: str
-    kind: str
-    rules: tuple[str, ...]
-    refusals: tuple[RefusalReport, ...]
-    source: str
-    lowering: str = "inductor"
-    shares: str = ""
-
-    @property
-    def to_rms_norm(self) -> bool:
-        """Whether a LayerNorm became an RMSNorm here."""
-        return self.kind == "LayerNorm" and bool({"pre_rms_norm", "linear_norm", "crms_norm"} & set(self.rules))
-
-
-@dataclass(frozen=True)
-class FoldReport:
-    """What became of the folded weights of a compiled graph.
-
-    variants:       those that exist: "live" or "cached", and "frozen"
-    bytes:          of the kept values of one parameter set
-    parameter_sets: sets of parameters the graph was called with whose folds are kept
-    refreshes:      kept values computed so far, the first time included
-    freezes:        times the frozen variant was built
-    """
-
-    variants: tuple[str, ...] = ()
-    bytes: int = 0
-    parameter_sets: int = 0
-    refreshes: int = 0
-    freezes: int = 0
-
-    def __str__(self) -> str:
-        size = f"{self.bytes / 2**20:.1f} MiB of folded weights, {self.parameter_sets} parameter sets"
-        return f"{' + '.join(self.variants)}: {size}, {self.refreshes} values computed, frozen {self.freezes} times"
-
-
-@dataclass(frozen=True)
-class GraphReport:
-    """One captured graph. before, after: printer text; kernels: name → generated source; seconds: per stage.
-
-    weights:  None where nothing was compiled
-    bytes:    by rule, predicted for a call: what passes over the activations it touches and over live weights read and
-              write, before and after, as text with the graph's symbolic sizes
-    composed: weights computed from parameters alone, of kind "Weight"
-    """
-
-    sites: tuple[SiteReport, ...]
-    before: str = ""
-    after: str = ""
-    kernels: Mapping[str, str] = field(default_factory=dict)
-    folds: int = 0
-    centrings: int = 0
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    weights: FoldReport | None = None
-    composed: tuple[SiteReport, ...] = ()
-    bytes: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-
-    def with_lowering(self, lowering: Iterable[str | None], kernels: Mapping[str, str]) -> GraphReport:
-        """The same, with what each site runs on where that is known, and the sources of kernels."""
-        sites = (replace(site, lowering=own or site.lowering) for site, own in zip(self.sites, lowering, strict=True))
-        return replace(self, sites=tuple(sites), kernels=dict(kernels))
-
-    def with_shared(self, shared: Iterable[Norm | None]) -> GraphReport:
-        """The same, with the norm that each site shares its result with."""
-        pairs = zip(self.sites, shared, strict=True)
-        return replace(self, sites=tuple(replace(site, shares=norm.name if norm else "") for site, norm in pairs))
+__all__ = [
+    "FailureReport",
+    "FoldReport",
+    "GraphBreak",
+    "GraphReport",
+    "RefusalReport",
+    "Report",
+    "SiteReport",
+    "graph_report",
+]
 
 
 _KINDS = {
@@ -117,10 +45,18 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Report:
-    """All graphs of a model, in the order in which they were captured."""
+    """All graphs of a model, in the order in which they were captured.
+
+    breaks: places at which Dynamo ended a graph, where they are known
+    note:   why there are no graphs, where it is known
+
+    `str(report)` is plain text of 80 columns, `rich.print(report)` the same with colours where the terminal has them.
+    """
 
     graphs: tuple[GraphReport, ...]
     graph_breaks: int = 0
+    breaks: tuple[GraphBreak, ...] = ()
+    note: str = ""
 
     @property
     def sites(self) -> tuple[SiteReport, ...]:
@@ -146,26 +82,21 @@ class Report:
         return counts
 
     def __str__(self) -> str:
-        lines = [", ".join(f"{name}: {n}" for name, n in self.counts.items())]
-        width = max((len(site.name) for site in self.sites), default=0)
-        said: dict[tuple[str, str, str], str] = {}
-        for site in (*self.sites, *(w for w in self.composed if w.rules)):
-            shares = f" (computed by {site.shares})" if site.shares else ""
-            lines.append(f"{site.name:{width}}  {site.kind:9}  {', '.join(site.rules) or '-'}{shares}")
-            for r in site.refusals:
-                first = said.setdefault((r.rule, r.code, r.detail), site.name)
-                reason = r.detail if first == site.name else f"as for {first}"
-                lines.append(f"  {r.rule} refused ({r.code}): {reason}")
-        for i, graph in enumerate(self.graphs):
-            if graph.bytes:
-                changes = ", ".join(f"{rule} {before} to {after}" for rule, (before, after) in graph.bytes.items())
-                lines.append(f"graph {i}: predicted bytes a call: {changes}")
-        lines += [f"graph {i}: {graph.weights}" for i, graph in enumerate(self.graphs) if graph.weights]
-        return "\n".join(lines)
+        return "\n".join("".join(text for text, _ in line) for line in lines(self.graphs, self.breaks, self.note))
+
+    def __rich__(self) -> Text:
+        """The same text, coloured."""
+        text = Text(no_wrap=True, overflow="ignore")
+        for i, line in enumerate(lines(self.graphs, self.breaks, self.note)):
+            text.append("\n" if i else "")
+            for piece in line:
+                text.append(*piece)
+        return text
 
     def to_json(self) -> str:
         """The whole report as JSON text."""
-        return json.dumps({"counts": self.counts, "graphs": [asdict(graph) for graph in self.graphs]}, indent=2)
+        graphs, breaks = [asdict(graph) for graph in self.graphs], [asdict(each) for each in self.breaks]
+        return json.dumps({"counts": self.counts, "note": self.note, "breaks": breaks, "graphs": graphs}, indent=2)
 
     def to_html(self, path: str | Path) -> None:
         """Write the report as one self-contained HTML page."""
@@ -179,12 +110,16 @@ def graph_report(
     source_of: Callable[[Node], str],
     counts: tuple[int, int],
     seconds: Mapping[str, float],
+    names: Mapping[Node, str],
 ) -> GraphReport:
-    """The report of one graph. counts: live folds, run-time centrings."""
+    """The report of one graph. counts: live folds, run-time centrings; names: of the graph's inputs."""
 
     def refusals(site: Norm | Composed) -> tuple[RefusalReport, ...]:
-        found = plan.refusals(site)
-        return tuple(RefusalReport(r.rule, r.code, r.detail, r.hint, tuple(map(place, r.nodes))) for r in found)
+        return tuple(refusal(r) for r in plan.refusals(site))
+
+    def refusal(r: Refusal) -> RefusalReport:
+        source = next(filter(None, map(source_line, r.nodes)), "")
+        return RefusalReport(r.rule, r.code, r.detail, _hint(r, names), tuple(map(place, r.nodes)), r.meaning, source)
 
     def place(node: Node) -> str:
         return _place(node, source_of)
@@ -203,8 +138,28 @@ def graph_report(
     composed = tuple(
         SiteReport(place(site.node), "Weight", plan.rules(site), refusals(site), "") for site in plan.composed
     )
-    sizes = {rule: (_size(cost.before), _size(cost.after)) for rule, cost in plan.costs().items()}
-    return GraphReport(sites, before, after, {}, *counts, dict(seconds), composed=composed, bytes=sizes)
+    costs = plan.costs()
+    sizes = {rule: (_size(cost.before), _size(cost.after)) for rule, cost in costs.items()}
+    sized = [norm.input for norm in plan.norms] + [site.node for site in plan.composed]
+    saved = {rule: size_hint(cost.before - cost.after, sized) for rule, cost in costs.items()}
+    return GraphReport(sites, before, after, {}, *counts, dict(seconds), composed=composed, bytes=sizes, saved=saved)
+
+
+def _hint(refusal: Refusal, names: Mapping[Node, str]) -> str:
+    """The refusal's hint, unless what is in the way comes from another graph, or goes to one."""
+    if refusal.code == "uncentred_input":
+        entering = [names.get(node, node.name) for node in refusal.nodes if node.op == "placeholder"]
+        if entering:
+            return (
+                f"{entering[0]} is computed outside of this graph: if another part of the model computes it, compile "
+                "the whole model, without graph breaks"
+            )
+    if refusal.code == "observed" and any(node.op == "output" for node in refusal.nodes):
+        return (
+            "do not return it; if only another part of the model reads it, compile the whole model, without graph "
+            "breaks"
+        )
+    return refusal.hint
 
 
 def _size(size: sympy.Expr) -> str:

@@ -79,21 +79,42 @@ def _report(
     return transformed(model.train(training), inputs)[1]
 
 
+def _plan(report: Report) -> str:
+    """The text of a report, in ASCII as expecttest wants it, without source lines, which change with the libraries."""
+    text = str(report).translate({ord("γ"): "gamma", ord("β"): "beta", ord("×"): "x", ord("…"): ".."})
+    return "\n".join(line for line in text.splitlines() if not line.startswith("    at "))
+
+
 class Goldens(TestCase):
     maxDiff = None
 
     def test_gpt2_plan(self) -> None:
         self.assertExpectedInline(
-            str(_report(gpt2)),
+            _plan(_report(gpt2)),
             """\
-layer_norm: 5, rms_norm: 0, to_rms_norm: 5, fold_affine: 5, fuse_residual_norm: 4, pre_rms_norm: 5, centrings: 0, folds: 20, graphs: 1, graph_breaks: 0
+5 LayerNorms: all became RMSNorms, gamma and beta of all are folded into the weights
+that read them and 4 are computed together with the residual add; predicted to
+save 37.5 KiB of memory traffic per call.
+Most frequent reasons why not more:
+- fuse_residual_norm, 1 norm: the sum is not of two values of its own shape and
+  dtype
+  hint: none needed: the sum is computed before the norm
+
 model.transformer.h.0.ln_1  LayerNorm  pre_rms_norm, fold_affine
-  fuse_residual_norm refused (broadcast): the sum is not of two values of its own shape and dtype: embedding_1
-model.transformer.h.0.ln_2  LayerNorm  pre_rms_norm, fold_affine, fuse_residual_norm
-model.transformer.h.1.ln_1  LayerNorm  pre_rms_norm, fold_affine, fuse_residual_norm
-model.transformer.h.1.ln_2  LayerNorm  pre_rms_norm, fold_affine, fuse_residual_norm
-model.transformer.ln_f      LayerNorm  pre_rms_norm, fold_affine, fuse_residual_norm
-graph 0: predicted bytes a call: pre_rms_norm 46,080 to 35,328, fold_affine 15,360 to 0, fuse_residual_norm 12,288 to 0""",
+  fuse_residual_norm refused (broadcast): the sum is not of two values of its
+    own shape and dtype
+    found: embedding_1
+    hint: none needed: the sum is computed before the norm
+model.transformer.h.{0,1}.ln_2 x2  LayerNorm
+  pre_rms_norm, fold_affine, fuse_residual_norm
+model.transformer.h.1.ln_1  LayerNorm
+  pre_rms_norm, fold_affine, fuse_residual_norm
+model.transformer.ln_f  LayerNorm  pre_rms_norm, fold_affine, fuse_residual_norm
+
+Bytes per call that pass over activations and live weights, predicted:
+  pre_rms_norm        46,080 to 35,328
+  fold_affine         15,360 to 0
+  fuse_residual_norm  12,288 to 0""",
         )
 
     def test_gpt2_graph(self) -> None:
@@ -147,14 +168,26 @@ return [%63]
 
     def test_vit_plan(self) -> None:
         self.assertExpectedInline(
-            str(_report(vit)),
+            _plan(_report(vit)),
             """\
-layer_norm: 3, rms_norm: 0, to_rms_norm: 3, fold_affine: 2, fuse_residual_norm: 2, pre_rms_norm: 3, centrings: 0, folds: 16, graphs: 1, graph_breaks: 0
+3 LayerNorms: all became RMSNorms, gamma and beta of 2 are folded into the weights that
+read them and 2 are computed together with the residual add; predicted to save
+29.8 KiB of memory traffic per call.
+Most frequent reasons why not more:
+- fold_affine, 1 norm: the norm's output leaves the graph
+  hint: none needed: gamma and beta stay in the norm
+
 model.layers.0.layernorm_before  LayerNorm  pre_rms_norm, fold_affine
-model.layers.0.layernorm_after   LayerNorm  pre_rms_norm, fold_affine, fuse_residual_norm
-model.layernorm                  LayerNorm  pre_rms_norm, fuse_residual_norm
+model.layers.0.layernorm_after  LayerNorm
+  pre_rms_norm, fold_affine, fuse_residual_norm
+model.layernorm  LayerNorm  pre_rms_norm, fuse_residual_norm
   fold_affine refused (returned): the norm's output leaves the graph
-graph 0: predicted bytes a call: pre_rms_norm 39,168 to 26,112, fold_affine 8,704 to 0, fuse_residual_norm 8,704 to 0""",
+    hint: none needed: gamma and beta stay in the norm
+
+Bytes per call that pass over activations and live weights, predicted:
+  pre_rms_norm        39,168 to 26,112
+  fold_affine         8,704 to 0
+  fuse_residual_norm  8,704 to 0""",
         )
 
     def test_vit_graph(self) -> None:
@@ -195,14 +228,35 @@ return [%32]
 
     def test_refusal_plan(self) -> None:
         self.assertExpectedInline(
-            str(_report(observed)),
+            _plan(_report(observed)),
             """\
-layer_norm: 2, rms_norm: 0, to_rms_norm: 0, fold_affine: 2, fuse_residual_norm: 1, centrings: 0, folds: 4, graphs: 1, graph_breaks: 0
-norm   LayerNorm  fold_affine
-  pre_rms_norm refused (uncentred_input): a value enters the stream that can only be centred while the model runs, and that costs more than it saves: embedding (embedding rows)
+2 LayerNorms: none became an RMSNorm, gamma and beta of all are folded into the weights
+that read them and 1 is computed together with the residual add; predicted to
+save 576 bytes of memory traffic per call.
+Most frequent reasons why not more:
+- pre_rms_norm, 1 norm: a value enters the stream that can only be centred while
+  the model runs, and that costs more than it saves
+  hint: none needed: the norm stays a LayerNorm
+- pre_rms_norm, 1 norm: the stream's mean is read by something other than a
+  LayerNorm over the same features
+  hint: do not return it; if only another part of the model reads it, compile
+    the whole model, without graph breaks
+
+norm  LayerNorm  fold_affine
+  pre_rms_norm refused (uncentred_input): a value enters the stream that can
+    only be centred while the model runs, and that costs more than it saves
+    found: embedding (embedding rows)
+    hint: none needed: the norm stays a LayerNorm
 final  LayerNorm  fold_affine, fuse_residual_norm
-  pre_rms_norm refused (observed): the stream's mean is read by something other than a LayerNorm over the same features: add is read by output
-graph 0: predicted bytes a call: fold_affine 384 to 0, fuse_residual_norm 192 to 0""",
+  pre_rms_norm refused (observed): the stream's mean is read by something other
+    than a LayerNorm over the same features
+    found: add is read by output
+    hint: do not return it; if only another part of the model reads it, compile
+      the whole model, without graph breaks
+
+Bytes per call that pass over activations and live weights, predicted:
+  fold_affine         384 to 0
+  fuse_residual_norm  192 to 0""",
         )
 
     def test_refusal_graph(self) -> None:
@@ -227,20 +281,31 @@ return [%9, %6]
     def test_training_plan(self) -> None:
         """With dropout on the residual branches each write would have to be centred while the model runs (M12)."""
         self.assertExpectedInline(
-            str(_report(gpt2, 0.1, training=True)),
+            _plan(_report(gpt2, 0.1, training=True)),
             """\
-layer_norm: 5, rms_norm: 0, to_rms_norm: 0, fold_affine: 5, fuse_residual_norm: 4, centrings: 0, folds: 10, graphs: 1, graph_breaks: 0
+5 LayerNorms: none became an RMSNorm, gamma and beta of all are folded into the weights
+that read them and 4 are computed together with the residual add; predicted to
+save 27.0 KiB of memory traffic per call.
+Most frequent reasons why not more:
+- pre_rms_norm, 5 norms: a value enters the stream that can only be centred
+  while the model runs, and that costs more than it saves
+  hint: none needed: the norm stays a LayerNorm
+
 model.transformer.h.0.ln_1  LayerNorm  fold_affine
-  pre_rms_norm refused (uncentred_input): a value enters the stream that can only be centred while the model runs, and that costs more than it saves: dropout_1 (an activation or graph input), dropout (an activation or graph input), dropout_2 (an activation or graph input), dropout_3 (an activation or graph input), dropout_4 (an activation or graph input)
-model.transformer.h.0.ln_2  LayerNorm  fold_affine, fuse_residual_norm
+  pre_rms_norm refused (uncentred_input): a value enters the stream that can
+    only be centred while the model runs, and that costs more than it saves
+    found: dropout_1 (an activation or graph input) and 4 more
+    hint: none needed: the norm stays a LayerNorm
+model.transformer.h.{0,1}.ln_2 x2  LayerNorm  fold_affine, fuse_residual_norm
   pre_rms_norm refused (uncentred_input): as for model.transformer.h.0.ln_1
 model.transformer.h.1.ln_1  LayerNorm  fold_affine, fuse_residual_norm
   pre_rms_norm refused (uncentred_input): as for model.transformer.h.0.ln_1
-model.transformer.h.1.ln_2  LayerNorm  fold_affine, fuse_residual_norm
+model.transformer.ln_f  LayerNorm  fold_affine, fuse_residual_norm
   pre_rms_norm refused (uncentred_input): as for model.transformer.h.0.ln_1
-model.transformer.ln_f      LayerNorm  fold_affine, fuse_residual_norm
-  pre_rms_norm refused (uncentred_input): as for model.transformer.h.0.ln_1
-graph 0: predicted bytes a call: fold_affine 15,360 to 0, fuse_residual_norm 12,288 to 0""",
+
+Bytes per call that pass over activations and live weights, predicted:
+  fold_affine         15,360 to 0
+  fuse_residual_norm  12,288 to 0""",
         )
 
     def test_training_graph(self) -> None:

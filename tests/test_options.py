@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import traceback
+
 import pytest
 import torch
-from raising import raises_inside
+from raising import causes, raises_inside
 from torch import nn
 
 import normfx
+from normfx.edit import Edit
 from normfx.errors import StageError
 from normfx.options import DEFAULT_RULES, RULE_NAMES, Options
-from normfx.rewrite import Edit
 
 NO_ENV: dict[str, str] = {}
 
@@ -57,6 +59,10 @@ def test_environment_changes_the_rules_given() -> None:
         ({}, {"NORMFX_DEBUG": "5"}, ["'5'", "NORMFX_DEBUG"]),
         ({}, {"NORMFX_VERIFY": "maybe"}, ["'maybe'", "NORMFX_VERIFY"]),
         ({"mode": "default"}, {"mode": "x"}, ["mode"]),
+        ({"rulez": "all"}, {}, ["did you mean 'rules'?"]),
+        ({"rules": "-fold_afine"}, {}, ["did you mean 'fold_affine'?"]),
+        ({"fold": "froze"}, {}, ["did you mean 'frozen'?"]),
+        ({"crms_width": "4711"}, {}, ["valid: auto, exact, padded"]),
     ],
 )
 def test_errors_say_what_where_and_what_is_valid(
@@ -79,18 +85,58 @@ class Norm(nn.Module):
 @pytest.mark.parametrize(
     ("kwargs", "word"),
     [
-        ({"options": {"rulez": "all"}}, "unknown option 'rulez'"),
+        ({"options": {"rulez": "all"}}, "strict, verify; did you mean 'rules'?"),
         ({"mode": "fastest"}, "unknown mode 'fastest'"),
-        ({"options": {"inductor": {"no_such_option": 1}}}, "unknown Inductor option 'no_such_option'"),
+        ({"options": {"inductor": {"max_autotun": 1}}}, "unknown Inductor option 'max_autotun'"),
+        ({"options": {"inductor": {"max_autotun": 1}}}, "did you mean 'max_autotune'?"),
+        ({"options": {"max_autotune": True}}, "give it as options={'inductor': {'max_autotune': True}}"),
     ],
 )
 def test_torch_compile_shows_the_error(kwargs: dict[str, object], word: str) -> None:
-    with raises_inside(normfx.OptionError, word):
+    """It arrives as what it is, without the frames of Dynamo and normfx: a few of torch's own are left."""
+    with pytest.raises(normfx.OptionError) as caught:
         torch.compile(Norm(), backend="normfx", **kwargs)(torch.randn(2, 4))
+    assert str(caught.value).startswith("normfx: ") and word in str(caught.value)
+    assert type(caught.value).__name__ == "OptionError"
+    files = [frame.filename for frame in traceback.extract_tb(caught.value.__traceback__)]
+    assert len(files) < 10 and not any("normfx/backend" in file for file in files)
+
+
+def test_explain_and_rewrite_say_where_an_option_of_inductor_belongs() -> None:
+    program = torch.export.export(Norm(), (torch.randn(2, 4),))
+    for call in (normfx.explain, normfx.rewrite):
+        with pytest.raises(normfx.OptionError, match="is an option of Inductor"):
+            call(program, {"max_autotune": True})
+
+
+@pytest.mark.parametrize(("name", "meant"), [("NORMFX_RULE", "NORMFX_RULES"), ("NORMFX_DEBUGGING", "NORMFX_DEBUG")])
+def test_a_misspelt_variable_warns_once(name: str, meant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("normfx.options._warned", set())
+    with pytest.warns(normfx.NormfxWarning, match=f"{name} has no meaning; did you mean '{meant}'?"):
+        Options.parse(environ={name: "1"})
+    Options.parse(environ={name: "1"})  # a second warning would be an error here
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_kernels_without_a_device_warn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("normfx.options._warned", set())
+    monkeypatch.setattr("normfx.backend.compile_graph", lambda gm, inputs, patches: gm.forward)
+    model, x = nn.Linear(4, 4), torch.randn(2, 4)
+    for size in (2, 3):
+        compiled = torch.compile(model, backend="normfx", options={"lowering": "triton"})
+        if size == 2:
+            with pytest.warns(normfx.NormfxWarning, match="lowering='triton' has no effect here"):
+                compiled(x)
+        torch._dynamo.reset()
+        compiled(torch.randn(size, 4))
 
 
 def _broken(*args: object) -> None:
     raise IndexError("no such thing")
+
+
+def _unfinished(*args: object) -> None:
+    raise KeyError("no such thing")
 
 
 def test_a_failing_stage_leaves_the_model_working(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,14 +158,28 @@ def test_a_stage_that_fails_half_way_leaves_no_trace(monkeypatch: pytest.MonkeyP
 
 def test_strict_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("normfx.backend.make_plan", _broken)
-    with raises_inside(StageError, r"stage 'plan' failed: IndexError: no such thing"):
+    with pytest.raises(StageError, match=r"stage 'plan' failed: IndexError: no such thing \(at test_options.py:\d+\)"):
         torch.compile(Norm(), backend="normfx", options={"strict": True, "fold": "live"})(torch.randn(2, 4))
 
 
-def test_inductor_exceptions_pass_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("normfx.lower.folded.compile_graph", _broken)
-    with raises_inside(IndexError, "no such thing"):
+@pytest.mark.parametrize("model", [Norm(), nn.Linear(4, 4)])
+def test_inductor_exceptions_pass_through(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a note that names normfx, the stage and the way out."""
+    monkeypatch.setattr("normfx.lower.folded.compile_graph", _unfinished)
+    monkeypatch.setattr("normfx.backend.compile_graph", _unfinished)
+    with pytest.raises(Exception, match="no such thing") as caught:
+        torch.compile(model, backend="normfx")(torch.randn(2, 4))
+    (note,) = caught.value.__notes__
+    assert note.startswith("normfx: raised at stage 'compile'") and "backend='inductor'" in note
+    assert ("rules" in note) == isinstance(model, Norm)
+    assert any(isinstance(error, KeyError) for error in causes(caught.value))
+
+
+def test_a_crash_of_the_compiled_graph_names_normfx(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("normfx.lower.folded.compile_graph", lambda gm, inputs, patches: _broken)
+    with pytest.raises(IndexError, match="no such thing") as caught:
         torch.compile(Norm(), backend="normfx")(torch.randn(2, 4))
+    assert [note.partition(",")[0] for note in caught.value.__notes__] == ["normfx: raised at stage 'run'"]
 
 
 def test_a_frozen_variant_that_fails_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,6 +156,7 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report.sites[0].lowering == "inductor: triton is not installed"
 
 
+@pytest.mark.filterwarnings("ignore:normfx. lowering='triton' has no effect:normfx.NormfxWarning")
 @pytest.mark.parametrize("training", [True, False])
 def test_under_inductor(training: bool) -> None:
     """AOTAutograd and Inductor take the op and its derivative."""

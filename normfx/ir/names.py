@@ -11,7 +11,7 @@ from torch.fx import Node
 
 _STEP = re.compile(r"\[['\"]?([^\]'\"]*)['\"]?\]|\.?([^.\[\]]+)")
 _ROOTS = frozenset({"self", "fn"})  # `fn`: the module inside the wrapper Dynamo puts around a torch.nn module
-_NOISE = frozenset({"_modules", "_parameters", "_buffers", "_orig_mod", "_module", "__dict__"})
+_NOISE = frozenset({"_modules", "_parameters", "_buffers", "_orig_mod", "_module", "__dict__", "__self__"})
 
 
 def dotted(expression: str) -> str:

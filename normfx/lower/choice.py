@@ -70,10 +70,10 @@ def objection(spec: Spec, norm: Node, trains: bool, order: Mapping[Node, int]) -
     predicted = f"predicted {inductor:,} bytes, {kernel:,} on a kernel"
     if inductor <= kernel:
         return predicted
-    architecture = _architecture(tensor(sized[0]).device)
-    if architecture in TESTED:
+    here = architecture(tensor(sized[0]).device)
+    if here in TESTED:
         return ""
-    return f"{predicted}, but the kernels were not tested on {architecture}: lowering='triton' uses them"
+    return f"{predicted}, but the kernels were not tested on {here}: lowering='triton' uses them"
 
 
 def _rereads(spec: Spec, rows: int) -> bool:
@@ -136,7 +136,7 @@ def _fusible(node: Node) -> bool:
     return bool(op_name(node)) and op_name(node).partition(".")[0] not in _PRODUCTS
 
 
-def _architecture(device: torch.device) -> str:
+def architecture(device: torch.device) -> str:
     if not torch.cuda.is_available():
         return f"this {device.type} device"
     if torch.version.hip:

@@ -47,11 +47,19 @@ def is_frozen(fold: str, patches: Mapping[str, Any]) -> bool:
 class Compiled:
     """A compiled graph, with what became of its folded weights."""
 
+    note = ""
+    """Added to every exception that a call raises."""
+
     def __init__(self, call: Callable[..., Any], folds: Folds | None = None, frozen: Frozen | None = None) -> None:
         self._call, self._folds, self._frozen = call, folds, frozen
 
     def __call__(self, *args: Any) -> Any:
-        return self._call(*args)
+        try:
+            return self._call(*args)
+        except Exception as error:
+            if self.note and self.note not in getattr(error, "__notes__", ()):
+                error.add_note(self.note)
+            raise
 
     def folding(self) -> dict[str, Any]:
         """variants: "live", "cached", "frozen", those that exist; bytes: of one parameter set's kept folds;

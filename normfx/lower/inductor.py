@@ -14,10 +14,11 @@ from torch._inductor.compile_fx import compile_fx  # private; as torch.compile's
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from normfx.errors import OptionError
+from normfx.errors import OptionError, did_you_mean
 from normfx.ir import fused_ops, ops, recompute
 from normfx.kernels import backward, forward, launch, rows, run, source, spec
 from normfx.lower import norm_ops, two_norms
+from normfx.options import KEYS
 
 MEANING = (ops, fused_ops, norm_ops, two_norms, spec, launch, rows, forward, backward, source, run)
 """The modules that say what a graph with normfx's ops compiles to."""
@@ -40,11 +41,23 @@ def inductor_options(mode: str | None, options: Mapping[str, Any]) -> dict[str, 
     for key, given in options.items():
         name = str(key).replace("-", "_")
         if name not in known:
+            meant = did_you_mean(name, known)
             raise OptionError(
-                f"normfx: unknown Inductor option {key!r} in options['inductor']; see torch._inductor.list_options()"
+                f"normfx: unknown Inductor option {key!r} in options['inductor'];{meant and f' {meant}'} "
+                "see torch._inductor.list_options()"
             )
         patches[name] = given
     return patches
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raises OptionError for an option that is not normfx's but Inductor's, saying where it belongs."""
+    strange = [str(key) for key in options if key not in KEYS]
+    known = set(torch._inductor.list_options()) if strange else set()
+    for key in strange:
+        if key.replace("-", "_") in known:
+            given = f"options={{'inductor': {{{key!r}: {options[key]!r}}}}}"
+            raise OptionError(f"normfx: {key!r} is an option of Inductor: give it as {given}")
 
 
 def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], patches: Mapping[str, Any]) -> Callable[..., Any]:

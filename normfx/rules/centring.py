@@ -55,7 +55,7 @@ CODES = {
         "none needed: the norm stays a LayerNorm",
     ),
     "live_weights": Code(
-        "folded weights would be computed anew in every call, and for so few rows that costs more than it saves",
+        "folded weights would be computed again in every call, and for so few rows that costs more than it saves",
         "run inference under torch.no_grad(), train on larger batches, or fold regardless: options={'fold': 'live'}",
     ),
 }

@@ -28,13 +28,14 @@ DISABLED = Code("the rule is switched off", "enable it with options={'rules': 'd
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a rule left a norm alone. `nodes` names the graph values in the way."""
+    """Why a rule left a norm alone. `nodes` names the graph values in the way; `detail` begins with `meaning`."""
 
     rule: str
     code: str
     detail: str
     hint: str
     nodes: tuple[Node, ...] = ()
+    meaning: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Rule(Generic[S]):
     candidates:           the sites of a graph to decide; `norms` says which norms, or weights, a site concerns
     guard:                every objection; none means apply
     cost:                 bytes before and after; a guard may object to it
-    rewrite(site, edit):  the edits, in terms of normfx.rewrite.Edit
+    rewrite(site, edit):  the edits, in terms of normfx.edit.Edit
     opt_in:               not among the default rules; unless it is asked for, the report does not mention it
     for_kernels:          on a GPU it serves generated kernels alone; where none may run, its sites are not decided
     """
@@ -99,4 +100,5 @@ class Rule(Generic[S]):
 
     def refuse(self, code: str, detail: str, nodes: tuple[Node, ...] = ()) -> Refusal:
         known = self.codes[code]
-        return Refusal(self.name, code, f"{known.meaning}: {detail}" if detail else known.meaning, known.hint, nodes)
+        text = f"{known.meaning}: {detail}" if detail else known.meaning
+        return Refusal(self.name, code, text, known.hint, nodes, known.meaning)

@@ -76,7 +76,7 @@ def _headers() -> list[Path]:
 def measure(cases: Sequence[str], timeout: float = 3000) -> list[Traffic]:
     """The traffic of these cases, found in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        environ = os.environ | build_stubs(Path(folder)) | {"NORMFX_TRAFFIC": "1"}
+        environ = os.environ | build_stubs(Path(folder)) | {"TRAFFIC_UNDER_STUBS": "1"}
         command = [sys.executable, str(Path(__file__).resolve()), *cases]
         done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=timeout)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
@@ -177,7 +177,7 @@ def _traffic(case: str) -> Traffic:
 
 def main() -> None:
     chosen = sys.argv[1:] or list(CASES)
-    if os.environ.get("NORMFX_TRAFFIC") != "1":
+    if os.environ.get("TRAFFIC_UNDER_STUBS") != "1":
         failed = False
         print(HEADER)
         for case in chosen:

@@ -1,0 +1,121 @@
+"""`normfx doctor`: what normfx finds on this machine, which way it will go, and what to fix."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import shlex
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from normfx.lower import choice
+from normfx.lower.gemm import MARGIN, packed_speed
+from normfx.weights.native import native_library, watches_pages
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's: what was looked at, what was found, and how to fix it ("" where nothing is wrong).
+
+    fatal: torch.compile cannot work so
+    """
+
+    what: str
+    found: str
+    fix: str = ""
+    fatal: bool = False
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=main, parser=parser)
+
+
+def main(parsed: argparse.Namespace) -> int:
+    """Print the findings. Exit status 1: something must be fixed before models can be compiled."""
+    console, found = Console(soft_wrap=True), list(findings())
+    width = max(len(each.what) for each in found)
+    for each in found:
+        colour = "red" if each.fatal else "yellow" if each.fix else "green"
+        console.print(f"[{colour}]{each.what:{width}}[/]  ", end="")
+        console.print(each.found, highlight=False, markup=False)
+        if each.fix:
+            console.print(f"{'':{width}}  {'must be fixed' if each.fatal else 'to improve'}: {each.fix}", markup=False)
+    return int(any(each.fatal for each in found))
+
+
+def findings() -> Iterator[Finding]:
+    """Everything that the doctor looks at, in order."""
+    yield Finding("python", platform.python_version())
+    yield Finding("torch", torch.__version__)
+    yield Finding("triton", version("triton") or "not installed")
+    yield Finding("normfx", version("normfx") or "not installed")
+    yield _device()
+    yield _compiler()
+    yield _folds()
+    yield _allocator()
+    for dtype in (torch.float32, torch.bfloat16):
+        yield _products(dtype)
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _device() -> Finding:
+    if not torch.cuda.is_available():
+        return Finding("device", "CPU: Inductor runs the norms; LayerNorms that stay, in two passes where faster")
+    name = f"{torch.cuda.get_device_name()} ({choice.architecture(torch.device('cuda'))})"
+    if version("triton") is None:
+        return Finding("device", f"{name}, without triton", "install the triton that belongs to this torch", fatal=True)
+    if choice.architecture(torch.device("cuda")) in choice.TESTED:
+        return Finding("device", f"{name}: generated kernels where predicted to move fewer bytes, else Inductor")
+    return Finding("device", f"{name}: Inductor runs the norms, for the generated kernels were not tested on it")
+
+
+def _compiler() -> Finding:
+    wanted = shlex.split(os.environ.get("CXX", "")) or ["g++", "clang++", "c++"]
+    given = "CXX" in os.environ
+    compiler = next(filter(None, map(shutil.which, wanted[:1] if given else wanted)), None)
+    works = native_library() is not None
+    if works:
+        return Finding("C++ compiler", compiler or "works")
+    fix = "install g++ (Debian, Ubuntu: apt install g++), or let CXX name a C++ compiler"
+    return Finding("C++ compiler", f"{compiler} compiles nothing" if compiler else "none", fix, fatal=True)
+
+
+def _folds() -> Finding:
+    if native_library() is None:
+        return Finding("folded weights", "computed in every call: without a C++ compiler nothing is watched")
+    if watches_pages():
+        return Finding("folded weights", "kept; the kernel tells which pages of the parameters were written")
+    return Finding(
+        "folded weights",
+        "computed in the graph, in every call: the kernel does not tell which pages were written, and "
+        "options={'fold': 'cached'} would compare contents in every call",
+        "use Linux 6.7 or newer, and allow the system call userfaultfd (in the container's seccomp profile)",
+    )
+
+
+def _allocator() -> Finding:
+    maps = Path("/proc/self/maps")
+    loaded = maps.read_text() if maps.exists() else ""
+    found = next((name for name in ("tcmalloc", "jemalloc", "mimalloc") if name in loaded), None)
+    return Finding("allocator", found or "the system's")
+
+
+def _products(dtype: torch.dtype) -> Finding:
+    name, speed = str(dtype).removeprefix("torch."), packed_speed(dtype)
+    if not speed:
+        return Finding(f"{name} products", "weights are not packed: oneDNN cannot on this processor, or is not there")
+    verdict = "kept weights are packed" if speed > MARGIN else "weights are not packed"
+    return Finding(f"{name} products", f"with packed weights {speed:.2f} times as fast as addmm: {verdict}")

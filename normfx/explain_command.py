@@ -1,0 +1,77 @@
+"""`normfx explain`: the report of a model that is named on the command line."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from normfx.errors import OptionError
+from normfx.explaining import explain
+from normfx.model_input import Called, from_config, from_factory, from_program
+
+STATES = {
+    "default": "as in inference, without gradients (in evaluation mode): the default; --train says what training gets",
+    "train": "as in training: in training mode, with gradients recorded",
+    "no_grad": "without gradients, in the mode that the factory left the model in",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODULE:FACTORY",
+        help="FACTORY() returns a module, (module, args) or (module, args, kwargs); also FILE.py:FACTORY, or a program "
+        "of torch.export.save (FILE.pt2)",
+    )
+    parser.add_argument(
+        "--hf-config",
+        metavar="DIR",
+        help="instead: a folder with the config.json of a model of transformers, or a model type such as gpt2; random "
+        "weights, nothing is downloaded",
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    state = parser.add_mutually_exclusive_group()
+    state.add_argument("--train", action="store_true", help=STATES["train"])
+    state.add_argument("--no-grad", action="store_true", help=STATES["no_grad"])
+    parser.set_defaults(run=main, parser=parser)
+
+
+def main(parsed: argparse.Namespace) -> int:
+    """Explain the model and print the report. Exit status 1: normfx failed on a graph.
+
+    Raises OptionError where the arguments name no model.
+    """
+    called = _called(parsed)
+    state = "train" if parsed.train else "no_grad" if parsed.no_grad else "default"
+    if isinstance(called.model, torch.nn.Module) and state != "no_grad":
+        _set_mode(called.model, state == "train")
+    with torch.set_grad_enabled(state == "train"):
+        report = explain(called.model)(*called.args, **called.kwargs)
+    console = Console(soft_wrap=True)
+    if parsed.json:
+        print(report.to_json())
+    else:
+        console.print(f"Explained {STATES[state]}.\n", highlight=False, markup=False)
+        console.print(report)
+    return int(any(graph.failure for graph in report.graphs))
+
+
+def _set_mode(model: torch.nn.Module, training: bool) -> None:
+    try:
+        model.train(training)
+    except NotImplementedError:  # the module of an exported program is what it was exported as
+        return
+
+
+def _called(parsed: argparse.Namespace) -> Called:
+    if (parsed.model is None) == (parsed.hf_config is None):
+        raise OptionError("normfx: name one model: MODULE:FACTORY, FILE.py:FACTORY, FILE.pt2 or --hf-config DIR")
+    if parsed.hf_config is not None:
+        return from_config(parsed.hf_config)
+    if parsed.model.endswith(".pt2"):
+        return from_program(Path(parsed.model))
+    return from_factory(parsed.model)

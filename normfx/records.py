@@ -1,0 +1,130 @@
+"""What a report is made of: frozen records of norms, refusals, folded weights, graphs and graph breaks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from normfx.ir.sites import Norm
+
+
+@dataclass(frozen=True)
+class RefusalReport:
+    """Why a rule left a norm alone; `nodes` are graph values with the module they belong to.
+
+    meaning: what the code means, without the values that were found (`detail` has both)
+    source:  the line of the user's code that computes the first of the nodes ("" where it is not known)
+    """
+
+    rule: str
+    code: str
+    detail: str
+    hint: str
+    nodes: tuple[str, ...]
+    meaning: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One norm: its module path, kind, the rules applied in order, the refusals, and where it is written.
+
+    lowering: on a CUDA device, and everywhere under lowering="triton", "triton: ", the kernel and the bytes it must
+              move, or "inductor: " and why there is no kernel, or why Inductor is ahead of it; else "two-pass" where a
+              norm that stays is spelled out, "inductor" where it is not
+    shares:   an earlier norm of the same value whose result is also this one's ("" if there is none)
+    """
+
+    name: str
+    kind: str
+    rules: tuple[str, ...]
+    refusals: tuple[RefusalReport, ...]
+    source: str
+    lowering: str = "inductor"
+    shares: str = ""
+
+    @property
+    def to_rms_norm(self) -> bool:
+        """Whether a LayerNorm became an RMSNorm here."""
+        return self.kind == "LayerNorm" and bool({"pre_rms_norm", "linear_norm", "crms_norm"} & set(self.rules))
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """What became of the folded weights of a compiled graph.
+
+    variants:       those that exist: "live" or "cached", and "frozen"
+    bytes:          of the kept values of one parameter set
+    parameter_sets: sets of parameters the graph was called with whose folds are kept
+    refreshes:      kept values computed so far, the first time included
+    freezes:        times the frozen variant was built
+    """
+
+    variants: tuple[str, ...] = ()
+    bytes: int = 0
+    parameter_sets: int = 0
+    refreshes: int = 0
+    freezes: int = 0
+
+    def __str__(self) -> str:
+        size = f"{self.bytes / 2**20:.1f} MiB of folded weights, {self.parameter_sets} parameter sets"
+        return f"{' + '.join(self.variants)}: {size}, {self.refreshes} values computed, frozen {self.freezes} times"
+
+
+@dataclass(frozen=True)
+class FailureReport:
+    """A stage of normfx that failed, after which the untouched graph was compiled; `error` is its class and text."""
+
+    stage: str
+    error: str
+
+
+@dataclass(frozen=True)
+class GraphBreak:
+    """A place at which Dynamo ended a graph: the line of the user's code, the cause, and Dynamo's hint, if any."""
+
+    place: str
+    cause: str
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """One captured graph. before, after: printer text; kernels: name → generated source; seconds: per stage.
+
+    weights:    None where nothing was compiled
+    bytes:      by rule, predicted for a call: what passes over the activations it touches and over live weights read
+                and write, before and after, as text with the graph's symbolic sizes
+    saved:      by rule, the difference of the two at the sizes of the call that was captured
+    composed:   weights computed from parameters alone, of kind "Weight"
+    function:   name and place of the function that Dynamo traced ("" where it is not known)
+    compile_id: Dynamo's: "2/1" is the second compilation of the third function
+    gradients:  whether gradients of parameters are recorded
+    failure:    the stage that failed, if one did; then nothing was applied
+    """
+
+    sites: tuple[SiteReport, ...]
+    before: str = ""
+    after: str = ""
+    kernels: Mapping[str, str] = field(default_factory=dict)
+    folds: int = 0
+    centrings: int = 0
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    weights: FoldReport | None = None
+    composed: tuple[SiteReport, ...] = ()
+    bytes: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    saved: Mapping[str, int] = field(default_factory=dict)
+    function: str = ""
+    compile_id: str = ""
+    gradients: bool = False
+    failure: FailureReport | None = None
+
+    def with_lowering(self, lowering: Iterable[str | None], kernels: Mapping[str, str]) -> GraphReport:
+        """The same, with what each site runs on where that is known, and the sources of kernels."""
+        sites = (replace(site, lowering=own or site.lowering) for site, own in zip(self.sites, lowering, strict=True))
+        return replace(self, sites=tuple(sites), kernels=dict(kernels))
+
+    def with_shared(self, shared: Iterable[Norm | None]) -> GraphReport:
+        """The same, with the norm that each site shares its result with."""
+        pairs = zip(self.sites, shared, strict=True)
+        return replace(self, sites=tuple(replace(site, shares=norm.name if norm else "") for site, norm in pairs))
