@@ -1,11 +1,13 @@
-"""A generated kernel or Inductor, where both can: whoever is predicted to move fewer bytes of memory.
+"""A generated kernel or Inductor, where both can: the one that is predicted to move fewer bytes of memory.
 
 Forward, a norm with the residual add it reads moves the same bytes either way. The difference is made by
 
     backward    Inductor's sums for dγ and dβ read x and dy a second time, unless it fuses them with dx, or x and dy are
                 still in the L2 cache
-    neighbours  Inductor computes pointwise producers and readers of a norm inside its kernel; beside a kernel of normfx
-                they write memory and read it again, and so do their gradients
+    partial     a kernel's programs leave a row of sums each, which are written and read once more; Inductor's are not
+    sums        counted, so that a kernel is taken only where it is ahead without doubt
+    neighbours  Inductor computes pointwise producers and readers of a norm inside its kernel; next to a kernel of
+                normfx they write memory and read it again, and so do their gradients
 
 Nothing of this was measured: see docs/kernels.md.
 """
@@ -19,8 +21,9 @@ import torch
 from torch.fx import Node
 
 from normfx.ir.graph import bytes_of, entries, is_getitem, op_name, shape, size_hint, tensor, total
+from normfx.kernels import run
 from normfx.kernels.cost import backward_cost, forward_cost
-from normfx.kernels.launch import backward_launch
+from normfx.kernels.launch import backward_launch, sum_rows
 from normfx.kernels.spec import DTYPES, Spec
 
 TESTED: frozenset[str] = frozenset()
@@ -55,22 +58,28 @@ def objection(spec: Spec, norm: Node, trains: bool, order: Mapping[Node, int]) -
 
     order: places of the graph's nodes
     """
-    rows = entries(shape(norm.all_input_nodes[0])[:-1])
+    sized = (norm.all_input_nodes[0],)
+    rows = entries(shape(sized[0])[:-1])
+    seen, device = size_hint(rows, sized), tensor(sized[0]).device
     both = forward_cost(spec, rows, statistics=trains).bytes
     again = rows * spec.entries * (DTYPES[spec.out] + DTYPES[spec.saved])
     alone, fused = (1 + trains) * total(_hidden(norm, spec, order)), 0
-    sized = (norm.all_input_nodes[0],)
     for part in () if not trains else (spec,) if spec.inner is None else (spec.last, spec.first):
-        both += backward_cost(part, rows, part.sum is not None, sympy.Integer(0)).bytes
-        sums, launch = part.weight or part.bias, backward_launch(part)
-        alone += again if sums and not launch.persistent else 0
-        fused += again if sums and _rereads(part, size_hint(rows, sized)) else 0
+        floor = backward_cost(part, rows, part.sum is not None, sympy.Integer(0)).bytes
+        both += floor
+        if not part.sums:
+            continue
+        launch = backward_launch(part)
+        partial = sympy.Integer(sum_rows(part, launch, max(seen, 1), run.processors(device)))
+        alone += backward_cost(part, rows, part.sum is not None, partial).bytes - floor
+        alone += 0 if launch.persistent else again
+        fused += again if _rereads(part, seen) else 0
     alone, fused = alone + both, fused + both
     kernel, inductor = size_hint(alone, sized), size_hint(fused, sized)
     predicted = f"predicted {inductor:,} bytes, {kernel:,} on a kernel"
     if inductor <= kernel:
         return predicted
-    architecture = _architecture(tensor(sized[0]).device)
+    architecture = _architecture(device)
     if architecture in TESTED:
         return ""
     return f"{predicted}, but the kernels were not tested on {architecture}: lowering='triton' uses them"
