@@ -82,6 +82,7 @@ class GraphReport:
     bytes:    by rule, predicted for a call: what passes over the activations it touches and over live weights read and
               write, before and after, as text with the graph's symbolic sizes
     composed: weights computed from parameters alone, of kind "Weight"
+    stored_sums: sums of residual streams that Inductor is told to store once; they are not in `after`
     """
 
     sites: tuple[SiteReport, ...]
@@ -94,6 +95,7 @@ class GraphReport:
     weights: FoldReport | None = None
     composed: tuple[SiteReport, ...] = ()
     bytes: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    stored_sums: int = 0
 
     def with_lowering(self, lowering: Iterable[str | None], kernels: Mapping[str, str]) -> GraphReport:
         """The same, with what each site runs on where that is known, and the sources of kernels."""
@@ -160,6 +162,8 @@ class Report:
             if graph.bytes:
                 changes = ", ".join(f"{rule} {before} to {after}" for rule, (before, after) in graph.bytes.items())
                 lines.append(f"graph {i}: predicted bytes a call: {changes}")
+            if graph.stored_sums:
+                lines.append(f"graph {i}: {graph.stored_sums} sums of residual streams are stored once")
         lines += [f"graph {i}: {graph.weights}" for i, graph in enumerate(self.graphs) if graph.weights]
         return "\n".join(lines)
 

@@ -44,7 +44,7 @@ _PRODUCTS = {
         "linear", "mm", "addmm", "bmm", "baddbmm", "matmul", "conv1d", "conv2d", "conv3d", "convolution",
         "scaled_dot_product_attention",
     )
-}  # fmt: skip
+} | {"normfx::packed_linear"}  # fmt: skip
 """Ops that Inductor leaves to a library: nothing that reads or feeds them is computed in their kernel."""
 
 
@@ -99,16 +99,16 @@ def _hidden(norm: Node, spec: Spec, order: Mapping[Node, int]) -> Iterator[sympy
     """Bytes forward that neighbours move because they are not computed in the norm's kernel."""
     for producer in norm.all_input_nodes[: 2 if spec.residual else 1]:
         source = _behind_views(producer)
-        if _fusible(source) and not _product_between(source, norm, order):
+        if is_fusible(source) and not product_between(source, norm, order):
             yield bytes_of(producer) * (2 if len(source.users) == 1 else 1)
     out = next((user for user in norm.users if user.args[1] == 0), None) if spec.residual else norm
-    readers = [] if out is None else _readers(out)
-    fusible = [reader for reader in readers if _fusible(reader)]
+    readers = [] if out is None else readers_of(out)
+    fusible = [reader for reader in readers if is_fusible(reader)]
     if out is not None and fusible:
         yield bytes_of(out) * (2 if len(fusible) == len(readers) else 1)
 
 
-def _product_between(source: Node, last: Node, order: Mapping[Node, int]) -> bool:
+def product_between(source: Node, last: Node, order: Mapping[Node, int]) -> bool:
     """Whether a product of `source` goes into `last`: then no kernel computes both, as along a residual stream."""
     products, reached, work = [], {source}, [source]
     while work:
@@ -116,7 +116,7 @@ def _product_between(source: Node, last: Node, order: Mapping[Node, int]) -> boo
             if order[user] < order[last] and user not in reached:
                 reached.add(user)
                 work.append(user)
-                products += [] if _fusible(user) or is_getitem(user) else [user]
+                products += [] if is_fusible(user) or is_getitem(user) else [user]
     seen, work = {last}, [last]
     while work:
         new = [n for n in work.pop().all_input_nodes if n in reached and n not in seen]
@@ -131,15 +131,15 @@ def _behind_views(node: Node) -> Node:
     return node
 
 
-def _readers(node: Node) -> Sequence[Node]:
-    return [r for user in node.users for r in (_readers(user) if _is_view(user) else [user])]
+def readers_of(node: Node) -> Sequence[Node]:
+    return [r for user in node.users for r in (readers_of(user) if _is_view(user) else [user])]
 
 
 def _is_view(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
 
 
-def _fusible(node: Node) -> bool:
+def is_fusible(node: Node) -> bool:
     """Whether Inductor may compute a value in the kernel of its neighbour. All ATen but products: where it might not,
     Inductor gets the norm."""
     return bool(op_name(node)) and op_name(node).partition(".")[0] not in _PRODUCTS
