@@ -12,9 +12,16 @@ from torch import Tensor, nn
 from torch._inductor.graph import GraphLowering
 
 from normfx.backend import normfx
+from normfx.lower import stored as lowering
 from normfx.lower.stored import STORED
 
 WIDTH = 32
+
+
+@pytest.fixture(autouse=True)
+def _device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device on which storing pays."""
+    monkeypatch.setattr(lowering, "pays", lambda total: True)
 
 
 class Stream(nn.Module):
@@ -85,14 +92,20 @@ def test_which_sums(sums: int, case: str, count: int) -> None:
         (nn.RMSNorm, 5),
         (lambda width: nn.Tanh(), 5),
         (lambda width: nn.Identity(), 0),
-    ],  # products read what is in memory
+    ],
 )
 def test_readers(reader: Any, count: int) -> None:
+    """Products read what is in memory."""
     assert stored(Stream(norm=reader)) == count
 
 
 def test_dynamic_batch() -> None:
     assert stored(Stream(), dynamic=True) == 5
+
+
+def test_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert stored(Stream()) == 0
 
 
 def test_without_rules_or_norms() -> None:
@@ -155,8 +168,8 @@ def traffic(model: nn.Module, x: Tensor, rules: str) -> tuple[int, int]:
 
 
 def test_bytes() -> None:
-    """Six sums read 2 + 3 + 4 + 5 + 2 + 3 operands and write one of them; stored, they read 6 · 2 and write 5. The readers
-    are pointwise here: on a CPU, other than on a GPU, a sum has a kernel of its own before a norm."""
+    """Six sums read 2 + 3 + 4 + 5 + 2 + 3 operands and write one of them; stored, they read 6 · 2 and write 5. The
+    readers are pointwise here: on a CPU, other than on a GPU, a sum has a kernel of its own before a norm."""
     model, x = Stream(norm=lambda width: nn.Tanh()), torch.randn(64, WIDTH)
     plain, kernels = traffic(model, x, "none")
     moved, as_many = traffic(model, x, "crms_norm")
