@@ -14,15 +14,18 @@ def backward_rows(r: Rows, sum_grad: bool) -> Iterator[str]:
     """
     x̂ = (s − mean)·rstd,  g = k·γ ⊙ dy,  ds = rstd·(g − x̂·Σ(g x̂)/divisor − mean g) + the sum's own gradient
     """
-    spec, launch = r.spec, r.launch
-    sums = [name for name in ("weight", "bias") if getattr(spec, name)]
+    spec, launch, sums = r.spec, r.launch, r.spec.sums
     shape = f"[{launch.rows}, {launch.block}]" if r.several else f"[{launch.block}]"
     yield from r.columns()
     for name in sums:
         yield f"{name}_total = tl.zeros({shape}, tl.float32)"
     indent = ""
     if launch.persistent:
-        yield f"for group in range(tl.program_id(0), tl.cdiv(rows, {launch.rows}), tl.num_programs(0)):"
+        groups = f"tl.program_id(0), tl.cdiv(rows, {launch.rows}), tl.num_programs(0)"
+        if launch.keeps and spec.weight:
+            yield from r.keep_gamma()
+        stages = f", num_stages={launch.stages}" if launch.stages > 1 else ""
+        yield f"for group in {'tl.range' if stages else 'range'}({groups}{stages}):"
         indent = "    "
     for line in _backward_row(r, sum_grad, "group" if launch.persistent else "tl.program_id(0)"):
         yield indent + line
@@ -54,7 +57,7 @@ def _backward_row(r: Rows, sum_grad: bool, group: str) -> Iterator[str]:
     if spec.bias:
         yield "bias_total += dy"
     if spec.weight:
-        yield f"dy *= {r.gamma}"
+        yield f"dy *= {r.kept_gamma if r.launch.keeps else r.gamma}"
     yield f"projection = {r.sum('dy * x')} / {r.divisor}"
     normal = f"(x + {r.sum('x')})" if spec.compressed else "x"
     shift = f" - {r.sum('dy')} / {spec.width}" if spec.centre else ""
@@ -69,7 +72,7 @@ def backward_chunks(r: Rows, sum_grad: bool) -> Iterator[str]:
     time is written out chunk by chunk, of the program's part of the columns."""
     spec, launch = r.spec, r.launch
     starts = [f"first + {i * launch.block}" for i in range(_chunks(launch, spec))]
-    sums = [name for name in ("weight", "bias") if getattr(spec, name)]
+    sums = spec.sums
     if not launch.persistent:
         yield from _row_sums(r, "tl.program_id(0)")
         yield f"for start in tl.range(0, {spec.entries}, {launch.block}, loop_unroll_factor=1):"
@@ -146,8 +149,7 @@ def _chunk_grad(r: Rows, sum_grad: bool) -> Iterator[str]:
 
 def columns(r: Rows) -> Iterator[str]:
     """Each program: some columns, and every row of its part."""
-    spec, launch = r.spec, r.launch
-    sums = [name for name in ("weight", "bias") if getattr(spec, name)]
+    spec, launch, sums = r.spec, r.launch, r.spec.sums
     yield from r.columns(f"tl.program_id(1) * {launch.block} + ")
     for name in sums:
         yield f"{name}_total = tl.zeros([{launch.block}], tl.float32)"

@@ -49,8 +49,7 @@ def forward_cost(spec: Spec, rows: sympy.Expr, statistics: bool) -> Cost:
 def backward_cost(spec: Spec, rows: sympy.Expr, sum_grad: bool, programs: sympy.Expr) -> Cost:
     """programs: rows of partial sums for dγ and dβ, which are written and read once more."""
     entries = rows * spec.entries
-    sums = (spec.weight is not None) + (spec.bias is not None)
-    partial = STATISTIC * sums * programs * spec.entries
+    partial = STATISTIC * len(spec.sums) * programs * spec.entries
     # x̂, a product and its sum, its share of dx, times rstd; means as in forward
     operations = 6 + 4 * spec.centre + 2 * spec.centre_output + 2 * spec.compressed
     operations += 3 * (spec.weight is not None) + (spec.bias is not None) + sum_grad

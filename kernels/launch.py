@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -18,8 +18,12 @@ BACKWARD_IN_REGISTERS = 8192
 """Of the widest row that backward holds: x, dy, and a running sum each for dγ and dβ."""
 
 WIDE = 4096
-"""Entries above which a thread holds 32 of a row, unless two running sums need the room: with 16, ptxas for sm_80 keeps
-a register in local memory."""
+"""Entries above which a thread holds 32 of a row in forward."""
+
+SUMMED = 16
+"""Entries of a row, and so of each running sum, that a thread of backward holds: at most 128 registers with two sums,
+for sm_80, sm_90 and sm_100, with Triton 3.6 and 3.8, so that 512 threads are resident. With 8 twice as many threads
+need 50 to 80 each, and where ptxas takes more than 64 half of them wait."""
 
 CHUNK = 4096
 """Entries read at a time of a wider row; what is read twice comes from a cache the second time."""
@@ -35,9 +39,17 @@ than reading x and dy from memory twice, in a kernel of its own for the sums."""
 PROGRAM = 2048
 """Entries a program should have at least: with fewer, starting it costs as much as its work."""
 
-PROGRAMS_PER_SM = 2
-"""Of a persistent grid: more rows of partial sums cost bandwidth, fewer leave nothing to hide latency with. Of wide
-rows, whose sums fill the registers, one."""
+WARPS_PER_SM = 16
+"""Of a persistent grid, with the 128 registers a thread that sums take: four programs of narrow rows, two of rows of
+4,096, one of wider rows. More would wait until others end, and leave more rows of partial sums. With 8 entries a
+thread, two programs of up to 16 warps."""
+
+STAGES = 3
+"""Of the loop over rows of a persistent grid: two rows are on their way to shared memory while one is computed."""
+
+SHARED = 2**17
+"""Bytes of shared memory of a multiprocessor for the rows on their way, of all its programs together: sm_80 has 164
+KiB. A program gets at most half of it: on some devices 99 KiB are the limit."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +62,8 @@ class Launch:
     reason:    why
     parts:     persistent chunks: into how many parts the columns are cut; a program reads its rows whole, for what it
                needs of the whole row, and writes its part
+    keeps:     persistent rows: γ is read before the loop over them, and stays in registers
+    stages:    persistent rows: of the loop over them; all but one are copies under way
     """
 
     form: Form
@@ -59,6 +73,8 @@ class Launch:
     persistent: bool
     reason: str
     parts: int = 1
+    keeps: bool = False
+    stages: int = 1
 
 
 def forward_launch(spec: Spec) -> Launch:
@@ -69,9 +85,9 @@ def forward_launch(spec: Spec) -> Launch:
 
 def backward_launch(spec: Spec) -> Launch:
     """Of dx, and if it is persistent of dγ and dβ in the same kernel."""
-    sums = (spec.weight is not None) + (spec.bias is not None)
+    sums = len(spec.sums)
     if spec.entries <= (BACKWARD_IN_REGISTERS if sums else FORWARD_IN_REGISTERS):
-        return _rows(spec, 32 if spec.entries > WIDE and sums == 1 else 8, sums > 0)
+        return _summed(spec) if sums else _rows(spec, 8, False)
     reason = f"a row of {spec.entries} does not fit into registers"
     parts = -(-spec.entries * sums // SUMS_IN_REGISTERS)
     if not sums or parts > MOST_PARTS or DTYPES[spec.x] > 2:
@@ -85,12 +101,35 @@ def _rows(spec: Spec, per_thread: int, persistent: bool) -> Launch:
     block = power_of_two(spec.entries)
     rows = max(1, PROGRAM // block)
     vector = 16 // DTYPES[spec.x]
-    if spec.entries % vector:  # accesses of one entry: their addresses and masks need registers too
+    if not _vectorised(spec):  # accesses of one entry: their addresses and masks need registers too
         per_thread = 8
     threads = rows * block // max(per_thread, vector)
     warps = min(max(threads // 32, 1), 16)
     reason = f"{rows} rows of {block}" if rows > 1 else f"one row of {block}"
     return Launch("rows", block, rows, warps, persistent, f"{reason}, {rows * block // (32 * warps)} entries a thread")
+
+
+def _summed(spec: Spec) -> Launch:
+    """Whole rows and their sums, with as many stages as shared memory has room for. Not of several rows at a time,
+    whose masks and addresses of copies take more registers (up to 208), so that fewer programs would be resident.
+
+    Rows that are read entry by entry, and several of float32 (8 bytes in local memory with 1,024 on sm_90), have 8
+    entries a thread and read γ for each."""
+    several = power_of_two(spec.entries) < PROGRAM
+    if not _vectorised(spec) or (several and DTYPES[spec.x] > 2):
+        return _rows(spec, 8, True)
+    launch = replace(_rows(spec, SUMMED, True), keeps=True)
+    if several:
+        return launch
+    entry = sum(DTYPES[dtype] for dtype in (spec.out, spec.saved, spec.sum) if dtype)
+    room = SHARED // max(2, WARPS_PER_SM // launch.warps)
+    stages = min(STAGES, 1 + room // (launch.block * entry))
+    return replace(launch, stages=stages, reason=f"{launch.reason}, {stages} stages") if stages > 1 else launch
+
+
+def _vectorised(spec: Spec) -> bool:
+    """Whether rows allow accesses of 16 bytes."""
+    return spec.entries % (16 // DTYPES[spec.x]) == 0
 
 
 def programs(launch: Launch, rows: Any, processors: int) -> Any:
@@ -99,8 +138,21 @@ def programs(launch: Launch, rows: Any, processors: int) -> Any:
     groups = -(-rows // launch.rows)
     if not launch.persistent:
         return groups
-    most = processors * PROGRAMS_PER_SM if launch.form == "rows" else max(1, processors // launch.parts)
-    return torch.sym_min(groups, most)
+    each = WARPS_PER_SM // launch.warps if launch.keeps or launch.form == "chunks" else 2
+    return torch.sym_min(groups, max(1, processors * each // launch.parts))
+
+
+def sum_rows(spec: Spec, launch: Launch, rows: Any, processors: int) -> Any:
+    """Rows of partial sums for dγ and dβ: one of each program, or of each part of the rows."""
+    return programs(launch, rows, processors) if launch.persistent else parts(rows, spec, launch, processors)[0]
+
+
+def parts(rows: Any, spec: Spec, launch: Launch, processors: int) -> tuple[Any, Any]:
+    """Into how many parts the rows are cut for sums in a kernel of their own, and how many rows a part has."""
+    columns = -(-spec.entries // launch.block)
+    most = max(1, 2 * processors // columns)
+    rows_each = -(-rows // torch.sym_min(rows, most))
+    return -(-rows // rows_each), rows_each
 
 
 def power_of_two(n: int) -> int:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from .launch import Launch
 from .spec import Inner, Spec
 
+_WIDE = ".to(tl.float32)"
+
 
 class Rows:
     """Of one kernel."""
@@ -44,9 +46,8 @@ class Rows:
         if self.mask == "inside":
             yield "inside = (row < rows) & real"
 
-    def load(self, name: str, offset: str, mask: str) -> str:
-        masked = f", mask={mask}, other=0.0" if mask else ""
-        return f"tl.load({name}_ptr + {offset}{masked}).to(tl.float32)"
+    def load(self, name: str, offset: str, mask: str, more: str = "") -> str:
+        return f"tl.load({name}_ptr + {offset}{f', mask={mask}, other=0.0' if mask else ''}{more}){_WIDE}"
 
     def entry(self, name: str) -> str:
         return self.load(name, f"row * {name}_stride + cols", self.mask)
@@ -55,7 +56,8 @@ class Rows:
         return self.load(name, "row", self.row_mask)
 
     def of_column(self, name: str) -> str:
-        return self.load(name, "cols", self.column_mask)
+        """Every program reads the same: caches keep it longer than rows, which are read once."""
+        return self.load(name, "cols", self.column_mask, ", eviction_policy='evict_last'")
 
     def store(self, name: str, offset: str, value: str, mask: str) -> str:
         return f"tl.store({name}_ptr + {offset}, {value}{f', mask={mask}' if mask else ''})"
@@ -72,7 +74,17 @@ class Rows:
 
     @property
     def gamma(self) -> str:
-        weight = self.of_column("weight")
+        return self.offset(self.of_column("weight"))
+
+    def keep_gamma(self) -> Iterator[str]:
+        """`gamma`, as it is stored: before a loop over rows."""
+        yield f"gamma = {self.of_column('weight').removesuffix(_WIDE)}"
+
+    @property
+    def kept_gamma(self) -> str:
+        return self.offset(f"gamma{_WIDE}")
+
+    def offset(self, weight: str) -> str:
         return f"(1.0 + {weight})" if self.spec.unit_offset else weight
 
     def scaled(self, value: str) -> str:

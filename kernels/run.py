@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .build import build
-from .launch import Launch, backward_launch, forward_launch, programs
+from .launch import backward_launch, forward_launch, parts, programs, sum_rows
 from .source import SUM_COLUMNS, Source, backward_source, column_source, finalise_source, forward_source
 from .spec import Spec
 
@@ -94,7 +94,7 @@ def forward(
         "inner_rstd": inner_rstd,
     }
     if rows:
-        grid = (programs(launch, rows, _processors(x.device)),)
+        grid = (programs(launch, rows, processors(x.device)),)
         source = _source_of_forward(spec, launch, statistics)
         _start(wrap, source, grid, tensors, rows=rows, eps=eps, inner_eps=inner_eps)
     return Forward(out, total, mean, rstd, inner_mean, inner_rstd)
@@ -124,40 +124,25 @@ def backward(
         "rstd": rstd,
     }
     launch = backward_launch(spec)
-    sums = [name for name in ("weight", "bias") if getattr(spec, name)]
-    partial = {}
+    sums = spec.sums
+    make = saved.new_empty if rows else saved.new_zeros
+    grads: dict[str, Tensor | None] = {
+        f"{name}_grad": make(spec.entries, dtype=getattr(torch, getattr(spec, name))) for name in sums
+    }
     if rows:
-        processors = _processors(saved.device)
-        count, fused = programs(launch, rows, processors), launch.persistent
-        parts, rows_each = _parts(rows, spec, launch, processors)
-        size = (count if fused else parts, spec.entries)
-        partial = {f"{name}_sums": saved.new_empty(size, dtype=torch.float32) for name in sums}
-        tensors.update(partial)
-        grid = (count, launch.parts)
+        count = processors(saved.device)
+        size = (sum_rows(spec, launch, rows, count), spec.entries)
+        tensors |= {f"{name}_sums": saved.new_empty(size, dtype=torch.float32) for name in sums}
+        grid = (programs(launch, rows, count), launch.parts)
         _start(wrap, _source_of_backward(spec, launch, sum_grad is not None), grid, tensors, rows=rows)
-        if sums and not fused:
-            grid = (parts, -(-spec.entries // launch.block))
+        if sums and not launch.persistent:
+            number, rows_each = parts(rows, spec, launch, count)
+            grid = (number, -(-spec.entries // launch.block))
             _start(wrap, _source_of_columns(spec, launch), grid, tensors, rows=rows, rows_each=rows_each)
-    grads = {name: _summed(wrap, partial.get(f"{name}_sums"), spec, name, saved) for name in sums}
-    return Backward(x_grad, grads.get("weight"), grads.get("bias"))
-
-
-def _parts(rows: Any, spec: Spec, launch: Launch, processors: int) -> tuple[Any, Any]:
-    """Into how many parts the rows are cut for the sums over rows, and how many rows a part has."""
-    columns = -(-spec.entries // launch.block)
-    most = max(1, 2 * processors // columns)
-    rows_each = -(-rows // torch.sym_min(rows, most))
-    return -(-rows // rows_each), rows_each
-
-
-def _summed(wrap: Wrap, partial: Tensor | None, spec: Spec, name: str, like: Tensor) -> Tensor:
-    dtype = getattr(torch, getattr(spec, name))
-    if partial is None:
-        return like.new_zeros(spec.entries, dtype=dtype)
-    out = partial.new_empty(spec.entries, dtype=dtype)
-    grid = (-(-spec.entries // SUM_COLUMNS),)
-    _start(wrap, _source_of_sum(spec.entries), grid, {"sums": partial, "out": out}, rows=partial.shape[0])
-    return out
+        if sums:
+            grid = (-(-spec.entries // SUM_COLUMNS), len(sums))
+            _start(wrap, _source_of_sum(spec), grid, tensors | grads, rows=size[0])
+    return Backward(x_grad, grads.get("weight_grad"), grads.get("bias_grad"))
 
 
 def _vector(tensor: Tensor | None) -> Tensor | None:
@@ -201,7 +186,8 @@ def _device_of(tensors: dict[str, Tensor | None]) -> AbstractContextManager[obje
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device."""
+    if device.type != "cuda" or not torch.cuda.is_available():
         return INTERPRETED
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

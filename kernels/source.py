@@ -13,8 +13,9 @@ from .launch import Launch
 from .rows import Rows
 from .spec import Spec
 
-SUM_ROWS, SUM_COLUMNS = 32, 128
-"""A tile of partial sums that the finalising kernel reads at a time."""
+SUM_ROWS, SUM_COLUMNS = 128, 32
+"""A tile of partial sums that the finalising kernel reads at a time: as narrow as a cache line, since each tile of
+columns is one program, and tall, since its loop over rows waits for memory once for each tile."""
 
 
 @dataclass(frozen=True)
@@ -93,18 +94,23 @@ def column_source(spec: Spec, launch: Launch) -> Source:
     return _source(f"{spec.name}_columns", spec, launch, parameters, columns(Rows(spec, launch)))
 
 
-def finalise_source(width: int) -> Source:
-    """Sum of partial sums [rows, width], in a fixed order."""
-    lines = [
-        f"cols = tl.program_id(0) * {SUM_COLUMNS} + tl.arange(0, {SUM_COLUMNS})[None, :]",
-        f"total = tl.zeros([{SUM_ROWS}, {SUM_COLUMNS}], tl.float32)",
-        f"for start in range(0, rows, {SUM_ROWS}):",
-        f"    row = start + tl.arange(0, {SUM_ROWS})[:, None]",
-        f"    inside = (row < rows) & (cols < {width})",
-        f"    total += tl.load(sums_ptr + row * {width} + cols, mask=inside, other=0.0)",
-        f"tl.store(out_ptr + cols, tl.sum(total, 0, keep_dims=True), mask=cols < {width})",
-    ]
-    return module(f"sum_{width}", ["sums_ptr", "out_ptr", "rows"], 4, "Partial sums, added up.", lines)
+def finalise_source(spec: Spec) -> Source:
+    """dγ and dβ from the partial sums [rows, entries] of each, in a fixed order, in one launch: where there are both,
+    by programs of their own."""
+    width, sums = spec.entries, spec.sums
+    lines = [f"cols = tl.program_id(0) * {SUM_COLUMNS} + tl.arange(0, {SUM_COLUMNS})[None, :]"]
+    for i, name in enumerate(sums):
+        total = [
+            f"total = tl.zeros([{SUM_ROWS}, {SUM_COLUMNS}], tl.float32)",
+            f"for start in range(0, rows, {SUM_ROWS}):",
+            f"    row = start + tl.arange(0, {SUM_ROWS})[:, None]",
+            f"    inside = (row < rows) & (cols < {width})",
+            f"    total += tl.load({name}_sums_ptr + row * {width} + cols, mask=inside, other=0.0)",
+            f"tl.store({name}_grad_ptr + cols, tl.sum(total, 0, keep_dims=True), mask=cols < {width})",
+        ]
+        lines += [f"if tl.program_id(1) == {i}:", *(f"    {line}" for line in total)] if len(sums) > 1 else total
+    parameters = [*(f"{name}_{kind}_ptr" for kind in ("sums", "grad") for name in sums), "rows"]
+    return module(f"sum_{width}", parameters, 4, "Partial sums, added up.", lines)
 
 
 def _parameters(tensors: Iterable[tuple[str, object]], by_row: tuple[str, ...]) -> list[str]:

@@ -81,6 +81,11 @@ class Spec:
         return self.width - self.compressed
 
     @property
+    def sums(self) -> tuple[str, ...]:
+        """The vectors whose gradients are sums over rows."""
+        return tuple(name for name in ("weight", "bias") if getattr(self, name))
+
+    @property
     def saved(self) -> str:
         """Dtype of what backward reads again: the sum, or x."""
         return self.sum or self.x

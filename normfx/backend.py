@@ -36,6 +36,7 @@ from normfx.lower.inductor import check_options, compile_graph, inductor_options
 from normfx.lower.native import use_native_norms
 from normfx.lower.packed import PACK, pack_linears
 from normfx.lower.products import with_products
+from normfx.lower.stored import store_sums
 from normfx.lower.triton import Lowered, lower_norms
 from normfx.lower.verified import verified
 from normfx.options import Options, warn_once
@@ -160,6 +161,8 @@ class Transformed:
 def transform(gm: GraphModule, example_inputs: Sequence[Any], settings: Options, freezes: bool = False) -> Transformed:
     """Dynamo graph → rewritten canonical graph, or the graph itself when nothing applies or a stage failed.
 
+    A graph on which no rule applies is its canonical graph, too, where sums of a residual stream are to be stored.
+
     freezes: the canonical graph is wanted even if no rule applies
     """
     stages = _Stages()
@@ -168,7 +171,10 @@ def transform(gm: GraphModule, example_inputs: Sequence[Any], settings: Options,
     try:
         captured = stages.run("capture", capture, gm, example_inputs)
         changed, report = transform_canonical(captured, settings, stages, _values(captured, example_inputs))
-        folding = stages.run("fold", _keep_folds, captured, settings, not freezes) if settings.fold != "live" else None
+        used, folding = changed or freezes or bool(_forcing), None
+        if used and settings.fold != "live":
+            folding = stages.run("fold", _keep_folds, captured, settings, not freezes)
+        stored_sums = stages.run("store", store_sums, captured.graph_module) if report.sites and settings.rules else 0
     except Exception as error:
         if settings.strict:
             raise StageError(stages.current, error) from error
@@ -177,7 +183,8 @@ def transform(gm: GraphModule, example_inputs: Sequence[Any], settings: Options,
         return Transformed(gm, GraphReport((), failure=failure, function=source, compile_id=number))
     gradients = bool(captured.trained) and records_gradients(captured.graph_module.graph)
     report = replace(report, function=source, compile_id=number, gradients=gradients, seconds=dict(stages.seconds))
-    if changed or freezes or _forcing:
+    report = replace(report, stored_sums=stored_sums)
+    if used or stored_sums:
         return Transformed(captured.graph_module, report, folding, captured.weights)
     return Transformed(gm, report)
 

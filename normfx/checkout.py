@@ -7,6 +7,7 @@ also where another one is installed.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from importlib.metadata import entry_points
@@ -57,9 +58,7 @@ def register() -> None:
 
 def _backend(*args: Any, **named: Any) -> Any:
     """The backend, imported when it is first called."""
-    from normfx.backend import normfx
-
-    return normfx(*args, **named)
+    return importlib.import_module("normfx.backend").normfx(*args, **named)
 
 
 find_kernels()

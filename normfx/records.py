@@ -101,6 +101,7 @@ class GraphReport:
     compile_id: Dynamo's: "2/1" is the second compilation of the third function
     gradients:  whether gradients of parameters are recorded
     failure:    the stage that failed, if one did; then nothing was applied
+    stored_sums: sums of residual streams that Inductor is told to store once; they are not in `after`
     """
 
     sites: tuple[SiteReport, ...]
@@ -118,6 +119,7 @@ class GraphReport:
     compile_id: str = ""
     gradients: bool = False
     failure: FailureReport | None = None
+    stored_sums: int = 0
 
     def with_lowering(self, lowering: Iterable[str | None], kernels: Mapping[str, str]) -> GraphReport:
         """The same, with what each site runs on where that is known, and the sources of kernels."""

@@ -184,6 +184,9 @@ def _savings(graphs: Sequence[GraphReport]) -> Iterator[Line]:
         before, after = graphs[i].bytes[rule]
         where = f"graph {i}: " if len(graphs) > 1 else ""
         yield ((f"  {where}{rule:{width}}  {before} to {after}", ""),)
+    stored = sum(graph.stored_sums for graph in graphs)
+    if stored:
+        yield ((f"{_counted(stored, 'sum')} of residual streams stored once, not added up again.", ""),)
     centrings = sum(graph.centrings for graph in graphs)
     if centrings:
         yield ((f"{_counted(centrings, 'value')} centred while the model runs, in each call.", ""),)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import sympy
+import torch
 
 pytest.importorskip("triton")
 
 from compiled_kernels import Code, amd_spills, nvidia_code
 
+from normfx.kernels import run
 from normfx.kernels.cost import STATISTIC, backward_cost, forward_cost
-from normfx.kernels.launch import backward_launch, forward_launch
+from normfx.kernels.launch import backward_launch, forward_launch, programs
 from normfx.kernels.source import Source, backward_source, column_source, finalise_source, forward_source
 from normfx.kernels.spec import DTYPES, Inner, Spec
 
@@ -30,8 +33,8 @@ def sources(spec: Spec) -> Iterator[Source]:
     yield backward_source(spec, backward, spec.sum is not None)
     if spec.weight and not backward.persistent:
         yield column_source(spec, backward)
-    if spec.weight:
-        yield finalise_source(spec.entries)
+    if spec.sums:
+        yield finalise_source(spec)
 
 
 def specs(width: int, dtype: str) -> list[Spec]:
@@ -107,16 +110,85 @@ def test_bytes_of_forward(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_bytes_of_backward(dtype: str) -> None:
-    """3Nds, or 4Nds with a residual, for each row, and the vectors; dγ and dβ leave once for each program."""
+    """3Nds, or 4Nds with a residual, for each row, and the vectors; dγ and dβ leave once for each program. Where rows
+    are copied ahead, each stage has its copy, and γ is read once for all rows."""
     for spec in specs(4096, dtype)[:5]:
-        with_sum = spec.sum is not None
-        code = nvidia_code(backward_source(spec, backward_launch(spec), with_sum), spec, 90)
+        with_sum, launch = spec.sum is not None, backward_launch(spec)
+        code = nvidia_code(backward_source(spec, launch, with_sum), spec, 90)
         # of the whole cost: without the kernel that adds up, and without the rows' statistics (4-byte accesses)
         floor = backward_cost(spec, sympy.Integer(1), with_sum, sympy.Integer(1))
-        vectors = 4096 * (DTYPES.get(spec.weight, 0) + DTYPES.get(spec.bias, 0))
-        sums = 4096 * STATISTIC * ((spec.weight is not None) + (spec.bias is not None))
-        assert code.loads[16] == floor.read - sums - STATISTIC * (1 + spec.centre), str(spec)
+        gamma = 4096 * (DTYPES.get(spec.weight, 0))
+        vectors = gamma + 4096 * DTYPES.get(spec.bias, 0)
+        rows = floor.read - 4096 * STATISTIC * len(spec.sums) - STATISTIC * (1 + spec.centre) - gamma
+        if launch.stages > 1:
+            assert (code.copies[16], code.loads[16]) == (launch.stages * rows, gamma), str(spec)
+        else:
+            assert (code.copies, code.loads[16]) == ({}, rows + gamma), str(spec)
         assert code.stores[16] == floor.written - vectors, str(spec)
+
+
+def assert_resident(spec: Spec, arch: int) -> None:
+    """All programs of backward's grid are on the device at once."""
+    launch = backward_launch(spec)
+    code = nvidia_code(backward_source(spec, launch, spec.sum is not None), spec, arch)
+    assert_no_local_memory(code, f"{spec} sm_{arch}")
+    assert code.resident >= programs(launch, 2**20, 1), f"{spec} sm_{arch}: {code}"
+
+
+def test_resident_programs() -> None:
+    """Backward with sums: four programs of narrow rows on a multiprocessor, two of rows of 4,096, one of wider ones,
+    two rows ahead of each in shared memory. Together they hold 16 warps, whose threads have 128 registers each."""
+    for width, count, stages in ((768, 4, 1), (2048, 4, 3), (4096, 2, 3), (8192, 1, 3)):
+        spec = specs(width, "bfloat16")[0]
+        launch = backward_launch(spec)
+        assert (programs(launch, 2**20, 132), launch.stages) == (132 * count, stages)
+        assert_resident(spec, 90)
+    for spec, stages in (
+        (specs(4096, "bfloat16")[3], 3),
+        (specs(4096, "float32")[3], 2),
+        (specs(1024, "bfloat16")[3], 1),
+    ):
+        assert backward_launch(spec).stages == stages
+        assert_resident(spec, 80)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("width", [w for w in WIDTHS if w <= 8192])
+def test_resident_programs_everywhere(width: int, dtype: str) -> None:
+    for spec, arch in itertools.product(specs(width, dtype)[:5], NVIDIA):
+        if spec.sums:
+            assert_resident(spec, arch)
+
+
+def test_vectors_stay_in_caches() -> None:
+    """γ and β, which every program reads."""
+    spec = specs(4096, "bfloat16")[0]
+    code = nvidia_code(forward_source(spec, forward_launch(spec), False), spec, 90)
+    assert code.kept == {16: 4096 * (4 + 4)} and code.loads == {16: 4096 * (4 + 4 + 2)}
+
+
+def test_the_kernel_that_adds_up() -> None:
+    """dγ and dβ of a row of 768 are added up by 48 programs of one launch; a program has 128 rows of partial sums on
+    their way at a time, in accesses of 16 bytes."""
+    spec = specs(768, "bfloat16")[3]
+    code = nvidia_code(finalise_source(spec), spec, 90)
+    assert code.loads == {16: 2 * 128 * 32 * STATISTIC}, "either of the two sums"
+    assert_no_local_memory(code, "sum")
+    launched: list[tuple[str, tuple[int, ...]]] = []
+
+    class Recorded:
+        def __init__(self, kernel: Any) -> None:
+            self.name = kernel.__name__
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            launched.append((self.name, tuple(grid)))
+            return lambda *args, **options: None
+
+    rows, vector = torch.zeros(4096, 768, dtype=torch.bfloat16), torch.zeros(768, dtype=torch.bfloat16)
+    row = torch.zeros(4096)
+    run.backward(spec, rows, rows, row, row, vector, rows, wrap=Recorded)
+    assert launched == [("add_layer_norm_768_backward", (4 * run.INTERPRETED, 1)), ("sum_768", (24, 2))]
 
 
 def test_bytes_of_two_norms() -> None:

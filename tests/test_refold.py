@@ -57,10 +57,10 @@ def test_machine_code(backend: str, arch: int | str) -> None:
     numbers = dict.fromkeys(("count", "force", "checks", "tiles"), "i32")
     types = {**words, **numbers, "table_ptr": "*i64"}
     for source in (check_source(), *map(refold_source, (torch.float32, torch.bfloat16, torch.float16))):
-        artefacts = compile_typed(source, types, backend, arch)
+        compiled = compile_typed(source, types, backend, arch)
         if backend == "hip":
-            assert amd_spills_of(artefacts) == 0
+            assert amd_spills_of(compiled) == 0
         else:
-            code = code_of(artefacts, source.warps)
+            code = code_of(compiled, arch, source.warps)
             assert not code.stack and not code.spills and not code.doubles
             assert code.registers * 32 * source.warps <= 65536 // 2

@@ -198,6 +198,35 @@ def test_statistics_of_functional_norms() -> None:
     assert "weight_ptr" not in "".join(report.graphs[0].kernels.values())
 
 
+@pytest.mark.parametrize("inner", [False, True])
+def test_no_statistics_without_gradients(inner: bool) -> None:
+    """None are written where none are read: 4 or 8 bytes a row."""
+
+    class Norms(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter, self.read = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.norm, self.first = nn.LayerNorm(8), nn.RMSNorm(8)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            f = self.enter(x)
+            s = x + (self.first(f) if inner else f)
+            return self.read(self.norm(s)), torch.tanh(s)
+
+    options = {**TRITON, "rules": "fuse_residual_norm"}
+    x = torch.randn(3, 8)
+    recorded = assert_same_float64(Norms(), (x,), options)
+    model, backend = Norms().double().requires_grad_(False), EagerBackend(options)
+    with torch.no_grad():
+        call = torch.compile(model, backend=backend, fullgraph=True)
+        torch.testing.assert_close(call(x.double()), model(x.double()), rtol=1e-12, atol=1e-12)
+    (graph,), (trained,) = backend.graphs, recorded.graphs
+    (kernel,) = graph.kernels.values()
+    assert "rstd_ptr" not in kernel and any("rstd_ptr" in source for source in trained.kernels.values())
+    read = [int(g.sites[-1].lowering.split(", ")[1].split()[0]) for g in (graph, trained)]
+    assert read[1] - read[0] == 3 * 4 * (2 + inner)
+
+
 @pytest.mark.parametrize("module", inductor.MEANING, ids=lambda m: m.__name__)
 def test_caches_know_what_the_ops_mean(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another text of any module that decides what an op compiles to is another key."""

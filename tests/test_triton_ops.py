@@ -47,6 +47,19 @@ def test_meaning(centre: bool, residual: bool, affine: bool) -> None:
         torch.testing.assert_close(rest[-1], s)
 
 
+@pytest.mark.parametrize(("centre", "residual", "affine"), CASES)
+def test_without_statistics(centre: bool, residual: bool, affine: bool) -> None:
+    """The same rows and sum, and nothing else: there is no derivative."""
+    given = inputs(residual, affine)
+    whole = NORM(*given, *form(centre, alpha=0.5))
+    with torch.no_grad():
+        found = NORM(*given, *form(centre, alpha=0.5, statistics=False))
+    wanted = [whole[0], *whole[-1:]] if residual else whole[:1]
+    assert len(found) == len(wanted) and all(map(torch.equal, found, wanted))
+    with pytest.raises(RuntimeError, match="compiled without gradients"):
+        NORM(*given, *form(centre, alpha=0.5, statistics=False))
+
+
 @pytest.mark.parametrize("residual", [True, False])
 def test_meaning_of_compressed_rows(residual: bool) -> None:
     """The entry that is not stored is what makes the sum 0; the divisor counts it."""

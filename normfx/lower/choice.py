@@ -1,11 +1,13 @@
-"""A generated kernel or Inductor, where both can: whoever is predicted to move fewer bytes of memory.
+"""A generated kernel or Inductor, where both can: the one that is predicted to move fewer bytes of memory.
 
 Forward, a norm with the residual add it reads moves the same bytes either way. The difference is made by
 
     backward    Inductor's sums for dγ and dβ read x and dy a second time, unless it fuses them with dx, or x and dy are
                 still in the L2 cache
-    neighbours  Inductor computes pointwise producers and readers of a norm inside its kernel; beside a kernel of normfx
-                they write memory and read it again, and so do their gradients
+    partial     a kernel's programs leave a row of sums each, which are written and read once more; Inductor's are not
+    sums        counted, so that a kernel is taken only where it is ahead without doubt
+    neighbours  Inductor computes pointwise producers and readers of a norm inside its kernel; next to a kernel of
+                normfx they write memory and read it again, and so do their gradients
 
 Nothing of this was measured: see docs/kernels.md.
 """
@@ -19,8 +21,9 @@ import torch
 from torch.fx import Node
 
 from normfx.ir.graph import bytes_of, entries, is_getitem, op_name, shape, size_hint, tensor, total
+from normfx.kernels import run
 from normfx.kernels.cost import backward_cost, forward_cost
-from normfx.kernels.launch import backward_launch
+from normfx.kernels.launch import backward_launch, sum_rows
 from normfx.kernels.spec import DTYPES, Spec
 
 TESTED: frozenset[str] = frozenset()
@@ -41,7 +44,7 @@ _PRODUCTS = {
         "linear", "mm", "addmm", "bmm", "baddbmm", "matmul", "conv1d", "conv2d", "conv3d", "convolution",
         "scaled_dot_product_attention",
     )
-}  # fmt: skip
+} | {"normfx::packed_linear"}  # fmt: skip
 """Ops that Inductor leaves to a library: nothing that reads or feeds them is computed in their kernel."""
 
 
@@ -55,22 +58,28 @@ def objection(spec: Spec, norm: Node, trains: bool, order: Mapping[Node, int]) -
 
     order: places of the graph's nodes
     """
-    rows = entries(shape(norm.all_input_nodes[0])[:-1])
+    sized = (norm.all_input_nodes[0],)
+    rows = entries(shape(sized[0])[:-1])
+    seen, device = size_hint(rows, sized), tensor(sized[0]).device
     both = forward_cost(spec, rows, statistics=trains).bytes
     again = rows * spec.entries * (DTYPES[spec.out] + DTYPES[spec.saved])
     alone, fused = (1 + trains) * total(_hidden(norm, spec, order)), 0
-    sized = (norm.all_input_nodes[0],)
     for part in () if not trains else (spec,) if spec.inner is None else (spec.last, spec.first):
-        both += backward_cost(part, rows, part.sum is not None, sympy.Integer(0)).bytes
-        sums, launch = part.weight or part.bias, backward_launch(part)
-        alone += again if sums and not launch.persistent else 0
-        fused += again if sums and _rereads(part, size_hint(rows, sized)) else 0
+        floor = backward_cost(part, rows, part.sum is not None, sympy.Integer(0)).bytes
+        both += floor
+        if not part.sums:
+            continue
+        launch = backward_launch(part)
+        partial = sympy.Integer(sum_rows(part, launch, max(seen, 1), run.processors(device)))
+        alone += backward_cost(part, rows, part.sum is not None, partial).bytes - floor
+        alone += 0 if launch.persistent else again
+        fused += again if _rereads(part, seen) else 0
     alone, fused = alone + both, fused + both
     kernel, inductor = size_hint(alone, sized), size_hint(fused, sized)
     predicted = f"predicted {inductor:,} bytes, {kernel:,} on a kernel"
     if inductor <= kernel:
         return predicted
-    here = architecture(tensor(sized[0]).device)
+    here = architecture(device)
     if here in TESTED:
         return ""
     return f"{predicted}, but the kernels were not tested on {here}: lowering='triton' uses them"
@@ -90,16 +99,16 @@ def _hidden(norm: Node, spec: Spec, order: Mapping[Node, int]) -> Iterator[sympy
     """Bytes forward that neighbours move because they are not computed in the norm's kernel."""
     for producer in norm.all_input_nodes[: 2 if spec.residual else 1]:
         source = _behind_views(producer)
-        if _fusible(source) and not _product_between(source, norm, order):
+        if is_fusible(source) and not product_between(source, norm, order):
             yield bytes_of(producer) * (2 if len(source.users) == 1 else 1)
     out = next((user for user in norm.users if user.args[1] == 0), None) if spec.residual else norm
-    readers = [] if out is None else _readers(out)
-    fusible = [reader for reader in readers if _fusible(reader)]
+    readers = [] if out is None else readers_of(out)
+    fusible = [reader for reader in readers if is_fusible(reader)]
     if out is not None and fusible:
         yield bytes_of(out) * (2 if len(fusible) == len(readers) else 1)
 
 
-def _product_between(source: Node, last: Node, order: Mapping[Node, int]) -> bool:
+def product_between(source: Node, last: Node, order: Mapping[Node, int]) -> bool:
     """Whether a product of `source` goes into `last`: then no kernel computes both, as along a residual stream."""
     products, reached, work = [], {source}, [source]
     while work:
@@ -107,7 +116,7 @@ def _product_between(source: Node, last: Node, order: Mapping[Node, int]) -> boo
             if order[user] < order[last] and user not in reached:
                 reached.add(user)
                 work.append(user)
-                products += [] if _fusible(user) or is_getitem(user) else [user]
+                products += [] if is_fusible(user) or is_getitem(user) else [user]
     seen, work = {last}, [last]
     while work:
         new = [n for n in work.pop().all_input_nodes if n in reached and n not in seen]
@@ -122,15 +131,15 @@ def _behind_views(node: Node) -> Node:
     return node
 
 
-def _readers(node: Node) -> Sequence[Node]:
-    return [r for user in node.users for r in (_readers(user) if _is_view(user) else [user])]
+def readers_of(node: Node) -> Sequence[Node]:
+    return [r for user in node.users for r in (readers_of(user) if _is_view(user) else [user])]
 
 
 def _is_view(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
 
 
-def _fusible(node: Node) -> bool:
+def is_fusible(node: Node) -> bool:
     """Whether Inductor may compute a value in the kernel of its neighbour. All ATen but products: where it might not,
     Inductor gets the norm."""
     return bool(op_name(node)) and op_name(node).partition(".")[0] not in _PRODUCTS

@@ -21,8 +21,9 @@ wrap: Callable[[Any], Any] = library.wrap_triton
 
 
 class Form(NamedTuple):
-    """The arguments of a norm op behind its tensors, in the order of its schema. See kernels/spec.py; the divisor is
-    the number of stored entries − correction."""
+    """The arguments of a norm op after its tensors, in the order of its schema. See kernels/spec.py; the divisor is
+    the number of stored entries − correction. statistics: whether the op returns the mean and rstd of rows, which its
+    derivative reads."""
 
     centre: bool
     compressed: bool
@@ -32,6 +33,7 @@ class Form(NamedTuple):
     alpha: float
     out_dtype: torch.dtype
     centre_output: bool = False
+    statistics: bool = True
 
     def spec(self, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Spec:
         return Spec(
@@ -72,20 +74,20 @@ def _norm(
     alpha: float,
     out_dtype: torch.dtype,
     centre_output: bool,
+    statistics: bool,
 ) -> list[Tensor]:
     """[y, rstd, mean if `centre`, s if there is a residual]: s = x + alpha · residual in x's dtype, y the norm of s
-    over its last dimension, rstd and mean of each row in float32 (float64 for float64)."""
-    form = Form(centre, compressed, eps, scale, correction, alpha, out_dtype, centre_output)
+    over its last dimension, rstd and mean of each row in float32 (float64 for float64), both only if `statistics`."""
+    form = Form(centre, compressed, eps, scale, correction, alpha, out_dtype, centre_output, statistics)
     if x.is_cuda:
-        found = run.forward(
-            form.spec(x, residual, weight, bias), x, eps, residual, weight, bias, statistics=True, wrap=wrap
-        )
+        spec = form.spec(x, residual, weight, bias)
+        found = run.forward(spec, x, eps, residual, weight, bias, statistics, wrap=wrap)
         results = (found.out, found.rstd, found.mean, found.sum)
         return [t for t in results if t is not None]
     s = x if residual is None else x + alpha * residual
     out, mean, rstd = normalised(s, weight, bias, form)
-    given = (mean.squeeze(-1) if mean is not None else None, s if residual is not None else None)
-    return [out.to(out_dtype), rstd.squeeze(-1), *(t for t in given if t is not None)]
+    kept = [t.squeeze(-1) for t in (rstd, mean) if t is not None] if statistics else []
+    return [out.to(out_dtype), *kept, *([s] if residual is not None else [])]
 
 
 def normalised(
@@ -129,9 +131,10 @@ def _norm_backward(
     alpha: float,
     out_dtype: torch.dtype,
     centre_output: bool,
+    statistics: bool,
 ) -> list[Tensor]:
     """[ds, dγ if there is a weight, dβ if there is a bias]; saved: s. Source of the formula: ir/ops.py."""
-    form = Form(centre, compressed, eps, scale, correction, alpha, out_dtype, centre_output)
+    form = Form(centre, compressed, eps, scale, correction, alpha, out_dtype, centre_output, statistics)
     if saved.is_cuda:
         spec = form.spec(saved, saved if residual else None, weight, bias)
         found = run.backward(spec, grad, saved, rstd, mean, weight, sum_grad, wrap=wrap)
@@ -160,9 +163,17 @@ def _norm_backward(
     return grads
 
 
+def need_statistics(kept: bool) -> None:
+    """Raises if an op that keeps no statistics is differentiated. normfx writes such ops only where no gradients are
+    recorded."""
+    if not kept:
+        raise RuntimeError("normfx: a norm that was compiled without gradients is differentiated; please report this")
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     x, residual, weight, bias, *rest = inputs
     ctx.form = Form(*rest)
+    need_statistics(ctx.form.statistics)
     mean = output[2] if ctx.form.centre else None
     saved = output[-1] if residual is not None else x
     ctx.residual = residual.dtype if residual is not None else None

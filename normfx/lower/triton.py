@@ -63,7 +63,7 @@ def lower_norms(gm: GraphModule, everywhere: bool) -> Lowered:
         if why:
             found[node] = f"inductor: {why}"
             continue
-        new = _replace(gm, node, call)
+        new = _replace(gm, node, call, modes[node])
         order.update(dict.fromkeys((new, *new.users), order[node]))
         rows = entries(shape(call.x)[:-1])
         found[node] = f"triton: {spec.name}, {_bytes(spec, rows, modes[node])}"
@@ -76,7 +76,7 @@ def lower_norms(gm: GraphModule, everywhere: bool) -> Lowered:
 
 
 def _sources(spec: Spec, trains: bool) -> list[Source]:
-    found = [forward_source(spec, forward_launch(spec), True)]
+    found = [forward_source(spec, forward_launch(spec), trains)]
     if trains:
         parts = (spec,) if spec.inner is None else (spec.last, spec.first)
         found += [backward_source(part, backward_launch(part), part.sum is not None) for part in parts]
@@ -85,7 +85,7 @@ def _sources(spec: Spec, trains: bool) -> list[Source]:
 
 def _bytes(spec: Spec, rows: sympy.Expr, trains: bool) -> str:
     """What the kernels must move, forward and backward, the partial sums of dγ and dβ left out."""
-    forward = sympy.simplify(forward_cost(spec, rows, statistics=True).bytes)
+    forward = sympy.simplify(forward_cost(spec, rows, statistics=trains).bytes)
     if not trains:
         return f"{forward} bytes"
     parts = (spec,) if spec.inner is None else (spec.last, spec.first)
@@ -184,9 +184,10 @@ def _spec(call: Call) -> Spec:
     return form._replace(out_dtype=shown.get(form.out_dtype, form.out_dtype)).spec(*tensors)
 
 
-def _replace(gm: GraphModule, node: Node, call: Call) -> Node:
-    """Write the op; parts of its result replace those of the canonical one."""
+def _replace(gm: GraphModule, node: Node, call: Call, trains: bool) -> Node:
+    """Write the op; parts of its result replace those of the canonical one. trains: its statistics are kept."""
     operands, form = _operands(call)
+    form = form._replace(statistics=trains)
     with gm.graph.inserting_before(node):
         new = add_call(gm.graph, NORM if call.first is None else TWO_NORMS, (*operands, *form), node)
         place = 1 if call.first else len(new.meta["val"]) - 1  # of the sum

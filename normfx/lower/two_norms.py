@@ -15,11 +15,11 @@ from torch import Tensor
 
 from normfx.kernels import run
 from normfx.kernels.spec import Inner, Spec
-from normfx.lower.norm_ops import Form, normalised, triton_op, wrap
+from normfx.lower.norm_ops import Form, need_statistics, normalised, triton_op, wrap
 
 
 class Forms(NamedTuple):
-    """The arguments of the op behind its tensors, in the order of its schema: of the first norm, then of the second,
+    """The arguments of the op after its tensors, in the order of its schema: of the first norm, then of the second,
     whose alpha is that of the add. No form of the first is compressed, its alpha is 1, its dtype that of x."""
 
     centre_1: bool
@@ -34,6 +34,7 @@ class Forms(NamedTuple):
     alpha: float
     out_dtype: torch.dtype
     centre_output: bool
+    statistics: bool = True
 
     def first(self, dtype: torch.dtype) -> Form:
         return Form(self.centre_1, False, self.eps_1, self.scale_1, self.correction_1, 1.0, dtype, self.centre_output_1)
@@ -76,25 +77,29 @@ def _two_norms(
     alpha: float,
     out_dtype: torch.dtype,
     centre_output: bool,
+    statistics: bool,
 ) -> list[Tensor]:
-    """[y, s in x's dtype, rstd of s, rstd of x, mean of s if `centre`, mean of x if `centre_1`]."""
-    own = (centre, eps, scale, correction, alpha, out_dtype, centre_output)
+    """[y, s in x's dtype] and, if `statistics`, [rstd of s, rstd of x, mean of s if `centre`, mean of x if
+    `centre_1`]."""
+    own = (centre, eps, scale, correction, alpha, out_dtype, centre_output, statistics)
     forms = Forms(centre_1, eps_1, scale_1, correction_1, centre_output_1, *own)
     if x.is_cuda:
         spec = forms.spec(x, residual, weight_1, bias_1, weight, bias)
-        found = run.forward(spec, x, eps, residual, weight, bias, wrap=wrap, inner=(weight_1, bias_1, eps_1))
+        inner = (weight_1, bias_1, eps_1)
+        found = run.forward(spec, x, eps, residual, weight, bias, statistics, wrap=wrap, inner=inner)
         results = (found.out, found.sum, found.rstd, found.inner_rstd, found.mean, found.inner_mean)
         return [t for t in results if t is not None]
     first, mean_1, rstd_1 = normalised(x, weight_1, bias_1, forms.first(x.dtype))
     s = (first + alpha * residual).to(x.dtype)
     out, mean, rstd = normalised(s, weight, bias, forms.second)
-    means = [t.squeeze(-1) for t in (mean, mean_1) if t is not None]
-    return [out.to(out_dtype), s, rstd.squeeze(-1), rstd_1.squeeze(-1), *means]
+    kept = [t.squeeze(-1) for t in (rstd, rstd_1, mean, mean_1) if t is not None] if statistics else []
+    return [out.to(out_dtype), s, *kept]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     x, residual, *vectors = inputs[:6]
     ctx.forms, ctx.residual = Forms(*inputs[6:]), residual.dtype
+    need_statistics(ctx.forms.statistics)
     means = output[4:]
     mean = means.pop(0) if ctx.forms.centre else None
     mean_1 = means.pop(0) if ctx.forms.centre_1 else None
