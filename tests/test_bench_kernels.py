@@ -288,7 +288,7 @@ def test_the_current_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_options_in_front_of_the_name(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         main(["bench", "--device", "cpu", "kernels", "--check"])
-    assert exit.value.code == 2 and "behind its name" in capsys.readouterr().err
+    assert exit.value.code == 2 and "after its name" in capsys.readouterr().err
 
 
 def test_the_default_run_is_short() -> None:

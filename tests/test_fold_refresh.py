@@ -56,6 +56,7 @@ def test_values_stay_at_their_address(write: Callable[[nn.Module], object]) -> N
     model = net()
     call = compiled(model, "cached")
     before = check(call, model)
+    gc.collect()  # of entries of earlier tests
     entries = sorted(entry.value.data_ptr() for entry in store.STORE.entries())
     write(model)
     check(call, model, before)
