@@ -227,6 +227,34 @@ def test_no_statistics_without_gradients(inner: bool) -> None:
     assert read[1] - read[0] == 3 * 4 * (2 + inner)
 
 
+def test_no_sum_that_nothing_reads() -> None:
+    """The last norm of a stream, without gradients: 4 bytes an entry less. With them, backward reads the sum."""
+
+    class Last(nn.Module):
+        def __init__(self, read: bool) -> None:
+            super().__init__()
+            self.enter, self.norm, self.read = nn.Linear(8, 8), nn.LayerNorm(8), read
+            self.before = nn.LayerNorm(8)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            s = x + self.enter(torch.tanh(self.before(x)))
+            return (torch.tanh(self.norm(s)), torch.tanh(s)) if self.read else (torch.tanh(self.norm(s)),)
+
+    options = {**TRITON, "rules": "fuse_residual_norm"}
+    x, kernels, sizes = torch.randn(3, 8), [], []
+    for read in (False, True):
+        model, backend = Last(read).double().requires_grad_(False), EagerBackend(options)
+        with torch.no_grad():
+            found = torch.compile(model, backend=backend, fullgraph=True)(x.double())
+            torch.testing.assert_close(found, model(x.double()), rtol=1e-12, atol=1e-12)
+        kernels += [text for name, text in backend.graphs[0].kernels.items() if "add" in name]
+        sizes.append(int(backend.graphs[0].sites[-1].lowering.split(", ")[1].split()[0]))
+    assert ["sum_ptr" in kernel for kernel in kernels] == [False, True]
+    assert sizes[1] - sizes[0] == 3 * 8 * 4
+    trained = assert_same_float64(Last(False), (x,), options)
+    assert any("sum_ptr" in source for source in trained.graphs[0].kernels.values())
+
+
 @pytest.mark.parametrize("module", inductor.MEANING, ids=lambda m: m.__name__)
 def test_caches_know_what_the_ops_mean(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another text of any module that decides what an op compiles to is another key."""

@@ -23,7 +23,7 @@ wrap: Callable[[Any], Any] = library.wrap_triton
 class Form(NamedTuple):
     """The arguments of a norm op after its tensors, in the order of its schema. See kernels/spec.py; the divisor is
     the number of stored entries − correction. statistics: whether the op returns the mean and rstd of rows, which its
-    derivative reads."""
+    derivative reads; keeps_sum: whether it returns the sum, which its derivative reads too."""
 
     centre: bool
     compressed: bool
@@ -34,6 +34,7 @@ class Form(NamedTuple):
     out_dtype: torch.dtype
     centre_output: bool = False
     statistics: bool = True
+    keeps_sum: bool = True
 
     def spec(self, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Spec:
         return Spec(
@@ -45,7 +46,7 @@ class Form(NamedTuple):
             weight=_name(weight) if weight is not None else None,
             bias=_name(bias) if bias is not None else None,
             residual=_name(residual) if residual is not None else None,
-            sum=_name(x) if residual is not None else None,
+            sum=_name(x) if residual is not None and self.keeps_sum else None,
             alpha=self.alpha,
             scale=self.scale,
             correction=self.correction + self.compressed,
@@ -75,10 +76,12 @@ def _norm(
     out_dtype: torch.dtype,
     centre_output: bool,
     statistics: bool,
+    keeps_sum: bool,
 ) -> list[Tensor]:
     """[y, rstd, mean if `centre`, s if there is a residual]: s = x + alpha · residual in x's dtype, y the norm of s
-    over its last dimension, rstd and mean of each row in float32 (float64 for float64), both only if `statistics`."""
-    form = Form(centre, compressed, eps, scale, correction, alpha, out_dtype, centre_output, statistics)
+    over its last dimension, rstd and mean of each row in float32 (float64 for float64). rstd and mean only if
+    `statistics`, s only if `keeps_sum`."""
+    form = Form(centre, compressed, eps, scale, correction, alpha, out_dtype, centre_output, statistics, keeps_sum)
     if x.is_cuda:
         spec = form.spec(x, residual, weight, bias)
         found = run.forward(spec, x, eps, residual, weight, bias, statistics, wrap=wrap)
@@ -87,7 +90,7 @@ def _norm(
     s = x if residual is None else x + alpha * residual
     out, mean, rstd = normalised(s, weight, bias, form)
     kept = [t.squeeze(-1) for t in (rstd, mean) if t is not None] if statistics else []
-    return [out.to(out_dtype), *kept, *([s] if residual is not None else [])]
+    return [out.to(out_dtype), *kept, *([s] if residual is not None and keeps_sum else [])]
 
 
 def normalised(
@@ -132,9 +135,10 @@ def _norm_backward(
     out_dtype: torch.dtype,
     centre_output: bool,
     statistics: bool,
+    keeps_sum: bool,
 ) -> list[Tensor]:
     """[ds, dγ if there is a weight, dβ if there is a bias]; saved: s. Source of the formula: ir/ops.py."""
-    form = Form(centre, compressed, eps, scale, correction, alpha, out_dtype, centre_output, statistics)
+    form = Form(centre, compressed, eps, scale, correction, alpha, out_dtype, centre_output, statistics, keeps_sum)
     if saved.is_cuda:
         spec = form.spec(saved, saved if residual else None, weight, bias)
         found = run.backward(spec, grad, saved, rstd, mean, weight, sum_grad, wrap=wrap)
@@ -164,8 +168,8 @@ def _norm_backward(
 
 
 def need_statistics(kept: bool) -> None:
-    """Raises if an op that keeps no statistics is differentiated. normfx writes such ops only where no gradients are
-    recorded."""
+    """Raises if an op that keeps no statistics, or no sum, is differentiated. normfx writes such ops only where no
+    gradients are recorded."""
     if not kept:
         raise RuntimeError("normfx: a norm that was compiled without gradients is differentiated; please report this")
 
@@ -173,7 +177,7 @@ def need_statistics(kept: bool) -> None:
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     x, residual, weight, bias, *rest = inputs
     ctx.form = Form(*rest)
-    need_statistics(ctx.form.statistics)
+    need_statistics(ctx.form.statistics and ctx.form.keeps_sum)
     mean = output[2] if ctx.form.centre else None
     saved = output[-1] if residual is not None else x
     ctx.residual = residual.dtype if residual is not None else None

@@ -58,12 +58,13 @@ def lower_norms(gm: GraphModule, everywhere: bool) -> Lowered:
             if everywhere:
                 found[node] = f"inductor: {why}"
             continue
-        spec = _spec(call)
+        keeps_sum = modes[node] or _is_sum_read(node)
+        spec = _spec(call, keeps_sum)
         why = "" if everywhere else objection(spec, node, modes[node], order)
         if why:
             found[node] = f"inductor: {why}"
             continue
-        new = _replace(gm, node, call, modes[node])
+        new = _replace(gm, node, call, modes[node], keeps_sum)
         order.update(dict.fromkeys((new, *new.users), order[node]))
         rows = entries(shape(call.x)[:-1])
         found[node] = f"triton: {spec.name}, {_bytes(spec, rows, modes[node])}"
@@ -172,31 +173,45 @@ def _operands(call: Call) -> tuple[tuple[Node | None, ...], Form | Forms]:
     return (call.x, call.residual, weight, bias, call.weight, call.bias), Forms(*first, centre, *own)
 
 
-def _spec(call: Call) -> Spec:
+def _spec(call: Call, keeps_sum: bool) -> Spec:
     """What the kernel of a norm computes. float64, which has none, is shown as float32: only in tests, where the op
-    runs as ATen."""
+    runs as ATen. keeps_sum: the sum of an add is stored."""
     operands, form = _operands(call)
     shown = {torch.float64: torch.float32}
     tensors: list[Any] = [
         None if t is None else torch.empty_like(t, dtype=shown.get(t.dtype, t.dtype), device="meta")
         for t in map(value, operands)
     ]
-    return form._replace(out_dtype=shown.get(form.out_dtype, form.out_dtype)).spec(*tensors)
+    form = form._replace(out_dtype=shown.get(form.out_dtype, form.out_dtype))
+    return _with_sum(form, keeps_sum).spec(*tensors)
 
 
-def _replace(gm: GraphModule, node: Node, call: Call, trains: bool) -> Node:
+def _with_sum(form: Form | Forms, keeps_sum: bool) -> Form | Forms:
+    return form._replace(keeps_sum=keeps_sum) if isinstance(form, Form) else form
+
+
+def _is_sum_read(node: Node) -> bool:
+    """Whether anything reads the sum of a norm with an add. Two norms in one kernel always store it."""
+    if node.target in KINDS:
+        return False
+    return node.target is NORM_ADD_NORM or any(part.args[1] == 1 and part.users for part in node.users)
+
+
+def _replace(gm: GraphModule, node: Node, call: Call, trains: bool, keeps_sum: bool) -> Node:
     """Write the op; parts of its result replace those of the canonical one. trains: its statistics are kept."""
     operands, form = _operands(call)
-    form = form._replace(statistics=trains)
+    form = _with_sum(form._replace(statistics=trains), keeps_sum)
     with gm.graph.inserting_before(node):
         new = add_call(gm.graph, NORM if call.first is None else TWO_NORMS, (*operands, *form), node)
         place = 1 if call.first else len(new.meta["val"]) - 1  # of the sum
-        parts = [add_call(gm.graph, operator.getitem, (new, i), node) for i in (0, place)]
+        kept = (0, place) if keeps_sum else (0,)
+        parts = [add_call(gm.graph, operator.getitem, (new, i), node) for i in kept]
     if node.target in KINDS:
         node.replace_all_uses_with(parts[0])
     for old in list(node.users):
         index: Any = old.args[1]
-        old.replace_all_uses_with(parts[index])
+        if old.users:
+            old.replace_all_uses_with(parts[index])
         gm.graph.erase_node(old)
     gm.graph.erase_node(node)
     return new
