@@ -208,6 +208,8 @@ def test_blocks_compiled_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     for block in model:
         block.compile(backend="normfx")
     model(torch.randn(2, 3, 8))
+    if not torch._dynamo.utils.counters["frames"]:
+        pytest.skip("this Dynamo compiles none of torch's own modules by itself")
     report, held = compiled_report(), list(backend._compiled)
     refusals = [r for site in report.sites if site.name == "norm1" for r in site.refusals if r.rule == "pre_rms_norm"]
     assert refusals and all("is computed outside of this graph" in r.hint for r in refusals)
