@@ -65,7 +65,8 @@ def test_two_callables_share_one_model(fold: str) -> None:
 @pytest.mark.parametrize("fold", KEPT)
 def test_threads_call_while_another_updates_between_calls(fold: str) -> None:
     model = net()
-    call = compiled(model, fold)
+    # without fullgraph=True: called in threads with it, torch 2.11 compiles nothing after a later graph break
+    call = torch.no_grad()(torch.compile(model, backend="normfx", options={"fold": fold, "strict": True}))
     before = check(call, model)
     barrier, wrong = threading.Barrier(3), []
     expected: list[Tensor] = [before]
