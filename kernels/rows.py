@@ -56,8 +56,10 @@ class Rows:
         return self.load(name, "row", self.row_mask)
 
     def of_column(self, name: str) -> str:
-        """Every program reads the same: caches keep it longer than rows, which are read once."""
-        return self.load(name, "cols", self.column_mask, ", eviction_policy='evict_last'")
+        """Every program reads the same: caches keep it longer than rows, which are read once. Not in pieces of wide
+        rows, where the policy takes registers that a loop needs (8 bytes in local memory on sm_80)."""
+        more = ", eviction_policy='evict_last'" if self.launch.form == "rows" else ""
+        return self.load(name, "cols", self.column_mask, more)
 
     def store(self, name: str, offset: str, value: str, mask: str) -> str:
         return f"tl.store({name}_ptr + {offset}, {value}{f', mask={mask}' if mask else ''})"

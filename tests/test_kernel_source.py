@@ -124,7 +124,7 @@ def layer_norm_20000_forward(
         x = tl.load(x_ptr + row * x_stride + cols, mask=real, other=0.0).to(tl.float32)
         x -= mean
         y = x * rstd
-        y *= tl.load(weight_ptr + cols, mask=real, other=0.0, eviction_policy='evict_last').to(tl.float32)
+        y *= tl.load(weight_ptr + cols, mask=real, other=0.0).to(tl.float32)
         tl.store(out_ptr + row * out_stride + cols, y, mask=real)
 """,
         )
