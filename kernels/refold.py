@@ -50,7 +50,7 @@ class Job:
 
 
 def check_source() -> Source:
-    """For each parameter whether a sampled word differs from the last call's, and for each program whether any does."""
+    """Tells which parameters have a sampled word that differs from the last call's, and which programs found any."""
     lines = [
         f"first = tl.program_id(0) * {SOURCES}",
         f"place = (first + tl.arange(0, {SOURCES})[:, None]) * {SAMPLES} + tl.arange(0, {SAMPLES})[None, :]",

@@ -20,7 +20,7 @@ NORMS = (torch.nn.LayerNorm, torch.nn.RMSNorm)
 def explain(model: Callable[..., Any], options: Mapping[str, Any] | None = None) -> Callable[..., Report]:
     """A function that runs `model` once, eagerly, on its arguments and returns the Report of what normfx would do.
 
-    Like torch._dynamo.explain it resets Dynamo: functions compiled before compile anew at their next call.
+    Like torch._dynamo.explain it resets Dynamo: functions compiled before compile again at their next call.
     Plans under the grad mode, autocast state and training flags it is called in, exactly as compiling there would.
 
         report = normfx.explain(model)(input_ids)

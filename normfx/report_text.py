@@ -278,11 +278,10 @@ def _joined(parts: Sequence[str]) -> str:
 
 
 def _bytes(n: int) -> str:
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if n < 1024 or unit == "GiB":
-            break
-        n /= 1024  # type: ignore[assignment]
-    return f"{n:,} {unit}" if unit == "bytes" else f"{n:.1f} {unit}"
+    size, units = float(n), ["bytes", "KiB", "MiB", "GiB"]
+    while size >= 1024 and len(units) > 1:
+        size, units = size / 1024, units[1:]
+    return f"{n:,} bytes" if units[0] == "bytes" else f"{size:.1f} {units[0]}"
 
 
 def _wrapped(text: str, first: str = "", later: str | None = None, style: str = "") -> Iterator[Line]:

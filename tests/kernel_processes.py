@@ -42,7 +42,7 @@ class Processes:
             _end(self._idle.get())
 
     def answers(self, cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """In the order of the cases."""
+        """Yields answers in the order of the cases."""
         with ThreadPoolExecutor(self.count) as threads:
             return list(threads.map(self._answer, cases))
 

@@ -10,7 +10,7 @@ import torch._inductor.compile_fx as inductor
 
 
 def test_hints_of_inductor_are_no_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU, Inductor may warn that it could multiply float32 less exactly (torch 2.11, 2.13): 12 of the compiled
+    """Inductor may warn on a GPU that it could multiply float32 less exactly (torch 2.11, 2.13): 12 of the compiled
     tests would fail at once."""
     warnings.warn_explicit("TensorFloat32", UserWarning, "compile_fx.py", 1, module=inductor.__name__)
     hint = inductor._warn_tf32_disabled

@@ -164,7 +164,7 @@ def test_strict_raises(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("model", [Norm(), nn.Linear(4, 4)])
 def test_inductor_exceptions_pass_through(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a note that names normfx, the stage and the way out."""
+    """The error carries a note that names normfx, the stage and the way out."""
     monkeypatch.setattr("normfx.lower.folded.compile_graph", _unfinished)
     monkeypatch.setattr("normfx.backend.compile_graph", _unfinished)
     with pytest.raises(Exception, match="no such thing") as caught:

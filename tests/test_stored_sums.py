@@ -20,7 +20,7 @@ WIDTH = 32
 
 @pytest.fixture(autouse=True)
 def _device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a device on which storing pays."""
+    """Makes storing pay, as it does on a GPU."""
     monkeypatch.setattr(lowering, "pays", lambda total: True)
 
 

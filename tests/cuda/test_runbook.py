@@ -50,7 +50,7 @@ def test_dry_run(script: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_what_fails_is_said(script: Path, tmp_path: Path) -> None:
-    """By a Python that fails at everything."""
+    """Runs a Python that fails at everything."""
     done = ran(script, tmp_path, "--dry-run", python="false")
     assert done.returncode == 1
     assert ": 0 passed, " in done.stdout and "(exit status 1)" in done.stdout.splitlines()[-2]
