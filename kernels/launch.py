@@ -15,7 +15,7 @@ FORWARD_IN_REGISTERS = 16384
 """Entries of the widest row that forward holds in registers: 32 float32 for each of 512 threads."""
 
 BACKWARD_IN_REGISTERS = 8192
-"""Of the widest row that backward holds: x, dy, and a running sum each for dγ and dβ."""
+"""The widest row that backward holds: x, dy, and a running sum each for dγ and dβ."""
 
 WIDE = 4096
 """Entries above which a thread holds 32 of a row in forward."""
@@ -40,12 +40,12 @@ PROGRAM = 2048
 """Entries a program should have at least: with fewer, starting it costs as much as its work."""
 
 WARPS_PER_SM = 16
-"""Of a persistent grid, with the 128 registers a thread that sums take: four programs of narrow rows, two of rows of
-4,096, one of wider rows. More would wait until others end, and leave more rows of partial sums. With 8 entries a
+"""Warps of a persistent grid, with the 128 registers a thread that sums take: four programs of narrow rows, two of
+rows of 4,096, one of wider rows. More would wait until others end, and leave more rows of partial sums. With 8 entries a
 thread, two programs of up to 16 warps."""
 
 STAGES = 3
-"""Of the loop over rows of a persistent grid: two rows are on their way to shared memory while one is computed."""
+"""Stages of the loop over rows of a persistent grid: two rows are copied to shared memory while one is computed."""
 
 SHARED = 2**17
 """Bytes of shared memory of a multiprocessor for the rows on their way, of all its programs together: sm_80 has 164

@@ -24,14 +24,14 @@ SAMPLES, SOURCES = 8, 8
 """Words compared of each parameter, and parameters that one program looks at."""
 
 ROWS, COLUMNS = 32, 64
-"""Of a tile of a weight that one program reads at a time; it folds COLUMNS whole columns."""
+"""The tile of a weight that one program reads at a time; it folds COLUMNS whole columns."""
 
 PROGRAMS = 132
 """Programs of the second kernel: one for each multiprocessor of an H100."""
 
 FIELDS = 9
-"""Of a table's row: addresses of the weight, γ (0: none) and the fold; rows, columns, first column; places of the
-weight and of γ among the parameters; whether the fold is centred over rows."""
+"""Numbers in a row of the table: addresses of the weight, γ (0: none) and the fold; rows, columns, first column; places
+of the weight and of γ among the parameters; whether the fold is centred over rows."""
 
 _POINTERS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 

@@ -12,10 +12,13 @@ from normfx.errors import OptionError
 from normfx.explaining import explain
 from normfx.model_input import Called, from_config, from_factory, from_program
 
+PROGRAM = ".pt2"
+
 STATES = {
     "default": "as in inference, without gradients (in evaluation mode): the default; --train says what training gets",
     "train": "as in training: in training mode, with gradients recorded",
     "no_grad": "without gradients, in the mode that the factory left the model in",
+    "program": "without gradients, in the mode that the program was exported in",
 }
 
 
@@ -45,10 +48,9 @@ def main(parsed: argparse.Namespace) -> int:
 
     Raises OptionError where the arguments name no model.
     """
-    called = _called(parsed)
-    state = "train" if parsed.train else "no_grad" if parsed.no_grad else "default"
-    if isinstance(called.model, torch.nn.Module) and state != "no_grad":
-        _set_mode(called.model, state == "train")
+    called, state = _called(parsed), _state(parsed)
+    if isinstance(called.model, torch.nn.Module) and state in ("default", "train"):
+        called.model.train(state == "train")
     with torch.set_grad_enabled(state == "train"):
         report = explain(called.model)(*called.args, **called.kwargs)
     console = Console(soft_wrap=True)
@@ -60,11 +62,13 @@ def main(parsed: argparse.Namespace) -> int:
     return int(any(graph.failure for graph in report.graphs))
 
 
-def _set_mode(model: torch.nn.Module, training: bool) -> None:
-    try:
-        model.train(training)
-    except NotImplementedError:  # the module of an exported program is what it was exported as
-        return
+def _state(parsed: argparse.Namespace) -> str:
+    """The one of STATES in which the model is explained."""
+    if parsed.model is not None and parsed.model.endswith(PROGRAM):
+        if parsed.train:
+            raise OptionError("normfx: --train: a program stays in the mode that it was exported in; leave it out")
+        return "program"
+    return "train" if parsed.train else "no_grad" if parsed.no_grad else "default"
 
 
 def _called(parsed: argparse.Namespace) -> Called:
@@ -72,6 +76,6 @@ def _called(parsed: argparse.Namespace) -> Called:
         raise OptionError("normfx: name one model: MODULE:FACTORY, FILE.py:FACTORY, FILE.pt2 or --hf-config DIR")
     if parsed.hf_config is not None:
         return from_config(parsed.hf_config)
-    if parsed.model.endswith(".pt2"):
+    if parsed.model.endswith(PROGRAM):
         return from_program(Path(parsed.model))
     return from_factory(parsed.model)

@@ -38,7 +38,8 @@ def explain(model: Callable[..., Any], options: Mapping[str, Any] | None = None)
 
         def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
             graphs.append(transform(gm, example_inputs, settings).report)
-            return gm.forward  # type: ignore[no-any-return]  # the untouched graph, run eagerly
+            untouched: Callable[..., Any] = gm.forward  # run eagerly
+            return untouched
 
         torch._dynamo.reset()  # else earlier compilations of the same code may use up its recompile limit
         try:

@@ -15,9 +15,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from capturing import Backend, Model, Stack, same, x64
 from equivalence import assert_same_float64
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch._dynamo.backends.debugging import aot_eager
-from torch.library import custom_op
 from torch.utils.checkpoint import checkpoint
 
 from normfx.ir.opaque import calls_unknown
@@ -154,7 +153,7 @@ def test_functions_of_torch_are_known() -> None:
 CALLS = {"fake": 0, "setup": 0, "backward": 0, "written": 0}
 
 
-@custom_op("normfx_tests::twice", mutates_args=())
+@library.custom_op("normfx_tests::twice", mutates_args=())
 def twice(x: Tensor) -> Tensor:
     return x * 2
 
@@ -177,7 +176,7 @@ def _twice_backward(ctx: Any, grad: Tensor) -> Tensor:
 twice.register_autograd(_twice_backward, setup_context=_twice_setup)
 
 
-@custom_op("normfx_tests::double_", mutates_args=("x",))
+@library.custom_op("normfx_tests::double_", mutates_args=("x",))
 def double_(x: Tensor) -> None:
     x.mul_(2)
 

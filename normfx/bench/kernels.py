@@ -41,7 +41,8 @@ SWEPT = "rms_norm"
 seconds, running it milliseconds, so the number of compilations is what a run costs."""
 
 NARROWEST = 16
-"""Of narrower rows some have entries so close together that a right result, of a rounded sum, looks wrong."""
+"""The narrowest rows compared: some narrower ones have entries so close together that a right result, of a rounded
+sum, looks wrong."""
 
 DEFAULT_RIVALS = tuple(name for name in RIVALS if name != "inductor-max-autotune")
 

@@ -40,7 +40,7 @@ ALLOWED = {
 """The largest error of a right result, by dtype."""
 
 EXACT_ENTRIES = 2**24
-"""Of the rows whose exact results are computed at a time: about 1 GB in float64 with everything in between."""
+"""Entries of the rows whose exact results are computed at a time: about 1 GB in float64 with everything in between."""
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,7 @@ def _check_rerun(node: Node, mode: FakeTensorMode, stage: str) -> None:
 
 
 def _rerun(node: Node, mode: FakeTensorMode) -> Any:
+    target: Any = node.target
     args, kwargs = pytree.tree_map_only(Node, lambda n: n.meta.get("val"), (node.args, node.kwargs))
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -141,10 +142,10 @@ def _rerun(node: Node, mode: FakeTensorMode) -> Any:
         if mode.shape_env is not None:
             stack.enter_context(mode.shape_env.ignore_fresh_unbacked_symbols())
             stack.enter_context(mode.shape_env.suppress_guards())
-        if node.target._schema.is_mutable:  # type: ignore[union-attr]
+        if target._schema.is_mutable:
             # detached: an op that changes strides or sizes must not change what was recorded
             args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.detach(), (args, kwargs))
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return target(*args, **kwargs)
 
 
 def _same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:

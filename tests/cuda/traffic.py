@@ -87,7 +87,7 @@ def measure(cases: Sequence[str], timeout: float = 3000) -> list[Traffic]:
 
 HEADER = "| model, batch × tokens | mode | Inductor: MB, launches | normfx: MB, launches | norms |"
 HEADER += "\n|---|---|---|---|---|"
-"""Of the table of docs/benchmarks/cuda.md."""
+"""The head of the tables of docs/benchmarks/cuda.md."""
 
 
 def row(t: Traffic) -> str:
