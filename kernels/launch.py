@@ -41,8 +41,8 @@ PROGRAM = 2048
 
 WARPS_PER_SM = 16
 """Warps of a persistent grid, with the 128 registers a thread that sums take: four programs of narrow rows, two of
-rows of 4,096, one of wider rows. More would wait until others end, and leave more rows of partial sums. With 8 entries a
-thread, two programs of up to 16 warps."""
+rows of 4,096, one of wider rows. More would wait until others end, and leave more rows of partial sums. With 8 entries
+a thread, two programs of up to 16 warps."""
 
 STAGES = 3
 """Stages of the loop over rows of a persistent grid: two rows are copied to shared memory while one is computed."""
