@@ -53,6 +53,8 @@ def test_environment_changes_the_rules_given() -> None:
         ({"rules": {"all": 1}}, {}, ["options['rules']", "dict"]),
         ({"fold": "frosen"}, {}, ["value 'frosen'", "auto", "live"]),
         ({"lowering": "cuda"}, {}, ["value 'cuda'", "auto", "inductor"]),
+        ({"products": "mkl"}, {}, ["value 'mkl'", "aten", "auto", "onednn"]),
+        ({"product": "aten"}, {}, ["option 'product'", "did you mean 'products'?"]),
         ({"strict": "yes"}, {}, ["options['strict']", "True or False"]),
         ({"inductor": [1]}, {}, ["options['inductor']", "mapping"]),
         ({}, {"NORMFX_RULES": "+x"}, ["rule 'x'", "NORMFX_RULES"]),
