@@ -1,4 +1,4 @@
-"""The lines of backward kernels: of dx, of dγ and dβ beside it, or of these two by columns."""
+"""The lines of backward kernels: of dx, of the sums over rows (dγ, dβ, Σds) with it, or of these sums by columns."""
 
 from __future__ import annotations
 
@@ -64,6 +64,8 @@ def _backward_row(r: Rows, sum_grad: bool, group: str) -> Iterator[str]:
     yield f"dx = (dy - {normal} * projection{shift}) * rstd"
     if sum_grad:
         yield f"dx += {r.entry('sum_grad')}"
+    if spec.x_bias:
+        yield "x_bias_total += dx"
     yield r.store_entry("x_grad", "dx")
 
 
@@ -86,7 +88,7 @@ def backward_chunks(r: Rows, sum_grad: bool) -> Iterator[str]:
     for line in _row_sums(r, "group"):
         yield f"    {line}"
     for i, start in enumerate(starts):
-        for line in (*_chunk(r, start, f"_{i}"), *_chunk_grad(r, sum_grad)):
+        for line in (*_chunk(r, start, f"_{i}"), *_chunk_grad(r, sum_grad, f"_{i}")):
             yield f"    {line}"
     for i, start in enumerate(starts):
         yield from r.columns(f"{start} + ")
@@ -139,16 +141,19 @@ def _chunk(r: Rows, start: str, total: str = "") -> Iterator[str]:
         yield f"dy *= {r.gamma}"
 
 
-def _chunk_grad(r: Rows, sum_grad: bool) -> Iterator[str]:
+def _chunk_grad(r: Rows, sum_grad: bool, total: str = "") -> Iterator[str]:
+    """dx of a chunk, and its share of Σds as in `_chunk`."""
     normal = "(x + total)" if r.spec.compressed else "x"
     yield f"dx = (dy - {normal} * projection{' - mean_grad' if r.spec.centre else ''}) * rstd"
     if sum_grad:
         yield f"dx += {r.entry('sum_grad')}"
+    if r.spec.x_bias and total:
+        yield f"x_bias_total{total} += dx"
     yield r.store_entry("x_grad", "dx")
 
 
 def columns(r: Rows) -> Iterator[str]:
-    """Each program: some columns, and every row of its part."""
+    """Each program: some columns, and every row of its part. dx is written already."""
     spec, launch, sums = r.spec, r.launch, r.spec.sums
     yield from r.columns(f"tl.program_id(1) * {launch.block} + ")
     for name in sums:
@@ -156,11 +161,14 @@ def columns(r: Rows) -> Iterator[str]:
     yield "first = tl.program_id(0) * rows_each"
     yield "for position in range(first, tl.minimum(first + rows_each, rows)):"
     yield "    row = tl.cast(position, tl.int64)"
-    yield f"    dy = {r.scaled(r.entry('out_grad'))}"
+    if spec.weight or spec.bias:
+        yield f"    dy = {r.scaled(r.entry('out_grad'))}"
     if spec.weight:
         mean = f" - {r.of_row('mean')}" if spec.centre else ""
         yield f"    weight_total += dy * ({r.entry('saved')}{mean}) * {r.of_row('rstd')}"
     if spec.bias:
         yield "    bias_total += dy"
+    if spec.x_bias:
+        yield f"    x_bias_total += {r.entry('x_grad')}"
     for name in sums:
         yield r.store(f"{name}_sums", f"tl.program_id(0) * {spec.entries} + cols", f"{name}_total", r.column_mask)

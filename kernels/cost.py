@@ -29,7 +29,7 @@ class Cost:
 def forward_cost(spec: Spec, rows: sympy.Expr, statistics: bool) -> Cost:
     entries = rows * spec.entries
     kept = STATISTIC * (1 + spec.centre) if statistics else 0
-    residual = 1 + (spec.alpha != 1.0) if spec.residual else 0
+    residual = 1 + (spec.alpha != 1.0) + (spec.x_bias is not None) if spec.residual else 0
     vectors = (spec.weight is not None) + (spec.bias is not None) + spec.unit_offset
     # a square and its sum, times rstd; a sum and a difference for each mean that is subtracted
     operations = 3 + 2 * spec.centre + 2 * spec.centre_output + spec.compressed + residual + vectors
@@ -38,7 +38,7 @@ def forward_cost(spec: Spec, rows: sympy.Expr, statistics: bool) -> Cost:
         kept += STATISTIC * (1 + inner.centre) if statistics else 0
         operations += 3 + 2 * inner.centre + 2 * inner.centre_output + bool(inner.weight) + bool(inner.bias)
         inner_vectors = _size(inner.weight) + _size(inner.bias)
-    vector_bytes = _size(spec.weight) + _size(spec.bias) + inner_vectors
+    vector_bytes = _size(spec.weight) + _size(spec.bias) + _size(spec.x_bias) + inner_vectors
     return Cost(
         entries * (_size(spec.x) + _size(spec.residual)) + spec.entries * vector_bytes,
         entries * (_size(spec.out) + _size(spec.sum)) + rows * kept,
@@ -47,18 +47,18 @@ def forward_cost(spec: Spec, rows: sympy.Expr, statistics: bool) -> Cost:
 
 
 def backward_cost(spec: Spec, rows: sympy.Expr, sum_grad: bool, programs: sympy.Expr) -> Cost:
-    """programs: rows of partial sums for dγ and dβ, which are written and read once more."""
+    """programs: rows of partial sums for dγ, dβ and Σds, which are written and read once more."""
     entries = rows * spec.entries
     partial = STATISTIC * len(spec.sums) * programs * spec.entries
     # x̂, a product and its sum, its share of dx, times rstd; means as in forward
     operations = 6 + 4 * spec.centre + 2 * spec.centre_output + 2 * spec.compressed
-    operations += 3 * (spec.weight is not None) + (spec.bias is not None) + sum_grad
+    operations += 3 * (spec.weight is not None) + (spec.bias is not None) + (spec.x_bias is not None) + sum_grad
     return Cost(
         entries * (_size(spec.out) + _size(spec.saved) + sum_grad * _size(spec.sum))
         + rows * STATISTIC * (1 + spec.centre)
         + spec.entries * _size(spec.weight)
         + partial,
-        entries * _size(spec.x) + partial + spec.entries * (_size(spec.weight) + _size(spec.bias)),
+        entries * _size(spec.x) + partial + spec.entries * sum(_size(getattr(spec, name)) for name in spec.sums),
         entries * operations,
     )
 

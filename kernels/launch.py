@@ -64,6 +64,7 @@ class Launch:
                needs of the whole row, and writes its part
     keeps:     persistent rows: γ is read before the loop over them, and stays in registers
     stages:    persistent rows: of the loop over them; all but one are copies under way
+    resident:  persistent: programs that a multiprocessor holds at a time, and so has
     """
 
     form: Form
@@ -75,6 +76,7 @@ class Launch:
     parts: int = 1
     keeps: bool = False
     stages: int = 1
+    resident: int = 2
 
 
 def forward_launch(spec: Spec) -> Launch:
@@ -89,14 +91,18 @@ def forward_launch(spec: Spec) -> Launch:
 def backward_launch(spec: Spec) -> Launch:
     """Of dx, and if it is persistent of dγ and dβ in the same kernel."""
     sums = len(spec.sums)
-    if spec.entries <= (BACKWARD_IN_REGISTERS if sums else FORWARD_IN_REGISTERS):
+    most = BACKWARD_IN_REGISTERS if sums else FORWARD_IN_REGISTERS
+    if DTYPES[spec.x] > 2 and len(spec.sums) > 2:
+        most //= 2  # with three sums 16 bytes of a row of 8,192 are in local memory (sm_90)
+    if spec.entries <= most:
         return _summed(spec) if sums else _rows(spec, 8, False)
     reason = f"a row of {spec.entries} does not fit into registers"
     parts = -(-spec.entries * sums // SUMS_IN_REGISTERS)
-    if not sums or parts > MOST_PARTS or DTYPES[spec.x] > 2:
+    # next to Σds there are no registers for chunks: ptxas moves some to local memory (12,288 of bfloat16 on sm_90)
+    if not sums or parts > MOST_PARTS or DTYPES[spec.x] > 2 or spec.x_bias:
         return Launch("chunks", CHUNK, 1, 16, False, f"{reason}, nor do its sums" if sums else reason)
     held = "its sums do" if parts == 1 else f"its sums do in {parts} parts"
-    return Launch("chunks", CHUNK, 1, 16, True, f"{reason}, {held}", parts)
+    return Launch("chunks", CHUNK, 1, 16, True, f"{reason}, {held}", parts, resident=1)
 
 
 def _rows(spec: Spec, per_thread: int, persistent: bool) -> Launch:
@@ -116,16 +122,20 @@ def _summed(spec: Spec) -> Launch:
     """Whole rows and their sums, with as many stages as shared memory has room for. Not of several rows at a time,
     whose masks and addresses of copies take more registers (up to 208), so that fewer programs would be resident.
 
-    Rows that are read entry by entry, and several of float32 (8 bytes in local memory with 1,024 on sm_90), have 8
-    entries a thread and read γ for each."""
+    Rows that are read entry by entry, and of float32 several (8 bytes in local memory with 1,024 on sm_90) or those
+    with Σds (as many with 4,096 on sm_100), have 8 entries a thread and read γ for each."""
     several = power_of_two(spec.entries) < PROGRAM
-    if not _vectorised(spec) or (several and DTYPES[spec.x] > 2):
-        return _rows(spec, 8, True)
-    launch = replace(_rows(spec, SUMMED, True), keeps=True)
+    if not _vectorised(spec) or (DTYPES[spec.x] > 2 and (several or spec.x_bias)):
+        launch = _rows(spec, 8, True)
+        return replace(launch, resident=WARPS_PER_SM // launch.warps) if spec.x_bias else launch
+    launch = _rows(spec, SUMMED, True)
+    room_for = WARPS_PER_SM // launch.warps
+    # with three sums a thread of some targets has up to 162 registers
+    launch = replace(launch, keeps=True, resident=room_for if len(spec.sums) < 3 else max(1, room_for // 2))
     if several:
         return launch
     entry = sum(DTYPES[dtype] for dtype in (spec.out, spec.saved, spec.sum) if dtype)
-    room = SHARED // max(2, WARPS_PER_SM // launch.warps)
+    room = SHARED // max(2, room_for)
     stages = min(STAGES, 1 + room // (launch.block * entry))
     return replace(launch, stages=stages, reason=f"{launch.reason}, {stages} stages") if stages > 1 else launch
 
@@ -141,8 +151,7 @@ def programs(launch: Launch, rows: Any, processors: int) -> Any:
     groups = -(-rows // launch.rows)
     if not launch.persistent:
         return groups
-    each = WARPS_PER_SM // launch.warps if launch.keeps or launch.form == "chunks" else 2
-    return torch.sym_min(groups, max(1, processors * each // launch.parts))
+    return torch.sym_min(groups, max(1, processors * launch.resident // launch.parts))
 
 
 def sum_rows(spec: Spec, launch: Launch, rows: Any, processors: int) -> Any:

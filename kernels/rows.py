@@ -125,6 +125,8 @@ class Rows:
         yield f"x = {self.entry('x')}"
         if spec.inner is not None:
             yield from self.inner(spec.inner)
+        if spec.x_bias:
+            yield f"x += {self.of_column('x_bias')}"
         if spec.residual:
             yield f"x += {f'{spec.alpha} * ' if spec.alpha != 1.0 else ''}{self.entry('residual')}"
         if spec.sum:

@@ -45,11 +45,12 @@ class Forward(NamedTuple):
 
 
 class Backward(NamedTuple):
-    """x is the gradient of x and, times alpha, of the residual."""
+    """x is the gradient of x and, times alpha, of the residual; x_bias its sum over rows."""
 
     x: Tensor
     weight: Tensor | None
     bias: Tensor | None
+    x_bias: Tensor | None = None
 
 
 def forward(
@@ -62,6 +63,7 @@ def forward(
     statistics: bool = True,
     wrap: Wrap = _as_it_is,
     inner: tuple[Tensor | None, Tensor | None, float] = (None, None, 0.0),
+    x_bias: Tensor | None = None,
 ) -> Forward:
     """The norm over the last dimension of x, of spec.entries entries; any number of other dimensions.
 
@@ -77,6 +79,7 @@ def forward(
     tensors = {
         "x": matrix,
         "residual": _maybe_rows(residual, spec),
+        "x_bias": _vector(x_bias),
         "weight": _vector(weight),
         "bias": _vector(bias),
         "out": _rows(out, spec),
@@ -142,7 +145,7 @@ def backward(
         if sums:
             grid = (-(-spec.entries // SUM_COLUMNS), len(sums))
             _start(wrap, _source_of_sum(spec), grid, tensors | grads, rows=size[0])
-    return Backward(x_grad, grads.get("weight_grad"), grads.get("bias_grad"))
+    return Backward(x_grad, grads.get("weight_grad"), grads.get("bias_grad"), grads.get("x_bias_grad"))
 
 
 def _vector(tensor: Tensor | None) -> Tensor | None:

@@ -33,6 +33,7 @@ def forward_source(spec: Spec, launch: Launch, statistics: bool) -> Source:
     tensors: list[tuple[str, object]] = [
         ("x", True),
         ("residual", spec.residual),
+        ("x_bias", spec.x_bias),
         ("weight", spec.weight),
         ("bias", spec.bias),
         ("sum", spec.sum),
@@ -58,7 +59,7 @@ def forward_source(spec: Spec, launch: Launch, statistics: bool) -> Source:
 
 
 def backward_source(spec: Spec, launch: Launch, sum_grad: bool) -> Source:
-    """dx from dy, and from the gradient of the stored sum under `sum_grad`; where the launch says so dγ and dβ
+    """dx from dy, and from the gradient of the stored sum under `sum_grad`; where the launch says so dγ, dβ and Σds
     too, as one row of partial sums for each program."""
     if spec.inner is not None:
         raise ValueError("normfx kernels: backward of two norms is that of `last` and then that of `first`")
@@ -74,6 +75,7 @@ def backward_source(spec: Spec, launch: Launch, sum_grad: bool) -> Source:
         ("x_grad", True),
         ("weight_sums", launch.persistent and spec.weight),
         ("bias_sums", launch.persistent and spec.bias),
+        ("x_bias_sums", launch.persistent and spec.x_bias),
     ]
     parameters = _parameters(tensors, ("out_grad", "saved", "sum_grad", "x_grad"))
     body = backward_rows if launch.form == "rows" else backward_chunks
@@ -81,22 +83,24 @@ def backward_source(spec: Spec, launch: Launch, sum_grad: bool) -> Source:
 
 
 def column_source(spec: Spec, launch: Launch) -> Source:
-    """Partial sums of dγ and dβ over rows, for rows too wide for the kernel of dx to keep them."""
+    """Partial sums of dγ, dβ and Σds over rows, for rows too wide for the kernel of dx to keep them."""
     tensors = [
-        ("out_grad", True),
-        ("saved", True),
-        ("mean", spec.centre),
-        ("rstd", True),
+        ("out_grad", spec.weight or spec.bias),
+        ("saved", spec.weight),
+        ("mean", spec.weight and spec.centre),
+        ("rstd", spec.weight),
+        ("x_grad", spec.x_bias),
         ("weight_sums", spec.weight),
         ("bias_sums", spec.bias),
+        ("x_bias_sums", spec.x_bias),
     ]
-    parameters = [*_parameters(tensors, ("out_grad", "saved")), "rows_each"]
+    parameters = [*_parameters(tensors, ("out_grad", "saved", "x_grad")), "rows_each"]
     return _source(f"{spec.name}_columns", spec, launch, parameters, columns(Rows(spec, launch)))
 
 
 def finalise_source(spec: Spec) -> Source:
-    """dγ and dβ from the partial sums [rows, entries] of each, in a fixed order, in one launch: where there are both,
-    by programs of their own."""
+    """dγ, dβ and Σds from the partial sums [rows, entries] of each, in a fixed order, in one launch: where there are
+    several, by programs of their own."""
     width, sums = spec.entries, spec.sums
     lines = [f"cols = tl.program_id(0) * {SUM_COLUMNS} + tl.arange(0, {SUM_COLUMNS})[None, :]"]
     for i, name in enumerate(sums):

@@ -26,13 +26,15 @@ class Spec:
     """A norm over rows of `width` features, with what is fused around it. Dtypes are names ("bfloat16") or None.
 
         x = inner(x)                                                                        where there is an `inner`
-        s = x + alpha · residual                     (s = x without a residual; rounded to `sum` when that is stored)
+        s = x + x_bias + alpha · residual            (s = x without a residual; rounded to `sum` when that is stored)
         z = (s − mean s) · rstd,  rstd = 1 / sqrt(Σ(s − mean s)² / (width − correction) + ε)       (RMSNorm: no mean)
         y = scale · (γ ⊙ z + β),  γ = weight, or 1 + weight under `unit_offset`
         y − mean y                                                                          under `centre_output`
 
     All of it in float32, rounded once into `out`.
 
+    x_bias:     the bias of the linear layer that writes x, which then leaves it out: its gradient is the sum of ds over
+                rows, which backward has in registers and a kernel of its own would read again
     compressed: rows hold width − 1 entries u, the one that is missing being −Σu: rstd = 1 / sqrt((Σu² + (Σu)²) / width
                 + ε), "CRMSNorm" of Pre-RMSNorm and Pre-CRMSNorm Transformers (Jiang et al. 2023), section 3.2
     """
@@ -52,9 +54,10 @@ class Spec:
     compressed: bool = False
     centre_output: bool = False
     inner: Inner | None = None
+    x_bias: str | None = None
 
     def __post_init__(self) -> None:
-        named = {name: getattr(self, name) for name in ("x", "out", "weight", "bias", "residual", "sum")}
+        named = {name: getattr(self, name) for name in ("x", "out", "weight", "bias", "residual", "sum", "x_bias")}
         if self.inner is not None:
             named |= {"inner weight": self.inner.weight, "inner bias": self.inner.bias}
         for name, dtype in named.items():
@@ -67,6 +70,9 @@ class Spec:
             (self.compressed and self.centre_output, "the output of a compressed row cannot be centred"),
             (self.sum is not None and self.residual is None, "there is no sum without a residual"),
             (self.unit_offset and self.weight is None, "unit_offset without a weight"),
+            (self.x_bias is not None and self.residual is None, "there is no x_bias without a residual"),
+            (self.x_bias is not None and self.inner is not None, "an x_bias before an inner norm"),
+            (self.x_bias is not None and self.compressed, "an x_bias of compressed rows"),
             (self.inner is not None and self.sum is None, "an inner norm without a sum that is stored"),
             (self.inner is not None and self.compressed, "an inner norm of compressed rows"),
             (self.inner is not None and self.inner.correction >= self.width, "the inner correction is too large"),
@@ -83,7 +89,7 @@ class Spec:
     @property
     def sums(self) -> tuple[str, ...]:
         """The vectors whose gradients are sums over rows."""
-        return tuple(name for name in ("weight", "bias") if getattr(self, name))
+        return tuple(name for name in ("weight", "bias", "x_bias") if getattr(self, name))
 
     @property
     def saved(self) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Iterator
 
 import pytest
 import torch
 from budget import Budget
+from torch._C._dynamo.eval_frame import get_eval_frame_callback, set_eval_frame
 
 BEGIN = time.monotonic()
 
@@ -47,10 +49,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Else a test inherits what others compiled of the same code, and Dynamo's recompile limit."""
     monkeypatch.setenv("NORMFX_VERIFY", "1")
     # the same folds on every kernel: where it does not help to watch the memory, contents are compared
     monkeypatch.setattr("normfx.weights.kept.watches_pages", lambda: True)
     torch._dynamo.reset()
     torch.manual_seed(0)
+    yield
+    left = get_eval_frame_callback()
+    if left is not None:
+        set_eval_frame(None)
+        pytest.fail(f"Dynamo still compiles every frame of this thread, with {left}: later tests would not run eagerly")

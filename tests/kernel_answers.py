@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from normfx.kernels import run
+from normfx.kernels.launch import backward_launch
 from normfx.kernels.spec import Inner, Spec
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -43,6 +44,8 @@ def exact(
     s = wide["x"]
     if spec.inner is not None:
         s = normalised(spec.first, s, INNER_EPS, wide.get("inner_weight"), wide.get("inner_bias"))
+    if "x_bias" in wide:
+        s = s + wide["x_bias"]
     if "residual" in wide:
         s = s + spec.alpha * wide["residual"]
     unrounded = s.detach()
@@ -50,7 +53,7 @@ def exact(
         s = s + (stored.double() - unrounded)
     y = normalised(spec, s, eps, wide.get("weight"), wide.get("bias"))
     loss = (y * out_grad.double()).sum() + ((s * sum_grad.double()).sum() if sum_grad is not None else 0)
-    wanted = [name for name in ("x", "weight", "bias", "inner_weight", "inner_bias") if name in wide]
+    wanted = [name for name in ("x", "weight", "bias", "x_bias", "inner_weight", "inner_bias") if name in wide]
     *grads, between = torch.autograd.grad(loss, [*(wide[name] for name in wanted), s])
     results = {"out": y.detach(), **{f"{name}_grad": g for name, g in zip(wanted, grads, strict=True)}}
     results["between"] = between
@@ -101,6 +104,8 @@ def inputs(spec: Spec, shape: list[int], shift: float, kind: str) -> tuple[dict[
         tensors["weight"] = (random(spec.entries) + (0.0 if spec.unit_offset else 1.0)).to(dtype["weight"])
     if spec.bias:
         tensors["bias"] = random(spec.entries).to(dtype["bias"])
+    if spec.x_bias:
+        tensors["x_bias"] = random(spec.entries).to(getattr(torch, spec.x_bias))
     if spec.inner is not None:
         for name, named in (("inner_weight", spec.inner.weight), ("inner_bias", spec.inner.bias)):
             if named:
@@ -141,7 +146,8 @@ def results(
     """What the kernels give, and rstd."""
     x, residual, weight, bias = tensors["x"], *map(tensors.get, ("residual", "weight", "bias"))
     inner_weight, inner_bias = map(tensors.get, ("inner_weight", "inner_bias"))
-    forward = run.forward(spec, x, eps, residual, weight, bias, inner=(inner_weight, inner_bias, INNER_EPS))
+    inner, x_bias = (inner_weight, inner_bias, INNER_EPS), tensors.get("x_bias")
+    forward = run.forward(spec, x, eps, residual, weight, bias, inner=inner, x_bias=x_bias)
     assert forward.rstd is not None
     saved = x if forward.sum is None else forward.sum
     if not trains(spec):
@@ -154,6 +160,7 @@ def results(
         "x_grad": grads.x,
         "weight_grad": grads.weight,
         "bias_grad": grads.bias,
+        "x_bias_grad": grads.x_bias,
     }
     if spec.inner is not None:
         assert forward.inner_rstd is not None
@@ -167,7 +174,8 @@ def without_statistics(spec: Spec, eps: float, tensors: dict[str, Tensor]) -> Te
     x, residual, weight, bias, *inner = (tensors.get(name) for name in names)
     assert x is not None
     vectors = (inner[0], inner[1], INNER_EPS)
-    found = run.forward(spec, x, eps, residual, weight, bias, statistics=False, inner=vectors)
+    x_bias = tensors.get("x_bias")
+    found = run.forward(spec, x, eps, residual, weight, bias, statistics=False, inner=vectors, x_bias=x_bias)
     assert found.rstd is found.mean is found.inner_rstd is found.inner_mean is None
     return found.out
 
@@ -204,6 +212,9 @@ def answer(case: dict[str, Any]) -> dict[str, float]:
                 scale = max(scale, terms(spec, tensors, out_grad, rstd))
             elif name == "weight_grad":  # a sum of these over rows
                 scale = max(scale, spec.scale * largest(out_grad))
+            elif name == "x_bias_grad":  # a sum over rows of dx, in a kernel of its own of dx as it is stored
+                scale = max(scale, terms(spec, tensors, out_grad, rstd))
+                unit += 0.0 if backward_launch(spec).persistent else UNIT[tensors["x"].dtype]
             allowed = unit * scale
             if spec.inner is not None and spec.sum is not None:
                 own = UNIT[getattr(torch, spec.sum)] + OPERATIONS * UNIT[torch.float32] * (1 + cancelled / 8)

@@ -57,6 +57,10 @@ def forms(width: int, dtype: str) -> list[dict[str, Any]]:
         spec(width, dtype, **added, alpha=0.5),
         spec(width, dtype, residual="float32", weight="float32", unit_offset=True),
     ]
+    found += [
+        spec(width, dtype, **added, x_bias=dtype),
+        spec(width, dtype, centre=True, **added, **affine, x_bias="float32", alpha=2.0),
+    ]
     if width > 1:
         found += [spec(width, dtype, compressed=True), spec(width, dtype, compressed=True, **added)]
         found += [spec(width, dtype, centre=True, correction=1, scale=2.0, **affine)]
@@ -88,7 +92,7 @@ def test_wide_rows() -> None:
         [
             {"spec": forms(w, "bfloat16")[form], "shape": [1]}
             for i, w in enumerate(wide)
-            for form in ((0, 3), (1, 4), (6, 2))[i % 3]
+            for form in ((0, 3, 7), (1, 4, 6), (8, 2, 7))[i % 3]
         ]
     )
 
@@ -169,6 +173,9 @@ def test_processes_side_by_side() -> None:
         ({"sum": "float32"}, "no sum without a residual"),
         ({"unit_offset": True}, "unit_offset without a weight"),
         ({"inner": Inner(True)}, "an inner norm without a sum"),
+        ({"x_bias": "float32"}, "no x_bias without a residual"),
+        ({"x_bias": "float32", "compressed": True, **ADDED}, "an x_bias of compressed rows"),
+        ({"x_bias": "float32", "inner": Inner(True), **ADDED}, "an x_bias before an inner norm"),
         (
             {"inner": Inner(True, weight="float64"), "residual": "float32", "sum": "float32"},
             "inner weight is 'float64'",

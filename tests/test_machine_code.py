@@ -31,7 +31,7 @@ def sources(spec: Spec) -> Iterator[Source]:
     if spec.inner is not None:  # whose backward is two of the kernels below
         return
     yield backward_source(spec, backward, spec.sum is not None)
-    if spec.weight and not backward.persistent:
+    if spec.sums and not backward.persistent:
         yield column_source(spec, backward)
     if spec.sums:
         yield finalise_source(spec)
@@ -46,6 +46,8 @@ def specs(width: int, dtype: str) -> list[Spec]:
         Spec(**norm, centre=True, weight=dtype, bias=dtype, residual=dtype, sum=dtype),
         Spec(**norm, centre=False, residual=dtype, sum=dtype, alpha=0.5),
         Spec(**norm, centre=False, compressed=True, residual=dtype, sum=dtype),
+        Spec(**norm, centre=True, weight=dtype, bias=dtype, residual=dtype, sum=dtype, x_bias=dtype),
+        Spec(**norm, centre=False, residual=dtype, sum=dtype, x_bias=dtype),
     ]
     if width <= 8192:
         found.append(Spec(**norm, centre=True, weight=dtype, bias=dtype, centre_output=True))
@@ -62,7 +64,7 @@ def assert_no_local_memory(code: Code, what: str) -> None:
 @pytest.mark.parametrize("width", [8192, 12288])
 def test_no_local_memory(width: int) -> None:
     """The widest rows of each launch, on one GPU; the marker `slow` has the others."""
-    for spec in (specs(width, "bfloat16")[0], specs(width, "float32")[3], *specs(width, "float32")[7:]):
+    for spec in (specs(width, "bfloat16")[0], specs(width, "float32")[3], *specs(width, "float32")[8:]):
         for source in sources(spec):
             assert_no_local_memory(nvidia_code(source, spec, 90), f"{spec} {source.name}")
 
@@ -101,7 +103,7 @@ def test_no_spills_on_amd(width: int) -> None:
 def test_bytes_of_forward(dtype: str) -> None:
     """2Nds, or 4Nds with a residual, and the vectors; all in accesses of 16 bytes but the statistics. A program of one
     row moves what the cost model says of one row."""
-    for spec in specs(4096, dtype)[:5]:
+    for spec in (*specs(4096, dtype)[:5], *specs(4096, dtype)[6:8]):
         code = nvidia_code(forward_source(spec, forward_launch(spec), True), spec, 90)
         floor = forward_cost(spec, sympy.Integer(1), statistics=False)
         assert code.loads == {16: floor.read}, str(spec)
@@ -110,15 +112,15 @@ def test_bytes_of_forward(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_bytes_of_backward(dtype: str) -> None:
-    """3Nds, or 4Nds with a residual, for each row, and the vectors; dγ and dβ leave once for each program. Where rows
-    are copied ahead, each stage has its copy, and γ is read once for all rows."""
-    for spec in specs(4096, dtype)[:5]:
+    """3Nds, or 4Nds with a residual, for each row, and the vectors; dγ, dβ and Σds leave once for each program. Where
+    rows are copied ahead, each stage has its copy, and γ is read once for all rows."""
+    for spec in (*specs(4096, dtype)[:5], *specs(4096, dtype)[6:8]):
         with_sum, launch = spec.sum is not None, backward_launch(spec)
         code = nvidia_code(backward_source(spec, launch, with_sum), spec, 90)
         # of the whole cost: without the kernel that adds up, and without the rows' statistics (4-byte accesses)
         floor = backward_cost(spec, sympy.Integer(1), with_sum, sympy.Integer(1))
         gamma = 4096 * (DTYPES.get(spec.weight, 0))
-        vectors = gamma + 4096 * DTYPES.get(spec.bias, 0)
+        vectors = 4096 * sum(DTYPES[getattr(spec, name)] for name in spec.sums)
         rows = floor.read - 4096 * STATISTIC * len(spec.sums) - STATISTIC * (1 + spec.centre) - gamma
         if launch.stages > 1:
             assert (code.copies[16], code.loads[16]) == (launch.stages * rows, gamma), str(spec)
@@ -156,7 +158,7 @@ def test_resident_programs() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("width", [w for w in WIDTHS if w <= 8192])
 def test_resident_programs_everywhere(width: int, dtype: str) -> None:
-    for spec, arch in itertools.product(specs(width, dtype)[:5], NVIDIA):
+    for spec, arch in itertools.product(specs(width, dtype)[:8], NVIDIA):
         if spec.sums:
             assert_resident(spec, arch)
 
@@ -193,7 +195,7 @@ def test_the_kernel_that_adds_up() -> None:
 
 def test_bytes_of_two_norms() -> None:
     """4Nds: neither the first norm's rows nor the sum are read again."""
-    spec = specs(4096, "bfloat16")[7]
+    spec = specs(4096, "bfloat16")[9]
     code = nvidia_code(forward_source(spec, forward_launch(spec), True), spec, 90)
     floor = forward_cost(spec, sympy.Integer(1), statistics=False)
     assert code.loads == {16: floor.read} and floor.read == 4096 * (2 * 2 + 4 * 2)
