@@ -221,7 +221,7 @@ def transform_canonical(
         keep_folds(graph, weights)
         _check(settings, canonical, "rewrite", checked)
     if plan.changes:
-        lowered = stages.run("lower", _lower, canonical, settings.lowering)
+        lowered = stages.run("lower", _lower, captured, settings.lowering)
         _check(settings, canonical, "lower", checked)
     after = print_graph(graph, names, weights, module_path) if plan.changes else before
     report = graph_report(plan, before, after, module_path, _count_folds(canonical, weights), stages.seconds, names)
@@ -237,8 +237,9 @@ def _simplify(gm: GraphModule) -> None:
         drop_dead_code(gm.graph)
 
 
-def _lower(gm: GraphModule, lowering: str) -> Lowered:
-    lowered = Lowered() if lowering == "inductor" else lower_norms(gm, lowering == "triton")
+def _lower(captured: Captured, lowering: str) -> Lowered:
+    gm = captured.graph_module
+    lowered = Lowered() if lowering == "inductor" else lower_norms(gm, lowering == "triton", captured.trained)
     use_native_norms(gm)
     return lowered
 

@@ -52,7 +52,7 @@ FLOORS = (
     ("weights.watch",),
     ("weights.kept", "weights.store"),
     ("lower", "lower.norm_ops"),
-    ("lower.two_norms",),
+    ("lower.two_norms", "lower.writer_bias"),
     ("lower.gemm", "lower.rates", "lower.verified", "lower.choice", "lower.native"),
     ("lower.stored", "lower.products"),
     ("lower.inductor",),

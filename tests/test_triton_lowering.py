@@ -106,6 +106,69 @@ def test_which_adds(case: str, fused: bool) -> None:
     assert site.lowering.startswith("triton: add_layer_norm_8, " if fused else "triton: layer_norm_8, ")
 
 
+class Written(nn.Module):
+    """A residual add of what a linear layer writes, in several surroundings, and a norm of the sum."""
+
+    def __init__(self, case: str) -> None:
+        super().__init__()
+        self.case, self.norm, self.read = case, nn.LayerNorm(8), nn.Linear(8, 8)
+        self.write = nn.Linear(8, 8, bias=case != "no bias")
+        self.square = nn.Parameter(torch.randn(8, 8))
+        nn.init.uniform_(self.norm.weight, 0.5, 2.0)
+        if case == "frozen":
+            self.write.requires_grad_(False)
+
+    def forward(self, x: Tensor, f: Tensor) -> tuple[Tensor, ...]:
+        written = self.write(f)
+        if self.case == "two readers":
+            return self.read(self.norm(x + written)), written * 2.0
+        if self.case == "an op between":
+            written = torch.tanh(written)
+        elif self.case == "a transpose between":
+            written = written.transpose(1, 2)
+        elif self.case == "rows cut otherwise":
+            written = written.flatten(1).unflatten(1, (4, 16)).reshape(2, 8, 8)
+        elif self.case == "addmm":
+            written = torch.addmm(self.write.bias, f.flatten(0, 1), self.square).view(2, 8, 8)
+        elif self.case == "scaled addmm":
+            written = torch.addmm(self.write.bias, f.flatten(0, 1), self.square, beta=0.5).view(2, 8, 8)
+        elif self.case == "written with no_grad":
+            with torch.no_grad():
+                written = self.write(f)
+        elif self.case == "bias written before the norm":
+            written = self.write(f) * 1.0
+            with torch.no_grad():
+                self.write.bias.add_(1.0)
+        elif self.case == "a computed bias":
+            written = torch.nn.functional.linear(f, self.write.weight, self.write.bias * self.square[0])
+        elif self.case == "wide addmm":
+            written = torch.addmm(self.square, f[0], self.square).unsqueeze(0).expand(2, 8, 8)
+        elif self.case in ("skip scaled", "branch scaled"):
+            scaled = torch.add(written, x, alpha=0.5) if self.case == "skip scaled" else torch.add(x, written, alpha=0.5)
+            return self.read(self.norm(scaled)), x * 1.0
+        return self.read(self.norm(x + written)), x * 1.0
+
+
+@pytest.mark.parametrize(
+    ("case", "taken"),
+    [
+        ("plain", True), ("addmm", True), ("a computed bias", True), ("no bias", False), ("frozen", False),
+        ("two readers", False), ("an op between", False), ("a transpose between", False),
+        ("rows cut otherwise", False), ("scaled addmm", False), ("written with no_grad", False),
+        ("bias written before the norm", False), ("wide addmm", False), ("skip scaled", True),
+        ("branch scaled", False),
+    ],
+)  # fmt: skip
+def test_which_biases_of_writers(case: str, taken: bool) -> None:
+    """The bias of the layer that writes a branch is added by the norm's kernel, whose backward sums its gradient."""
+    x, f = torch.randn(2, 8, 8), torch.randn(2, 8, 8)
+    report = assert_same_float64(Written(case), (x, f), TRITON)
+    (site,) = report.sites
+    (graph,) = report.graphs
+    backward = next(source for name, source in graph.kernels.items() if name.endswith("_backward"))
+    assert ("x_bias_sums_ptr" in backward) == taken, site.lowering
+
+
 @pytest.mark.parametrize("call", [checkpointed, pytest.param(Layer.__call__, marks=pytest.mark.slow)])
 def test_checkpointed_layers(call: Any) -> None:
     """The op of a region takes in no add of another region: backward is left with as little."""
@@ -205,7 +268,7 @@ def test_no_statistics_without_gradients(inner: bool) -> None:
     class Norms(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.enter, self.read = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.enter, self.read = nn.Linear(8, 8, bias=False), nn.Linear(8, 8)
             self.norm, self.first = nn.LayerNorm(8), nn.RMSNorm(8)
 
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

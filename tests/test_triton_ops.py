@@ -35,7 +35,7 @@ CASES = [(c, r, a) for c in (True, False) for r in (True, False) for a in (True,
 @pytest.mark.parametrize(("centre", "residual", "affine"), CASES)
 def test_meaning(centre: bool, residual: bool, affine: bool) -> None:
     x, r, w, b = inputs(residual, affine)
-    out, rstd, *rest = NORM(x, r, w, b, *form(centre, alpha=0.5))
+    out, rstd, *rest = NORM(x, r, w, b, None, *form(centre, alpha=0.5))
     s = x if r is None else x + 0.5 * r
     norm = F.layer_norm(s, (8,), w, b) if centre else F.rms_norm(s, (8,), w, 1e-5) + (b if b is not None else 0)
     torch.testing.assert_close(out, norm, rtol=1e-12, atol=1e-12)
@@ -51,20 +51,20 @@ def test_meaning(centre: bool, residual: bool, affine: bool) -> None:
 def test_without_statistics(centre: bool, residual: bool, affine: bool) -> None:
     """The same rows and sum, and nothing else: there is no derivative."""
     given = inputs(residual, affine)
-    whole = NORM(*given, *form(centre, alpha=0.5))
+    whole = NORM(*given, None, *form(centre, alpha=0.5))
     with torch.no_grad():
-        found = NORM(*given, *form(centre, alpha=0.5, statistics=False))
+        found = NORM(*given, None, *form(centre, alpha=0.5, statistics=False))
     wanted = [whole[0], *whole[-1:]] if residual else whole[:1]
     assert len(found) == len(wanted) and all(map(torch.equal, found, wanted))
     with pytest.raises(RuntimeError, match="compiled without gradients"):
-        NORM(*given, *form(centre, alpha=0.5, statistics=False))
+        NORM(*given, None, *form(centre, alpha=0.5, statistics=False))
 
 
 @pytest.mark.parametrize("residual", [True, False])
 def test_meaning_of_compressed_rows(residual: bool) -> None:
     """The entry that is not stored is what makes the sum 0; the divisor counts it."""
     x, r, _, _ = inputs(residual, False)
-    out, *_ = NORM(x, r, None, None, *form(False, compressed=True, correction=-1))
+    out, *_ = NORM(x, r, None, None, None, *form(False, compressed=True, correction=-1))
     s = x if r is None else x + r
     row = torch.cat([s, -s.sum(-1, keepdim=True)], -1)
     torch.testing.assert_close(out, F.rms_norm(row, (9,), None, 1e-5)[..., :8], rtol=1e-12, atol=1e-12)
@@ -78,7 +78,7 @@ def test_derivative(centre: bool, compressed: bool, residual: bool, affine: bool
     settings = form(centre, compressed=compressed, alpha=0.5, scale=2.0, correction=1)
 
     def run(*tensors: Tensor | None) -> list[Tensor]:
-        found = NORM(*tensors, *settings)
+        found = NORM(*tensors, None, *settings)
         return [found[0], *([found[-1]] if residual else [])]
 
     assert torch.autograd.gradcheck(run, given)
@@ -87,14 +87,32 @@ def test_derivative(centre: bool, compressed: bool, residual: bool, affine: bool
 @pytest.mark.parametrize("affine", [True, False])
 def test_centred_output(affine: bool) -> None:
     given, settings = inputs(True, affine), form(True, scale=2.0, centre_output=True)
-    plain, centred = NORM(*given, *form(True, scale=2.0))[0], NORM(*given, *settings)[0]
+    plain, centred = NORM(*given, None, *form(True, scale=2.0))[0], NORM(*given, None, *settings)[0]
     torch.testing.assert_close(centred, plain - plain.mean(-1, keepdim=True), rtol=1e-12, atol=1e-12)
-    assert torch.autograd.gradcheck(lambda *tensors: NORM(*tensors, *settings)[0], given)
+    assert torch.autograd.gradcheck(lambda *tensors: NORM(*tensors, None, *settings)[0], given)
 
 
 @pytest.mark.parametrize(("centre", "residual", "affine"), [(True, True, True), (False, False, False)])
 def test_opcheck(centre: bool, residual: bool, affine: bool) -> None:
-    library.opcheck(NORM, (*inputs(residual, affine), *form(centre)))
+    x_bias = torch.randn(8, dtype=torch.float64, requires_grad=True) if residual else None
+    library.opcheck(NORM, (*inputs(residual, affine), x_bias, *form(centre)))
+
+
+@pytest.mark.parametrize(("centre", "affine"), [(True, True), (False, False), (True, False)])
+def test_bias_of_the_writer(centre: bool, affine: bool) -> None:
+    """s = x + x_bias + alpha · residual; the gradient of x_bias is that of x, summed over rows."""
+    x, r, w, b = inputs(True, affine)
+    x_bias = torch.randn(8, dtype=torch.float64, requires_grad=True)
+    settings = form(centre, alpha=0.5, scale=2.0)
+    assert x is not None
+    for got, want in zip(NORM(x, r, w, b, x_bias, *settings), NORM(x + x_bias, r, w, b, None, *settings), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+    def run(*tensors: Tensor | None) -> list[Tensor]:
+        found = NORM(*tensors, *settings)
+        return [found[0], found[-1]]
+
+    assert torch.autograd.gradcheck(run, (x, r, w, b, x_bias))
 
 
 def sandwich(centred: bool, **other: Any) -> Forms:

@@ -71,9 +71,8 @@ def _inductor(mode: str | None = None) -> Callable[[Spec], Function]:
 
 def _op(spec: Spec) -> Function:
     def function(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
-        found = NORM(
-            x, residual, weight, bias, *Form(spec.centre, spec.compressed, EPS, 1.0, -spec.compressed, 1.0, x.dtype)
-        )
+        form = Form(spec.centre, spec.compressed, EPS, 1.0, -spec.compressed, 1.0, x.dtype)
+        found = NORM(x, residual, weight, bias, None, *form)
         return (found[0],) if residual is None else (found[0], found[-1])
 
     return function

@@ -2,8 +2,8 @@
 
 Forward, a norm with the residual add it reads moves the same bytes either way. The difference is made by
 
-    backward    Inductor's sums for dγ and dβ read x and dy a second time, unless it fuses them with dx, or x and dy are
-                still in the L2 cache
+    backward    Inductor's sums for dγ and dβ read x and dy a second time, and the one for the bias of the layer that
+                writes x reads ds, unless it fuses them with dx, or what they read is still in the L2 cache
     partial     a kernel's programs leave a row of sums each, which are written and read once more; Inductor's are not
     sums        counted, so that a kernel is taken only where it is ahead without doubt
     neighbours  Inductor computes pointwise producers and readers of a norm inside its kernel; next to a kernel of
@@ -62,13 +62,13 @@ def objection(spec: Spec, norm: Node, trains: bool, order: Mapping[Node, int]) -
     rows = entries(shape(sized[0])[:-1])
     seen, device = size_hint(rows, sized), tensor(sized[0]).device
     both = forward_cost(spec, rows, statistics=trains).bytes
-    again = rows * spec.entries * (DTYPES[spec.out] + DTYPES[spec.saved])
     alone, fused = (1 + trains) * total(_hidden(norm, spec, order)), 0
     for part in () if not trains else (spec,) if spec.inner is None else (spec.last, spec.first):
         floor = backward_cost(part, rows, part.sum is not None, sympy.Integer(0)).bytes
         both += floor
         if not part.sums:
             continue
+        again = rows * part.entries * sympy.Integer(_summed(part))
         launch = backward_launch(part)
         partial = sympy.Integer(sum_rows(part, launch, max(seen, 1), run.processors(device)))
         alone += backward_cost(part, rows, part.sum is not None, partial).bytes - floor
@@ -85,8 +85,14 @@ def objection(spec: Spec, norm: Node, trains: bool, order: Mapping[Node, int]) -
     return f"{predicted}, but the kernels were not tested on {here}: lowering='triton' uses them"
 
 
+def _summed(spec: Spec) -> int:
+    """Bytes of an entry that sums over rows read where they are not taken with dx: dγ and dβ of x and dy, Σds of ds."""
+    own = DTYPES[spec.out] + DTYPES[spec.saved] if spec.weight or spec.bias else 0
+    return own + (DTYPES[spec.x] if spec.x_bias else 0)
+
+
 def _rereads(spec: Spec, rows: int) -> bool:
-    """Whether Inductor's backward with sums reads x and dy from memory twice."""
+    """Whether Inductor's backward with sums reads what is summed over rows from memory twice."""
     config = torch._inductor.config  # torch 2.11 to 2.15
     if rows * spec.entries < CACHED:
         return False

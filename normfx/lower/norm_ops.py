@@ -36,7 +36,14 @@ class Form(NamedTuple):
     statistics: bool = True
     keeps_sum: bool = True
 
-    def spec(self, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Spec:
+    def spec(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        x_bias: Tensor | None = None,
+    ) -> Spec:
         return Spec(
             width=int(x.shape[-1]) + self.compressed,
             centre=self.centre,
@@ -51,6 +58,7 @@ class Form(NamedTuple):
             scale=self.scale,
             correction=self.correction + self.compressed,
             centre_output=self.centre_output,
+            x_bias=_name(x_bias) if x_bias is not None else None,
         )
 
 
@@ -67,6 +75,7 @@ def _norm(
     residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    x_bias: Tensor | None,
     centre: bool,
     compressed: bool,
     eps: float,
@@ -78,16 +87,17 @@ def _norm(
     statistics: bool,
     keeps_sum: bool,
 ) -> list[Tensor]:
-    """[y, rstd, mean if `centre`, s if there is a residual]: s = x + alpha · residual in x's dtype, y the norm of s
-    over its last dimension, rstd and mean of each row in float32 (float64 for float64). rstd and mean only if
+    """[y, rstd, mean if `centre`, s if there is a residual]: s = x + x_bias + alpha · residual in x's dtype, y the norm
+    of s over its last dimension, rstd and mean of each row in float32 (float64 for float64). rstd and mean only if
     `statistics`, s only if `keeps_sum`."""
     form = Form(centre, compressed, eps, scale, correction, alpha, out_dtype, centre_output, statistics, keeps_sum)
     if x.is_cuda:
-        spec = form.spec(x, residual, weight, bias)
-        found = run.forward(spec, x, eps, residual, weight, bias, statistics, wrap=wrap)
+        spec = form.spec(x, residual, weight, bias, x_bias)
+        found = run.forward(spec, x, eps, residual, weight, bias, statistics, wrap=wrap, x_bias=x_bias)
         results = (found.out, found.rstd, found.mean, found.sum)
         return [t for t in results if t is not None]
-    s = x if residual is None else x + alpha * residual
+    s = x if x_bias is None else (x + x_bias).to(x.dtype)
+    s = s if residual is None else s + alpha * residual
     out, mean, rstd = normalised(s, weight, bias, form)
     kept = [t.squeeze(-1) for t in (rstd, mean) if t is not None] if statistics else []
     return [out.to(out_dtype), *kept, *([s] if residual is not None and keeps_sum else [])]
@@ -124,6 +134,7 @@ def _norm_backward(
     mean: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    x_bias: Tensor | None,
     sum_grad: Tensor | None,
     residual: bool,
     centre: bool,
@@ -137,10 +148,11 @@ def _norm_backward(
     statistics: bool,
     keeps_sum: bool,
 ) -> list[Tensor]:
-    """[ds, dγ if there is a weight, dβ if there is a bias]; saved: s. Source of the formula: ir/ops.py."""
+    """[ds, dγ if there is a weight, dβ if there is a bias, Σds if there is an x_bias]; saved: s. Source of the formula:
+    ir/ops.py."""
     form = Form(centre, compressed, eps, scale, correction, alpha, out_dtype, centre_output, statistics, keeps_sum)
     if saved.is_cuda:
-        spec = form.spec(saved, saved if residual else None, weight, bias)
+        spec = form.spec(saved, saved if residual else None, weight, bias, x_bias)
         found = run.backward(spec, grad, saved, rstd, mean, weight, sum_grad, wrap=wrap)
         return [t for t in found if t is not None]
     wide = saved.to(rstd.dtype)
@@ -164,6 +176,8 @@ def _norm_backward(
         grads.append((terms.sum(over) if over else terms).to(weight.dtype))
     if bias is not None:
         grads.append((outer.sum(over) if over else outer.clone()).to(bias.dtype))
+    if x_bias is not None:
+        grads.append((dx.sum(over) if over else dx.clone()).to(x_bias.dtype))
     return grads
 
 
@@ -175,31 +189,29 @@ def need_statistics(kept: bool) -> None:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, residual, weight, bias, *rest = inputs
+    x, residual, weight, bias, x_bias, *rest = inputs
     ctx.form = Form(*rest)
     need_statistics(ctx.form.statistics and ctx.form.keeps_sum)
     mean = output[2] if ctx.form.centre else None
     saved = output[-1] if residual is not None else x
     ctx.residual = residual.dtype if residual is not None else None
-    ctx.save_for_backward(saved, output[1], mean, weight, bias)
+    ctx.save_for_backward(saved, output[1], mean, weight, bias, x_bias)
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    saved, rstd, mean, weight, bias = ctx.saved_tensors
+    saved, rstd, mean, *vectors = ctx.saved_tensors
     form, residual = ctx.form, ctx.residual
     grad, sum_grad = grads[0], grads[-1] if residual is not None else None
     if grad is None:
         grad = torch.zeros_like(saved, dtype=form.out_dtype)
-    found = list(
-        torch.ops.normfx.norm_backward(grad, saved, rstd, mean, weight, bias, sum_grad, residual is not None, *form)
-    )
+    op = torch.ops.normfx.norm_backward
+    found = list(op(grad, saved, rstd, mean, *vectors, sum_grad, residual is not None, *form))
     ds = found.pop(0)
-    weight_grad = found.pop(0) if weight is not None else None
-    bias_grad = found.pop(0) if bias is not None else None
+    vector_grads = [found.pop(0) if vector is not None else None for vector in vectors]
     residual_grad = None
     if residual is not None and ctx.needs_input_grad[1]:
         residual_grad = (ds if form.alpha == 1.0 else ds * form.alpha).to(residual)
-    return (ds, residual_grad, weight_grad, bias_grad, *(None for _ in form))
+    return (ds, residual_grad, *vector_grads, *(None for _ in form))
 
 
 triton_op("normfx::norm_backward", mutates_args=())(_norm_backward)

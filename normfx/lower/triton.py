@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import operator
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ import sympy
 import torch
 from torch.fx import GraphModule, Node
 
+from normfx.ir.aliasing import mutated
 from normfx.ir.calls import add_call
 from normfx.ir.cleanup import drop_dead_code
 from normfx.ir.fused_ops import ADDS, BODIES, KINDS, NORM_ADD_NORM, AddNorm, NormAddNorm
@@ -24,6 +25,7 @@ from normfx.kernels.spec import DTYPES, Spec
 from normfx.lower.choice import objection
 from normfx.lower.norm_ops import NORM, Form
 from normfx.lower.two_norms import TWO_NORMS, Forms
+from normfx.lower.writer_bias import WriterBiases, Written, without_bias
 
 _FLOATS = {getattr(torch, name) for name in DTYPES}
 
@@ -41,14 +43,16 @@ def has_kernels(fake: torch.Tensor) -> bool:
     return fake.device.type == "cuda" and fake.dtype in _FLOATS
 
 
-def lower_norms(gm: GraphModule, everywhere: bool) -> Lowered:
+def lower_norms(gm: GraphModule, everywhere: bool, trained: Container[Node]) -> Lowered:
     """Let canonical norms run as `normfx::norm` or `normfx::two_norms`, in place.
 
     everywhere: wherever there is a kernel, not only where it is predicted to be ahead of Inductor
+    trained:    the parameters that want a gradient
     """
     graph = gm.graph
     modes = grad_modes(graph)
     order = {node: i for i, node in enumerate(graph.nodes)}
+    biases = WriterBiases(modes, mutated(graph), trained)
     kernels: dict[str, str] = {}
     found: dict[Node | None, str] = {}
     for node in [n for n in graph.nodes if n.target in KINDS or n.target in BODIES]:
@@ -59,12 +63,13 @@ def lower_norms(gm: GraphModule, everywhere: bool) -> Lowered:
                 found[node] = f"inductor: {why}"
             continue
         keeps_sum = modes[node] or _is_sum_read(node)
-        spec = _spec(call, keeps_sum)
+        writer = _writer(call, biases)
+        spec = _spec(call, keeps_sum, writer)
         why = "" if everywhere else objection(spec, node, modes[node], order)
         if why:
             found[node] = f"inductor: {why}"
             continue
-        new = _replace(gm, node, call, modes[node], keeps_sum)
+        new = _replace(gm, node, call, modes[node], keeps_sum, writer)
         order.update(dict.fromkeys((new, *new.users), order[node]))
         rows = entries(shape(call.x)[:-1])
         found[node] = f"triton: {spec.name}, {_bytes(spec, rows, modes[node])}"
@@ -161,22 +166,35 @@ def _has_kernel(x: torch.Tensor, dtype: torch.dtype) -> bool:
     return dtype in _FLOATS or dtype == x.dtype
 
 
-def _operands(call: Call) -> tuple[tuple[Node | None, ...], Form | Forms]:
-    """Tensors and other arguments of the op."""
+def _operands(call: Call, writer: Written | None) -> tuple[tuple[Node | None, ...], Form | Forms]:
+    """Tensors and other arguments of the op. writer: of x or the residual, its bias still in it."""
     f = call.form
     centre, compressed = call.kind == "layer_norm", call.kind == "crms_norm"
     own: tuple[Any, ...] = (f.eps, f.scale, f.correction, call.alpha, f.out_dtype, f.centre_output)
     if call.first is None:
-        return (call.x, call.residual, call.weight, call.bias), Form(centre, compressed, *own)
+        x_bias = None if writer is None else writer.bias
+        return (call.x, call.residual, call.weight, call.bias, x_bias), Form(centre, compressed, *own)
     weight, bias, kind, g = call.first
     first = (kind == "layer_norm", g.eps, g.scale, g.correction, g.centre_output)
     return (call.x, call.residual, weight, bias, call.weight, call.bias), Forms(*first, centre, *own)
 
 
-def _spec(call: Call, keeps_sum: bool) -> Spec:
+def _writer(call: Call, biases: WriterBiases) -> Written | None:
+    """The linear layer whose bias the kernel of an add and norm adds, so that backward sums its gradient with the
+    others: that of either operand that is not scaled, where programs of backward keep sums over rows."""
+    if call.residual is None or call.first is not None or call.kind == "crms_norm" or call.x is call.residual:
+        return None
+    for operand in (call.x, *([call.residual] if call.alpha == 1.0 else [])):
+        found = biases.of(operand)
+        if found is not None and _has_kernel(tensor(call.x), tensor(found.bias).dtype):
+            return found if backward_launch(_spec(call, True, found)).persistent else None
+    return None
+
+
+def _spec(call: Call, keeps_sum: bool, writer: Written | None) -> Spec:
     """What the kernel of a norm computes. float64, which has none, is shown as float32: only in tests, where the op
     runs as ATen. keeps_sum: the sum of an add is stored."""
-    operands, form = _operands(call)
+    operands, form = _operands(call, writer)
     shown = {torch.float64: torch.float32}
     tensors: list[Any] = [
         None if t is None else torch.empty_like(t, dtype=shown.get(t.dtype, t.dtype), device="meta")
@@ -197,9 +215,12 @@ def _is_sum_read(node: Node) -> bool:
     return node.target is NORM_ADD_NORM or any(part.args[1] == 1 and part.users for part in node.users)
 
 
-def _replace(gm: GraphModule, node: Node, call: Call, trains: bool, keeps_sum: bool) -> Node:
+def _replace(gm: GraphModule, node: Node, call: Call, trains: bool, keeps_sum: bool, writer: Written | None) -> Node:
     """Write the op; parts of its result replace those of the canonical one. trains: its statistics are kept."""
-    operands, form = _operands(call)
+    operands, form = _operands(call, writer)
+    if writer is not None:
+        unbiased = without_bias(writer)
+        operands = tuple(unbiased if operand is writer.value else operand for operand in operands)
     form = _with_sum(form._replace(statistics=trains), keeps_sum)
     with gm.graph.inserting_before(node):
         new = add_call(gm.graph, NORM if call.first is None else TWO_NORMS, (*operands, *form), node)

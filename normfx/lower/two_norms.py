@@ -111,9 +111,9 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     forms = ctx.forms
     grad = torch.zeros_like(s, dtype=forms.out_dtype) if grads[0] is None else grads[0]
     op = torch.ops.normfx.norm_backward
-    second = list(op(grad, s, rstd, mean, weight, bias, grads[1], True, *forms.second))
+    second = list(op(grad, s, rstd, mean, weight, bias, None, grads[1], True, *forms.second))
     ds = second.pop(0)
-    first = list(op(ds, x, rstd_1, mean_1, weight_1, bias_1, None, False, *forms.first(x.dtype)))
+    first = list(op(ds, x, rstd_1, mean_1, weight_1, bias_1, None, None, False, *forms.first(x.dtype)))
     dx = first.pop(0)
     vectors = [
         part.pop(0) if vector is not None else None

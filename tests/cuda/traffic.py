@@ -2,6 +2,7 @@
 
     python tests/cuda/traffic.py                      all cases, as the table of docs/benchmarks/cuda.md
     python tests/cuda/traffic.py "gpt2 8x1024 bfloat16 inference" …
+    python tests/cuda/traffic.py --lowering triton "gpt2 8x1024 autocast training"      with the generated kernels
 
 Two depths of each model are compiled, and their difference is divided by the difference in blocks. Bytes are Inductor's
 own count; it does not see second loops over a row, workspaces or caches.
@@ -9,6 +10,7 @@ own count; it does not see second loops over a row, workspaces or caches.
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -73,11 +75,11 @@ def _headers() -> list[Path]:
     raise RuntimeError(f"no headers of CUDA {version}, which torch was built with: pip install nvidia-cuda-runtime")
 
 
-def measure(cases: Sequence[str], timeout: float = 3000) -> list[Traffic]:
-    """The traffic of these cases, found in a process of its own."""
+def measure(cases: Sequence[str], timeout: float = 3000, lowering: str = "auto") -> list[Traffic]:
+    """The traffic of these cases under this option of normfx, found in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         environ = os.environ | build_stubs(Path(folder)) | {"TRAFFIC_UNDER_STUBS": "1"}
-        command = [sys.executable, str(Path(__file__).resolve()), *cases]
+        command = [sys.executable, str(Path(__file__).resolve()), "--lowering", lowering, *cases]
         done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=timeout)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or len(lines) != len(cases):
@@ -134,7 +136,7 @@ def inputs_of(name: str, size: str) -> dict[str, Any]:
     return {"input_ids": torch.zeros(batch, tokens, dtype=torch.int64)}
 
 
-def _traffic(case: str) -> Traffic:
+def _traffic(case: str, lowering: str) -> Traffic:
     import torch
     from pretend import generated
     from torch._subclasses import FakeTensorMode
@@ -153,7 +155,7 @@ def _traffic(case: str) -> Traffic:
 
     def normfx(gm: Any, example_inputs: Any) -> Any:
         with backend.listening(reports.append):
-            return backend.normfx(gm, example_inputs, options={"strict": True})
+            return backend.normfx(gm, example_inputs, options={"strict": True, "lowering": lowering})
 
     def totals(compiler: Any, layers: int) -> tuple[float, int]:
         with FakeTensorMode(), torch.device("cuda"):
@@ -176,13 +178,17 @@ def _traffic(case: str) -> Traffic:
 
 
 def main() -> None:
-    chosen = sys.argv[1:] or list(CASES)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("cases", nargs="*", default=CASES)
+    parser.add_argument("--lowering", choices=("auto", "triton", "inductor"), default="auto")
+    given = parser.parse_args()
+    chosen = list(given.cases)
     if os.environ.get("TRAFFIC_UNDER_STUBS") != "1":
         failed = False
         print(HEADER)
         for case in chosen:
             try:
-                print(*map(row, measure([case])), flush=True)
+                print(*map(row, measure([case], lowering=given.lowering)), flush=True)
             except RuntimeError as error:
                 failed = True
                 print(f"{case} failed: {error}", file=sys.stderr)
@@ -195,7 +201,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     pretend.begin()
     for case in chosen:
-        print(json.dumps(asdict(_traffic(case))), flush=True)
+        print(json.dumps(asdict(_traffic(case, given.lowering))), flush=True)
 
 
 if __name__ == "__main__":
