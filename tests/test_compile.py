@@ -125,7 +125,7 @@ def test_dtypes(dtype: torch.dtype, graphs: list[GraphReport]) -> None:
 
 
 def test_ambient_autocast(graphs: list[GraphReport]) -> None:
-    """Folds are computed outside autocast's low precision (T14), and dtypes of results stay eager's."""
+    """Folds are computed outside autocast's low precision, and dtypes of results stay eager's."""
     model = Blocks()
     reference = copy.deepcopy(model).double()(_ids())
     compiled = _compile(model)
@@ -236,7 +236,7 @@ def test_weights_changed_between_calls() -> None:
 
 
 def test_training_with_dropout_draws_the_same_numbers(graphs: list[GraphReport]) -> None:
-    """Random ops stay, in order (T17): in eager lowering the masks are eager's, so results agree exactly."""
+    """Random ops stay, in order: in eager lowering the masks are eager's, so results agree exactly."""
 
     class Dropping(Blocks):
         def branch(self, x: Tensor, i: int) -> Tensor:

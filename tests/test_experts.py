@@ -1,4 +1,4 @@
-"""Mixtures of experts on a LayerNorm stream (D7): every expert's output weight is centred, or the stream is refused as
+"""Mixtures of experts on a LayerNorm stream: every expert's output weight is centred, or the stream is refused as
 a whole; γ and β go into the router and every expert, or stay. Outputs and gradients in float64."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Kept and frozen folds are true to the parameters of every call, whatever wrote them (maths T18, T19)."""
+"""Kept and frozen folds are true to the parameters of every call, whatever wrote them."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def test_streams_pass_each_op(op: str) -> None:
 
 @pytest.mark.parametrize("op", [o for o in OBSERVERS if o.startswith("raw_") or o == "feature_mean"])
 def test_observers_keep_the_mean(op: str) -> None:
-    """LN → RMS without centring is impossible: an observed stream keeps its norms before the observer (A5)."""
+    """LN → RMS without centring is impossible: an observed stream keeps its norms before the observer."""
     torch.manual_seed(0)
     report = Report((fuzz.check((("branch", 0), ("branch", 0), (op, 0)), {}),))
     assert any(r.code == "observed" for site in report.sites for r in site.refusals)

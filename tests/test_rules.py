@@ -48,7 +48,7 @@ def test_identity_is_proved(rule: Rule, d: int) -> None:
 
 @pytest.mark.parametrize("rule", [r for r in RULES if r.name in ("pre_rms_norm", "linear_norm")], ids=lambda r: r.name)
 def test_the_proof_can_fail(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the projection the two sides differ: LN is never just replaced by RMS (A5)."""
+    """Without the projection the two sides differ: LN is never just replaced by RMS."""
     monkeypatch.setattr("normfx.rules.algebra.rms_norm", lambda x, eps: x / sympy.sqrt((x * x).sum() + eps))
     lhs, rhs = next(iter(rule.identity(lambda n, *s: _symbols(n, *s), 2)))
     uncentred = _symbols("x", 2) + _symbols("b", 2)

@@ -17,20 +17,20 @@ from torch.utils import _pytree as pytree
 
 from normfx.report import SiteReport
 
-PROMOTED = {"B3 olmo2", "B13 qwen3", "D7 mixtral", "granite", "cohere"}
+PROMOTED = {"olmo2", "qwen3", "mixtral", "granite", "cohere"}
 """Models that ask for float32 by name."""
-QUICK = {"B2 mix", "B3 peri", "B4 hybrid", "B6 magneto", "B7 deepnorm", "B14 scale norm", "D7 experts", "D8 adapters"}
+QUICK = {"mix", "peri", "hybrid", "magneto", "deepnorm", "scale norm", "experts", "adapters"}
 SLOW = {
-    "B1 bert", "B11 swin v2", "B13 qwen3", "B15 deit-iii", "B15 beit", "B15 cait", "B18 clip", "B18 mbart",
-    "D7 mixtral", "D8 ia3", "D8 prompts", "E4 eva-02", "E5 mixer", "E5 pvt v2", "E5 tsmixer", "cohere", "granite",
+    "bert", "swin v2", "qwen3", "deit-iii", "beit", "cait", "clip", "mbart",
+    "mixtral", "ia3", "prompts", "eva-02", "mixer", "pvt v2", "tsmixer", "cohere", "granite",
 }  # fmt: skip
 """Those whose decisions are `slow` too."""
-TRAINED = {"B16 drop path"}
+TRAINED = {"drop path"}
 """Models in training mode."""
 OF_ANY_LENGTH = [
-    "B16 exits",
-    "E4 pruned",
-    *(pytest.param(row, marks=pytest.mark.slow) for row in ("B10 depth", "D7 experts", "D8 adapters")),
+    "exits",
+    "pruned",
+    *(pytest.param(row, marks=pytest.mark.slow) for row in ("depth", "experts", "adapters")),
 ]
 PACKAGES = {
     "timm": ("vit", "deit", "drop path", "parallel", "eva", "pvt", "cait", "mixer"),
@@ -96,7 +96,7 @@ def test_float64(row: str) -> None:
 
 @pytest.mark.parametrize("row", OF_ANY_LENGTH)
 def test_lengths(row: str) -> None:
-    """One graph, rewritten as that of a fixed length is, serves all lengths (E4)."""
+    """One graph, rewritten as that of a fixed length is, serves all lengths."""
     model, inputs = built(row)
     fixed = transformed(model, inputs)[1].counts
     model, backend = model.double(), EagerBackend()

@@ -75,7 +75,7 @@ def _drop_path_rounded(m: Any, x: Tensor, ids: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("step", [_drop_path, _stochastic_depth, _drop_path_rounded])
 def test_drop_path_in_training(step: Callable[..., Tensor]) -> None:
-    """One factor a sample: the stream stays centred, and the same numbers are drawn (B16)."""
+    """One factor a sample: the stream stays centred, and the same numbers are drawn."""
     assert _check(step, train=True).counts["to_rms_norm"] == 3
 
 
@@ -109,7 +109,7 @@ def _assigned(m: Any, x: Tensor, ids: Tensor) -> Tensor:
 
 
 def _pruned(m: Any, x: Tensor, ids: Tensor) -> Tensor:
-    """The tokens with the largest score are kept (E4)."""
+    """The tokens with the largest score are kept."""
     kept = ids.sin().topk(2, 1).indices
     return x.gather(1, kept.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
@@ -128,20 +128,20 @@ def _pooled_by_group(m: Any, x: Tensor, ids: Tensor) -> Tensor:
 
 
 def _dense_average(m: Any, x: Tensor, ids: Tensor) -> Tensor:
-    """A learned weight for every depth (DenseFormer, B10)."""
+    """A learned weight for every depth (DenseFormer)."""
     past = [x, x + m.branch(x)]
     return sum((m.row[i] * value for i, value in enumerate(past)), start=x * m.row[2]) * m.gate[0]
 
 
 def _exit_early(m: Any, x: Tensor, ids: Tensor) -> Tensor:
-    """Tokens that are sure keep their value (LayerSkip, B16); a gate expanded to the features."""
+    """Tokens that are sure keep their value (LayerSkip); a gate expanded to the features."""
     y = x + m.branch(x)
     done = (m.gate > 0).expand(-1, WIDTH)
     return torch.where(done | (done & ~done), x, y) * m.gate.sigmoid().repeat(1, WIDTH)
 
 
 def _windows(m: Any, x: Tensor, ids: Tensor) -> Tensor:
-    """Shifted windows, padded with zeros (Swin, B11)."""
+    """Shifted windows, padded with zeros (Swin)."""
     padded = F.pad(x.roll(-1, 1), (0, 0, 0, 2)).view(2, 3, 2, WIDTH).flatten(0, 1)
     return (padded + m.branch(padded)).view(2, 6, WIDTH)[:, :4].roll(1, 1) + x
 
@@ -165,7 +165,7 @@ def test_streams_pass(step: Callable[..., Tensor]) -> None:
 
 
 def _copied_columns(m: Any, x: Tensor, ids: Tensor) -> Tensor:
-    """The image's patches as tokens, channels and positions in one row (T4)."""
+    """The image's patches as tokens, channels and positions in one row."""
     image = x.transpose(1, 2).unflatten(-1, (2, 2))
     rows = F.unfold(image, (2, 1)).transpose(1, 2)
     return F.layer_norm(rows, (2 * WIDTH,))[..., :WIDTH]

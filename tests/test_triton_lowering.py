@@ -144,8 +144,8 @@ class Written(nn.Module):
         elif self.case == "wide addmm":
             written = torch.addmm(self.square, f[0], self.square).unsqueeze(0).expand(2, 8, 8)
         elif self.case in ("skip scaled", "branch scaled"):
-            scaled = torch.add(written, x, alpha=0.5) if self.case == "skip scaled" else torch.add(x, written, alpha=0.5)
-            return self.read(self.norm(scaled)), x * 1.0
+            operands = (written, x) if self.case == "skip scaled" else (x, written)
+            return self.read(self.norm(torch.add(*operands, alpha=0.5))), x * 1.0
         return self.read(self.norm(x + written)), x * 1.0
 
 
