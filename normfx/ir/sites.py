@@ -131,7 +131,6 @@ class Stream:
     joins:   values are added or joined on the way; otherwise one writer feeds the norms (M4)
     live:    values of parameters alone whose folds would be computed in every call
     axes:    the feature axis inside of each value
-    left:    what is left of a stream beside the part that pays to centre; its leaves are those it would pay for alone
     obstacle: code of what forbids it as a whole ("" when nothing does), with a detail
     """
 
@@ -142,7 +141,6 @@ class Stream:
     joins: bool = True
     live: frozenset[Node] = frozenset()
     axes: Mapping[Node, Axis] = field(default_factory=dict)
-    left: bool = False
     obstacle: str = ""
     detail: str = ""
 

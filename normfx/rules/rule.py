@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Generic, Protocol, TypeVar
 
 import sympy
 import torch
 from torch.fx import Node
 
+from normfx.edit import Edit
 from normfx.ir.sites import Composed, Norm, Sites
+from normfx.rules.cut import Part
 
 S = TypeVar("S")
+
+Objection = tuple[str, str, tuple[Node, ...]]
+"""The code of a refusal, what was found, and the graph values in the way."""
 
 
 @dataclass(frozen=True)
@@ -67,16 +73,51 @@ class Example:
     fold: str = "live"
 
 
+@dataclass(frozen=True, eq=False)
+class Decision(Generic[S]):
+    """One rule on one site: applied iff there are no refusals."""
+
+    rule: Rule[S]
+    site: S
+    norms: tuple[Norm | Composed, ...]
+    cost: Cost
+    refusals: tuple[Refusal, ...]
+
+    @property
+    def applied(self) -> bool:
+        return not self.refusals
+
+
+@dataclass(frozen=True, eq=False)
+class SoFar:
+    """What is decided of a graph when a rule's turn comes: the cut, and the decisions of all earlier rules."""
+
+    parts: tuple[Part, ...]
+    decisions: tuple[Decision[Any], ...] = ()
+
+    def applied(self, rule: Rule[S]) -> tuple[S, ...]:
+        """The sites to which a rule is applied."""
+        return tuple(d.site for d in self.decisions if d.applied and d.rule is rule)
+
+    @cached_property
+    def centred(self) -> tuple[Part, ...]:
+        """The parts of streams that are centred: rules have made RMSNorms of their norms."""
+        norms = {n for d in self.decisions if d.applied and d.rule.makes_rms_norms for n in d.norms}
+        return tuple(part for part in self.parts if norms.issuperset(part.norms))
+
+
 @dataclass(frozen=True)
 class Rule(Generic[S]):
     """One identity, where it may be applied, and how.
 
     identity(symbols, d): pairs (lhs, rhs) of sympy expressions that must be equal
-    candidates:           the sites of a graph to decide; `norms` says which norms, or weights, a site concerns
-    guard:                every objection; none means apply
+    candidates(sites, so_far): the sites of a graph to decide; `norms` says which norms, or weights, a site concerns
+    guard(site, so_far):  every objection; none means apply. It asks what was decided so far, never what a rule would
+                          decide
     cost:                 bytes before and after; a guard may object to it
     rewrite(site, edit):  the edits, in terms of normfx.edit.Edit
     opt_in:               not among the default rules; unless it is asked for, the report does not mention it
+    makes_rms_norms:      the LayerNorms that it is applied to become RMSNorms
     for_kernels:          on a GPU it serves generated kernels alone; where none may run, its sites are not decided
     """
 
@@ -85,18 +126,19 @@ class Rule(Generic[S]):
     source: str
     codes: Mapping[str, Code]
     identity: Callable[[Symbols, int], Iterable[tuple[Any, Any]]]
-    candidates: Callable[[Sites], Iterable[S]]
+    candidates: Callable[[Sites, SoFar], Iterable[S]]
     norms: Callable[[S], tuple[Norm | Composed, ...]]
-    guard: Callable[[S], Iterator[tuple[str, str, tuple[Node, ...]]]]
+    guard: Callable[[S, SoFar], Iterator[Objection]]
     cost: Callable[[S], Cost]
-    rewrite: Callable[[S, Any], None]
+    rewrite: Callable[[S, Edit], None]
     example: Example
     counterexamples: tuple[Example, ...] = field(default=())
     opt_in: bool = False
+    makes_rms_norms: bool = False
     for_kernels: bool = False
 
-    def refusals(self, site: S) -> tuple[Refusal, ...]:
-        return tuple(self.refuse(code, detail, nodes) for code, detail, nodes in self.guard(site))
+    def refusals(self, site: S, so_far: SoFar) -> tuple[Refusal, ...]:
+        return tuple(self.refuse(code, detail, nodes) for code, detail, nodes in self.guard(site, so_far))
 
     def refuse(self, code: str, detail: str, nodes: tuple[Node, ...] = ()) -> Refusal:
         known = self.codes[code]
