@@ -215,8 +215,7 @@ def transform_canonical(
     before = print_graph(graph, names, weights, module_path)
     done, lowered = Rewritten(), Lowered()
     if plan.changes:
-        options = {"crms_basis": settings.crms_basis, "crms_width": settings.crms_width}
-        done = stages.run("rewrite", apply_plan, canonical, plan, values, options)
+        done = stages.run("rewrite", apply_plan, canonical, plan, values, settings.rule_options)
         keep_folds(graph, weights)
         _check(settings, canonical, "rewrite", checked)
     if plan.changes:

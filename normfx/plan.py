@@ -85,7 +85,7 @@ def _decisions(sites: Sites, enabled: tuple[str, ...], kernels: bool) -> tuple[D
     """First which parts of streams to centre, for what it saves; then, rule by rule, what is right and pays."""
     so_far = SoFar(cut(sites.streams))
     for rule in RULES:
-        if rule.name in enabled or not rule.opt_in:
+        if rule.name in enabled or rule.default:
             made = tuple(_decide(rule, sites, so_far, rule.name in enabled, kernels))
             so_far = SoFar(so_far.parts, (*so_far.decisions, *made))
     return so_far.decisions
@@ -93,11 +93,10 @@ def _decisions(sites: Sites, enabled: tuple[str, ...], kernels: bool) -> tuple[D
 
 def _decide(rule: Rule[S], sites: Sites, so_far: SoFar, enabled: bool, kernels: bool) -> Iterator[Decision[S]]:
     for site in rule.candidates(sites, so_far):
-        norms = rule.norms(site)
-        if rule.for_kernels and not kernels and _on_gpu(norms):
+        if rule.for_kernels and not kernels and _on_gpu(site.norms):
             continue
         refusals = rule.refusals(site, so_far) if enabled else (_disabled(rule),)
-        yield Decision(rule, site, norms, rule.cost(site), refusals)
+        yield Decision(rule, site, rule.cost(site), refusals)
 
 
 def _on_gpu(norms: Iterable[Norm | Composed]) -> bool:

@@ -175,6 +175,10 @@ class Scaled:
     node: Node
     factor: float
 
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        return (self.norm,)
+
 
 @dataclass(frozen=True, eq=False)
 class Readers:
@@ -195,6 +199,10 @@ class Readers:
     shared: tuple[Node, ...] = ()
     live: frozenset[Node] = frozenset()
     axes: Mapping[Node, Axis] = field(default_factory=dict)
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        return (self.norm,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,6 +243,10 @@ class Composed:
     nodes: tuple[Node, ...]
     live: tuple[Node, ...] = ()
     obstacle: str = ""
+
+    @property
+    def norms(self) -> tuple[Composed, ...]:
+        return (self,)
 
 
 @dataclass(frozen=True)

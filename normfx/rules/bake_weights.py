@@ -34,10 +34,6 @@ def candidates(sites: Sites, so_far: SoFar) -> Iterable[Composed]:
     return sites.composed
 
 
-def subjects(site: Composed) -> tuple[Composed, ...]:
-    return (site,)
-
-
 def guard(site: Composed, so_far: SoFar) -> Iterator[Objection]:
     if site.live:
         yield "live", ", ".join(node.name for node in site.live), site.live
@@ -109,7 +105,6 @@ RULE = Rule(
     },
     identity=identity,
     candidates=candidates,
-    norms=subjects,
     guard=guard,
     cost=cost,
     rewrite=rewrite,

@@ -31,7 +31,7 @@ from normfx.recognize.flow import LINEARS
 from normfx.rules import algebra, centring, fold_affine
 from normfx.rules.cut import Part
 from normfx.rules.rule import Code, Cost, Example, Objection, Rule, SoFar, Symbols
-from normfx.rules.storage import storage
+from normfx.rules.storage import BASES, WIDTHS, storage
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +44,10 @@ class Compressed:
     @property
     def stream(self) -> Stream:
         return self.part.stream
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        return self.part.norms
 
     @property
     def size(self) -> int:
@@ -86,10 +90,6 @@ def identity(symbols: Symbols, d: int) -> Iterable[tuple[Any, Any]]:
 def candidates(sites: Sites, so_far: SoFar) -> Iterable[Compressed]:
     for part in so_far.parts:
         yield Compressed(part, tuple(sites.readers[norm] for norm in part.norms if norm in sites.readers))
-
-
-def norms(site: Compressed) -> tuple[Norm, ...]:
-    return site.stream.norms
 
 
 def guard(site: Compressed, so_far: SoFar) -> Iterator[Objection]:
@@ -248,7 +248,6 @@ RULE = Rule(
     },
     identity=identity,
     candidates=candidates,
-    norms=norms,
     guard=guard,
     cost=cost,
     rewrite=rewrite,
@@ -261,6 +260,7 @@ RULE = Rule(
         Example("half precision", lambda: _half(_Block()), _ids, "rounded_weight"),
         Example("unflatten", lambda: _Block("fixed"), _ids, "fixed_width"),
     ),
-    opt_in=True,
+    default=False,
     makes_rms_norms=True,
+    options={"crms_basis": BASES, "crms_width": WIDTHS},
 )

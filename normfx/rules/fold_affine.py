@@ -22,7 +22,7 @@ from torch.fx import Node
 from normfx.edit import Edit
 from normfx.ir.graph import bytes_of, entries, shape, size_hint, tensor, total
 from normfx.ir.packing import packed_sources
-from normfx.ir.sites import Linear, Norm, Readers, Sites
+from normfx.ir.sites import Linear, Readers, Sites
 from normfx.rules import centring
 from normfx.rules.device import device_costs
 from normfx.rules.rule import Code, Cost, Example, Objection, Rule, SoFar, Symbols
@@ -42,10 +42,6 @@ def identity(symbols: Symbols, d: int) -> Iterable[tuple[Any, Any]]:
 
 def candidates(sites: Sites, so_far: SoFar) -> Iterable[Readers]:
     return sites.readers.values()
-
-
-def norms(site: Readers) -> tuple[Norm, ...]:
-    return (site.norm,)
 
 
 def guard(site: Readers, so_far: SoFar) -> Iterator[Objection]:
@@ -220,10 +216,10 @@ RULE = Rule(
     },
     identity=identity,
     candidates=candidates,
-    norms=norms,
     guard=guard,
     cost=cost,
     rewrite=rewrite,
+    summary="γ and β of {norms} are folded into the weights that read them",
     example=Example("read", _Read, _input),
     counterexamples=(
         Example("padded rows", lambda: _Read("padding"), _input, "reader_not_linear"),

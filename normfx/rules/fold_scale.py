@@ -17,8 +17,8 @@ from torch import nn
 
 from normfx.edit import Edit
 from normfx.ir.graph import bytes_of
-from normfx.ir.sites import Norm, Scaled, Sites
-from normfx.rules import algebra
+from normfx.ir.sites import Scaled, Sites
+from normfx.rules import algebra, fold_affine
 from normfx.rules.rule import Cost, Example, Objection, Rule, SoFar, Symbols
 
 
@@ -32,10 +32,6 @@ def identity(symbols: Symbols, d: int) -> Iterable[tuple[Any, Any]]:
 
 def candidates(sites: Sites, so_far: SoFar) -> Iterable[Scaled]:
     return sites.scaled.values()
-
-
-def norms(site: Scaled) -> tuple[Norm, ...]:
-    return (site.norm,)
 
 
 def guard(site: Scaled, so_far: SoFar) -> Iterator[Objection]:
@@ -74,9 +70,9 @@ RULE = Rule(
     codes={},
     identity=identity,
     candidates=candidates,
-    norms=norms,
     guard=guard,
     cost=cost,
     rewrite=rewrite,
+    summary=fold_affine.RULE.summary,
     example=Example("scaled", _Scaled, _input),
 )

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from normfx.edit import Edit
 from normfx.ir.graph import bytes_of
-from normfx.ir.sites import Leaf, Norm, Residual, Sites
+from normfx.ir.sites import Leaf, Residual, Sites
 from normfx.rules import algebra, centring
 from normfx.rules.rule import Code, Cost, Example, Objection, Rule, SoFar, Symbols
 
@@ -49,10 +49,6 @@ def identity(symbols: Symbols, d: int) -> Iterable[tuple[Any, Any]]:
 
 def candidates(sites: Sites, so_far: SoFar) -> Iterable[Residual]:
     return sites.residuals
-
-
-def norms(site: Residual) -> tuple[Norm, ...]:
-    return site.norms
 
 
 def guard(site: Residual, so_far: SoFar) -> Iterator[Objection]:
@@ -165,11 +161,12 @@ RULE = Rule(
     },
     identity=identity,
     candidates=candidates,
-    norms=norms,
     guard=guard,
     cost=cost,
     rewrite=rewrite,
+    exported=False,  # its op would be written out again
     for_kernels=True,
+    summary="{norms} {are} computed together with the residual add",
     example=Example("post-norm", _PostNorm, _input),
     counterexamples=(
         Example("broadcast", lambda: _PostNorm("broadcast"), _input, "broadcast"),

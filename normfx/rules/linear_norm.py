@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from normfx.ir.sites import Norm, Sites
+from normfx.ir.sites import Sites
 from normfx.rules import algebra, centring
 from normfx.rules.cut import Part
 from normfx.rules.rule import Example, Rule, SoFar, Symbols
@@ -29,10 +29,6 @@ def identity(symbols: Symbols, d: int) -> Iterable[tuple[Any, Any]]:
 
 def candidates(sites: Sites, so_far: SoFar) -> Iterable[Part]:
     return (part for part in so_far.parts if not part.stream.joins)
-
-
-def norms(part: Part) -> tuple[Norm, ...]:
-    return part.norms
 
 
 class _Heads(nn.Module):
@@ -62,7 +58,6 @@ RULE = Rule(
     codes=centring.CODES,
     identity=identity,
     candidates=candidates,
-    norms=norms,
     guard=centring.guard,
     cost=centring.cost,
     rewrite=centring.rewrite,

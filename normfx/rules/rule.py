@@ -15,7 +15,15 @@ from normfx.edit import Edit
 from normfx.ir.sites import Composed, Norm, Sites
 from normfx.rules.cut import Part
 
-S = TypeVar("S")
+
+class Site(Protocol):
+    """What a rule decides: something in a graph that concerns some norms, or weights."""
+
+    @property
+    def norms(self) -> tuple[Norm | Composed, ...]: ...
+
+
+S = TypeVar("S", bound=Site)
 
 Objection = tuple[str, str, tuple[Node, ...]]
 """The code of a refusal, what was found, and the graph values in the way."""
@@ -79,13 +87,16 @@ class Decision(Generic[S]):
 
     rule: Rule[S]
     site: S
-    norms: tuple[Norm | Composed, ...]
     cost: Cost
     refusals: tuple[Refusal, ...]
 
     @property
     def applied(self) -> bool:
         return not self.refusals
+
+    @property
+    def norms(self) -> tuple[Norm | Composed, ...]:
+        return self.site.norms
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,14 +122,17 @@ class Rule(Generic[S]):
     """One identity, where it may be applied, and how.
 
     identity(symbols, d): pairs (lhs, rhs) of sympy expressions that must be equal
-    candidates(sites, so_far): the sites of a graph to decide; `norms` says which norms, or weights, a site concerns
+    candidates(sites, so_far): the sites of a graph to decide
     guard(site, so_far):  every objection; none means apply. It asks what was decided so far, never what a rule would
                           decide
     cost:                 bytes before and after; a guard may object to it
     rewrite(site, edit):  the edits, in terms of normfx.edit.Edit
-    opt_in:               not among the default rules; unless it is asked for, the report does not mention it
+    default:              among the default rules; of one that is not, the report says nothing unless it is asked for
     makes_rms_norms:      the LayerNorms that it is applied to become RMSNorms
+    exported:             it is applied to exported programs too (normfx.rewrite)
     for_kernels:          on a GPU it serves generated kernels alone; where none may run, its sites are not decided
+    options:              options of its own that a user may give, each with its values, the default first
+    summary:              what the report says first of the {norms} that it was applied to: "{norms} {are} …"
     """
 
     name: str
@@ -127,15 +141,17 @@ class Rule(Generic[S]):
     codes: Mapping[str, Code]
     identity: Callable[[Symbols, int], Iterable[tuple[Any, Any]]]
     candidates: Callable[[Sites, SoFar], Iterable[S]]
-    norms: Callable[[S], tuple[Norm | Composed, ...]]
     guard: Callable[[S, SoFar], Iterator[Objection]]
     cost: Callable[[S], Cost]
     rewrite: Callable[[S, Edit], None]
     example: Example
     counterexamples: tuple[Example, ...] = field(default=())
-    opt_in: bool = False
+    default: bool = True
     makes_rms_norms: bool = False
+    exported: bool = True
     for_kernels: bool = False
+    options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    summary: str = ""
 
     def refusals(self, site: S, so_far: SoFar) -> tuple[Refusal, ...]:
         return tuple(self.refuse(code, detail, nodes) for code, detail, nodes in self.guard(site, so_far))

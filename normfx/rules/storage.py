@@ -26,6 +26,9 @@ ALIGNED = 8
 """Entries of two bytes in an access of 16 bytes. Products with an odd width took 10 % of a training step on a CPU, and
 on CUDA an odd row is read entry by entry: docs/crms.md."""
 
+BASES = ("orthonormal", "drop")
+WIDTHS = ("auto", "exact", "padded")
+
 SAMPLE = 512
 """Rows of a table, or inputs of a weight, that are looked at."""
 
