@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from normfx import checkout
 from normfx.errors import ExportError, NormfxError, NormfxWarning, OptionError, StageError, VerifyError
-from normfx.options import Options
 
 if TYPE_CHECKING:
     from normfx.backend import compiled_report
     from normfx.explaining import explain
     from normfx.export import rewrite
+    from normfx.options import Options
     from normfx.report import Report
     from normfx.weights.store import refold
 
@@ -39,6 +39,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "Options": "normfx.options",
     "Report": "normfx.report",
     "compiled_report": "normfx.backend",
     "explain": "normfx.explaining",

@@ -8,17 +8,16 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch.fx import GraphModule, Node
 
+from normfx.apply import apply_plan
 from normfx.capture import Captured, capture
-from normfx.compression import stored
 from normfx.dynamo import compile_id, explained, function, handed_on
-from normfx.edit import Rewritten, rewrite
+from normfx.edit.writer import Rewritten
 from normfx.errors import NormfxError, NormfxWarning, StageError, crash_note, stage_warning
 from normfx.ir import ops
 from normfx.ir.aliasing import mutated
@@ -216,8 +215,7 @@ def transform_canonical(
     before = print_graph(graph, names, weights, module_path)
     done, lowered = Rewritten(), Lowered()
     if plan.changes:
-        store = partial(stored, basis=settings.crms_basis, width=settings.crms_width, values=values or {})
-        done = stages.run("rewrite", rewrite, canonical, plan, store)
+        done = stages.run("rewrite", apply_plan, canonical, plan, values, settings.rule_options)
         keep_folds(graph, weights)
         _check(settings, canonical, "rewrite", checked)
     if plan.changes:

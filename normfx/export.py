@@ -15,6 +15,7 @@ from normfx.backend import parse, transform_canonical
 from normfx.capture import capture_exported
 from normfx.errors import ExportError
 from normfx.lower.inductor import inline_canonical_ops
+from normfx.rules import RULES
 
 
 def rewrite(exported_program: ExportedProgram, options: Mapping[str, Any] | None = None) -> ExportedProgram:
@@ -32,7 +33,7 @@ def rewrite(exported_program: ExportedProgram, options: Mapping[str, Any] | None
         )
     captured = capture_exported(exported_program)
     settings = parse(options)
-    kept = tuple(name for name in settings.rules if name != "fuse_residual_norm")  # its op would be written out again
+    kept = tuple(rule.name for rule in RULES if rule.exported and rule.name in settings.rules)
     changed, _ = transform_canonical(captured, replace(settings, rules=kept, fold="live", lowering="inductor"))
     if not changed:
         return exported_program

@@ -9,19 +9,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from normfx.errors import NormfxWarning, OptionError, did_you_mean
+from normfx.rules import RULES
 
-RULE_NAMES = (
-    "pre_rms_norm", "linear_norm", "fold_scale", "fold_affine", "fuse_residual_norm", "bake_weights", "crms_norm",
-)  # fmt: skip
+RULE_NAMES = tuple(rule.name for rule in RULES)
 """Every rule of this version, in the order in which they are decided."""
-DEFAULT_RULES = tuple(name for name in RULE_NAMES if name != "crms_norm")
+DEFAULT_RULES = tuple(rule.name for rule in RULES if rule.default)
+RULE_OPTIONS = {key: values for rule in RULES for key, values in rule.options.items()}
+"""The options that rules have of their own, each with its values, the default first."""
 FOLDS = ("auto", "live", "cached", "frozen")
 LOWERINGS = ("auto", "triton", "inductor")
 PRODUCTS = ("auto", "aten", "onednn")
-BASES = ("orthonormal", "drop")
-WIDTHS = ("auto", "exact", "padded")
 VARIABLES = ("NORMFX_RULES", "NORMFX_DEBUG", "NORMFX_VERIFY", "NORMFX_STRICT")
-KEYS = ("rules", "fold", "lowering", "products", "crms_basis", "crms_width", "strict", "verify", "inductor", "mode")
+KEYS = ("rules", "fold", "lowering", "products", *RULE_OPTIONS, "strict", "verify", "inductor", "mode")
 
 
 @dataclass(frozen=True)
@@ -38,9 +37,7 @@ class Options:
     products:  which library multiplies float32 matrices on the CPU where a weight is not packed, in training above all:
                "aten" is torch's own choice; "onednn" takes oneDNN for all of them; "auto" the one that is faster for
                their shapes on this machine
-    crms_basis: in which basis crms_norm stores rows: "orthonormal" or "drop" (see rules/crms_norm.py)
-    crms_width: "exact": d − 1 entries; "padded": zeros behind them up to a multiple of 8; "auto": padded where
-               gradients are recorded and on CUDA
+    rule_options: the rules' own options, by name, all of them (see docs/options.md)
     strict:    raise when a stage of normfx fails, in place of compiling the untouched graph
     verify:    on the first call also run the original graph and compare
     mode:      Inductor's mode ("reduce-overhead", "max-autotune", …), as torch.compile's `mode=`
@@ -53,8 +50,7 @@ class Options:
     fold: str = "auto"
     lowering: str = "auto"
     products: str = "auto"
-    crms_basis: str = "orthonormal"
-    crms_width: str = "auto"
+    rule_options: Mapping[str, str] = field(default_factory=lambda: {key: v[0] for key, v in RULE_OPTIONS.items()})
     strict: bool = False
     verify: bool = False
     mode: str | None = None
@@ -91,8 +87,7 @@ class Options:
             fold=_choice(given, "fold", FOLDS),
             lowering=_choice(given, "lowering", LOWERINGS),
             products=_choice(given, "products", PRODUCTS),
-            crms_basis=_choice(given, "crms_basis", BASES),
-            crms_width=_choice(given, "crms_width", WIDTHS),
+            rule_options={key: _choice(given, key, values) for key, values in RULE_OPTIONS.items()},
             strict=_flag(given, "strict") or _env_flag(env, "NORMFX_STRICT"),
             verify=_flag(given, "verify"),
             mode=mode or given.get("mode"),

@@ -14,23 +14,9 @@ from torch.fx import Node
 from normfx.ir.graph import entries, shape, size_hint, value
 from normfx.ir.sites import Composed, Norm, Sites
 from normfx.rules import RULES
+from normfx.rules.cut import cut
 from normfx.rules.device import GPU, device_costs
-from normfx.rules.rule import DISABLED, Cost, Refusal, Rule
-
-
-@dataclass(frozen=True, eq=False)
-class Decision:
-    """One rule on one site: applied iff there are no refusals."""
-
-    rule: Rule[Any]
-    site: Any
-    norms: tuple[Norm | Composed, ...]
-    cost: Cost
-    refusals: tuple[Refusal, ...]
-
-    @property
-    def applied(self) -> bool:
-        return not self.refusals
+from normfx.rules.rule import DISABLED, Cost, Decision, Refusal, Rule, S, SoFar
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +27,7 @@ class Plan:
     """
 
     norms: tuple[Norm, ...]
-    decisions: tuple[Decision, ...]
+    decisions: tuple[Decision[Any], ...]
     spelled: tuple[Norm, ...] = ()
     composed: tuple[Composed, ...] = ()
 
@@ -50,12 +36,12 @@ class Plan:
         """Whether anything is to be rewritten."""
         return bool(self.spelled) or any(True for _ in self.applied())
 
-    def applied(self) -> Iterator[Decision]:
+    def applied(self) -> Iterator[Decision[Any]]:
         return (d for d in self.decisions if d.applied)
 
     @cached_property
-    def _by_norm(self) -> Mapping[Norm | Composed, list[Decision]]:
-        found: dict[Norm | Composed, list[Decision]] = dict()
+    def _by_norm(self) -> Mapping[Norm | Composed, list[Decision[Any]]]:
+        found: dict[Norm | Composed, list[Decision[Any]]] = dict()
         found.update({norm: [] for norm in self.norms})
         found.update({weight: [] for weight in self.composed})
         for decision in self.decisions:
@@ -63,7 +49,7 @@ class Plan:
                 found[norm].append(decision)
         return found
 
-    def of(self, norm: Norm | Composed) -> tuple[Decision, ...]:
+    def of(self, norm: Norm | Composed) -> tuple[Decision[Any], ...]:
         return tuple(self._by_norm[norm])
 
     def rules(self, norm: Norm | Composed) -> tuple[str, ...]:
@@ -88,22 +74,29 @@ def make_plan(sites: Sites, enabled: tuple[str, ...], spells: bool = False, kern
     spells:  LayerNorms that stay are spelled out on the CPU where that is faster
     kernels: norms that stay are spelled out on a CUDA device, for a kernel
     """
-    decisions = tuple(_decisions(sites, enabled, kernels))
+    decisions = _decisions(sites, enabled, kernels)
     touched = {norm for decision in decisions if decision.applied for norm in decision.norms}
     stays = [norm for norm in sites.norms if norm not in touched and enabled]
     stay = (norm for norm in stays if (spells and _faster_spelled(norm)) or (kernels and _for_a_kernel(norm)))
     return Plan(sites.norms, decisions, tuple(stay), sites.composed)
 
 
-def _decisions(sites: Sites, enabled: tuple[str, ...], kernels: bool) -> Iterator[Decision]:
+def _decisions(sites: Sites, enabled: tuple[str, ...], kernels: bool) -> tuple[Decision[Any], ...]:
+    """First which parts of streams to centre, for what it saves; then, rule by rule, what is right and pays."""
+    so_far = SoFar(cut(sites.streams))
     for rule in RULES:
-        if rule.opt_in and rule.name not in enabled:
+        if rule.name in enabled or rule.default:
+            made = tuple(_decide(rule, sites, so_far, rule.name in enabled, kernels))
+            so_far = SoFar(so_far.parts, (*so_far.decisions, *made))
+    return so_far.decisions
+
+
+def _decide(rule: Rule[S], sites: Sites, so_far: SoFar, enabled: bool, kernels: bool) -> Iterator[Decision[S]]:
+    for site in rule.candidates(sites, so_far):
+        if rule.for_kernels and not kernels and _on_gpu(site.norms):
             continue
-        for site in rule.candidates(sites):
-            if rule.for_kernels and not kernels and _on_gpu(rule.norms(site)):
-                continue
-            refusals = rule.refusals(site) if rule.name in enabled else (_disabled(rule),)
-            yield Decision(rule, site, rule.norms(site), rule.cost(site), refusals)
+        refusals = rule.refusals(site, so_far) if enabled else (_disabled(rule),)
+        yield Decision(rule, site, rule.cost(site), refusals)
 
 
 def _on_gpu(norms: Iterable[Norm | Composed]) -> bool:

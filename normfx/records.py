@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from normfx.ir.sites import Norm
+from normfx.rules import RMS_NORM_RULES
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class SiteReport:
     @property
     def to_rms_norm(self) -> bool:
         """Whether a LayerNorm became an RMSNorm here."""
-        return self.kind == "LayerNorm" and bool({"pre_rms_norm", "linear_norm", "crms_norm"} & set(self.rules))
+        return self.kind == "LayerNorm" and not RMS_NORM_RULES.isdisjoint(self.rules)
 
 
 @dataclass(frozen=True)

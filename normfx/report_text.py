@@ -12,13 +12,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from normfx.records import GraphBreak, GraphReport, RefusalReport, SiteReport
+from normfx.rules import RULES
 
 WIDTH = 80
 
 Piece = tuple[str, str]
 Line = tuple[Piece, ...]
-
-FOLDED = frozenset({"fold_affine", "fold_scale"})
 
 
 def lines(graphs: Sequence[GraphReport], breaks: Sequence[GraphBreak], note: str = "") -> list[Line]:
@@ -67,16 +66,11 @@ def _became(sites: Sequence[SiteReport]) -> str:
     if kinds["LayerNorm"]:
         whose = _share(converted, kinds["LayerNorm"])
         said.append(f"{whose} became {'an RMSNorm' if converted < 2 else 'RMSNorms'}")
-    for names, what in (
-        (FOLDED, "folded into the weights that read them"),
-        ({"fuse_residual_norm"}, "computed together with the residual add"),
-    ):
-        applied = sum(bool(names & set(site.rules)) for site in sites)
-        whose = "γ and β of" if names is FOLDED else ""
+    for sentence in dict.fromkeys(rule.summary for rule in RULES if rule.summary):
+        rules = {rule.name for rule in RULES if rule.summary == sentence}
+        applied = sum(not rules.isdisjoint(site.rules) for site in sites)
         if applied:
-            said.append(
-                f"{whose} {_share(applied, len(sites))} {'are' if whose or applied > 1 else 'is'} {what}".strip()
-            )
+            said.append(sentence.format(norms=_share(applied, len(sites)), are="are" if applied > 1 else "is"))
     listed = _joined([_counted(n, kind) for kind, n in kinds.items()])
     return f"{listed}: {_joined(said) if said else 'none was changed'}"
 

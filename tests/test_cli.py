@@ -45,13 +45,13 @@ def wrong():
 """
 
 
-def test_an_import_loads_errors_and_options_alone() -> None:
+def test_an_import_loads_errors_alone() -> None:
     """Dynamo, Inductor, sympy and networkx take seconds: they come with the first thing that needs them."""
-    code = "import sys; before = set(sys.modules); import normfx; normfx.Options(); print(*(set(sys.modules) - before))"
+    code = "import sys; before = set(sys.modules); import normfx; print(*(set(sys.modules) - before))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
     own = {name for name in loaded if name.startswith("normfx")}
-    light = {"normfx", "normfx.checkout", "normfx.errors", "normfx.options"}
+    light = {"normfx", "normfx.checkout", "normfx.errors"}
     assert light <= own <= {*light, "normfx.kernels"}  # a checkout finds the folder of the kernels at once
     roots = {name.partition(".")[0] for name in loaded}
     assert roots.isdisjoint({"sympy", "networkx", "torch", "triton"})

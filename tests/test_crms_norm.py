@@ -15,7 +15,7 @@ from models import VISION, named
 from torch import Tensor, nn
 
 from normfx.ir import ops
-from normfx.options import BASES
+from normfx.rules.storage import BASES
 
 CRMS = {"rules": "default,+crms_norm", "fold": "live", "crms_width": "exact"}
 D, CHANNELS = 6, (0, 2, 5)

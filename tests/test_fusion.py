@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from normfx.ir import fused_ops, ops
 from normfx.lower import triton as lowering
+from normfx.rules import fuse_residual_norm
 
 D = 8
 
@@ -333,3 +334,16 @@ def test_a_multiple_of_a_centred_norm() -> None:
     (node,) = [n for n in backend.modules[0].graph.nodes if n.target is fused_ops.NORM_ADD_NORM]
     assert not any(n.target is ops.CENTER and n.args[0] is node for n in backend.modules[0].graph.nodes)
     assert_same_float64(Model(), ids())
+
+
+def test_a_copy_that_is_not_made_keeps_no_sum_apart() -> None:
+    """`centred_copy` is said of a stream that was centred, and not of one that could have been."""
+    example = next(e for e in fuse_residual_norm.RULE.counterexamples if e.code == "centred_copy")
+    model, inputs = example.build().eval(), example.inputs()
+    fused = {}
+    for rules in ("default", "default,-pre_rms_norm"):
+        report = assert_same_float64(model, inputs, {"rules": rules, "fold": "live"})
+        codes = {r.code for site in report.sites for r in site.refusals}
+        assert ("centred_copy" in codes) == (rules == "default")
+        fused[rules] = report.counts.get("fuse_residual_norm", 0)
+    assert fused["default,-pre_rms_norm"] > fused["default"]

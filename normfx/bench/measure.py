@@ -21,6 +21,7 @@ from normfx.bench import command
 from normfx.bench.clock import Call, Captured, captured
 from normfx.bench.models import make
 from normfx.bench.timing import Quartiles, interleaved, relative_error, seconds, speeds
+from normfx.rules import crms_norm
 
 BASE = "inductor"
 TASKS = ("forward", "training")
@@ -76,7 +77,7 @@ class Variant:
 
 
 _TRITON = {"strict": True, "lowering": "triton"}
-_CRMS = {"strict": True, "rules": "default,+crms_norm"}
+_CRMS = {"strict": True, "rules": f"default,+{crms_norm.RULE.name}"}
 
 # strict: a failure of normfx shall be a failure here, not the unchanged model's time
 VARIANTS = {

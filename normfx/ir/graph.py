@@ -27,7 +27,7 @@ SHAPED_AS = frozenset({"aten::expand_as", "aten::view_as", "aten::reshape_as"})
 """Ops that take the shape of their second operand."""
 
 BAKED = "normfx_baked"
-"""Node meta key: the rule bake_weights wants the value kept."""
+"""Node meta key: the value, of parameters alone, is to be kept and not computed in every call."""
 
 RANDOM = torch.Tag.nondeterministic_seeded
 

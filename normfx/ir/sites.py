@@ -131,7 +131,6 @@ class Stream:
     joins:   values are added or joined on the way; otherwise one writer feeds the norms (M4)
     live:    values of parameters alone whose folds would be computed in every call
     axes:    the feature axis inside of each value
-    left:    what is left of a stream beside the part that pays to centre; its leaves are those it would pay for alone
     obstacle: code of what forbids it as a whole ("" when nothing does), with a detail
     """
 
@@ -142,7 +141,6 @@ class Stream:
     joins: bool = True
     live: frozenset[Node] = frozenset()
     axes: Mapping[Node, Axis] = field(default_factory=dict)
-    left: bool = False
     obstacle: str = ""
     detail: str = ""
 
@@ -177,6 +175,10 @@ class Scaled:
     node: Node
     factor: float
 
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        return (self.norm,)
+
 
 @dataclass(frozen=True, eq=False)
 class Readers:
@@ -197,6 +199,10 @@ class Readers:
     shared: tuple[Node, ...] = ()
     live: frozenset[Node] = frozenset()
     axes: Mapping[Node, Axis] = field(default_factory=dict)
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        return (self.norm,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,6 +243,10 @@ class Composed:
     nodes: tuple[Node, ...]
     live: tuple[Node, ...] = ()
     obstacle: str = ""
+
+    @property
+    def norms(self) -> tuple[Composed, ...]:
+        return (self,)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 
 from torch.fx import Graph, Node
 
@@ -37,12 +36,10 @@ def recognize(
     modes, order = grad_modes(graph), Order(graph, mutated)
     scaled = [found for norm in norms if (found := find_scaled(norm, modes)) is not None and found.node not in mutated]
     priced = frozenset(_dependents(parameters, live or ()))
-    streams = find_streams(graph, norms, parameters, mutated, modes, order)
-    readers = find_all_readers(norms, parameters, mutated, modes)
     return Sites(
         norms=norms,
-        streams=tuple(replace(stream, live=priced) for stream in streams),
-        readers={norm: replace(found, live=priced) for norm, found in readers.items()},
+        streams=find_streams(graph, norms, parameters, mutated, modes, order, priced),
+        readers=find_all_readers(norms, parameters, mutated, modes, priced),
         scaled={found.norm: found for found in scaled},
         residuals=tuple(find_residuals(norms, scaled, parameters, mutated, modes, order)),
         composed=tuple(find_composed(graph, parameters, weights if live is None else priced)),

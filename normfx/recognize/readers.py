@@ -32,11 +32,15 @@ NUMBER_SCALES = frozenset({"aten::mul.Tensor", "aten::mul.Scalar", "aten::div.Te
 
 
 def find_all_readers(
-    norms: Iterable[Norm], parameters: frozenset[Node], barred: frozenset[Node], modes: Mapping[Node, bool]
+    norms: Iterable[Norm],
+    parameters: frozenset[Node],
+    barred: frozenset[Node],
+    modes: Mapping[Node, bool],
+    live: frozenset[Node] = frozenset(),
 ) -> dict[Norm, Readers]:
     """Readers of each norm, with the weights that norms of different γ or β share."""
     constants = Constants(barred)
-    found = {norm: find_readers(norm, parameters, constants, modes) for norm in norms}
+    found = {norm: find_readers(norm, parameters, constants, modes, live) for norm in norms}
     affines: dict[Node, set[tuple[Node | None, Node | None]]] = {}
     for norm, readers in found.items():
         for linear, _, _ in readers.linears:
@@ -72,7 +76,13 @@ def find_scaled(norm: Norm, modes: Mapping[Node, bool]) -> Scaled | None:
     return None if factor is None else Scaled(norm, users[0], factor)
 
 
-def find_readers(norm: Norm, parameters: frozenset[Node], constants: Constants, modes: Mapping[Node, bool]) -> Readers:
+def find_readers(
+    norm: Norm,
+    parameters: frozenset[Node],
+    constants: Constants,
+    modes: Mapping[Node, bool],
+    live: frozenset[Node] = frozenset(),
+) -> Readers:
     """Walk forwards from a norm's output along its feature axis.
 
     Nothing in another gradient mode than the norm can take γ and β on: they would gain or lose gradients.
@@ -109,7 +119,7 @@ def find_readers(norm: Norm, parameters: frozenset[Node], constants: Constants, 
                 work.append((user, onward, factor))
             else:
                 others.append(user)
-    return Readers(norm, tuple(linears), tuple(path), tuple(others), axes=axes)
+    return Readers(norm, tuple(linears), tuple(path), tuple(others), live=live, axes=axes)
 
 
 def _passes_rows(user: Node) -> bool:

@@ -43,6 +43,7 @@ class _Region:
     modes: Mapping[Node, bool]
     constants: Constants
     order: Order
+    live: frozenset[Node]
     axes: dict[Node, Axis] = field(default_factory=dict)
     flows: dict[Node, Flow] = field(default_factory=dict)
     conflicts: set[Node] = field(default_factory=set)
@@ -59,12 +60,14 @@ def find_streams(
     barred: frozenset[Node],
     modes: Mapping[Node, bool],
     order: Order,
+    live: frozenset[Node] = frozenset(),
 ) -> tuple[Stream, ...]:
     """All streams of a graph, in the order of their first norm; each LayerNorm is in exactly one.
 
     barred: values that are written in place somewhere; nothing is assumed of them
     modes:  whether gradients are recorded at each node
     order:  says what may be computed earlier
+    live:   values of parameters alone whose folds would be computed in every call
     """
     seeds: dict[Node, list[Norm]] = {}
     outputs = {norm.output: norm for norm in norms}
@@ -80,7 +83,7 @@ def find_streams(
             alone.append(Stream((norm,), (), obstacle="several_axes", detail=detail))
         else:
             seeds.setdefault(norm.input, []).append(norm)
-    region = _Region(seeds, parameters, barred, outputs, modes, Constants(barred), order)
+    region = _Region(seeds, parameters, barred, outputs, modes, Constants(barred), order, live)
     _collect(region)
     _mark_raw(graph, region)
     _enter_late(graph, region)
@@ -222,7 +225,7 @@ def _stream(
     dropped = tuple((node, name) for node in nodes for name in region.flows[node].dropped)
     joins = not any(op_name(n) in LINEARS for n in nodes) or any(_joins(node, region) for node in nodes)
     axes = {node: region.axes[node] for node in nodes}
-    return Stream(tuple(norms), tuple(leaves.values()), reads, dropped, joins, axes=axes)
+    return Stream(tuple(norms), tuple(leaves.values()), reads, dropped, joins, region.live, axes)
 
 
 def _joins(node: Node, region: _Region) -> bool:

@@ -1,9 +1,11 @@
 """RULES: the ordered table of rewrite rules. Adding a rule is one file and one line here."""
 
+from typing import Any
+
 from normfx.rules import bake_weights, crms_norm, fold_affine, fold_scale, fuse_residual_norm, linear_norm, pre_rms_norm
 from normfx.rules.rule import Rule
 
-RULES: tuple[Rule, ...] = (  # type: ignore[type-arg]  # each rule has its own kind of site
+RULES: tuple[Rule[Any], ...] = (  # each rule has its own kind of site
     pre_rms_norm.RULE,
     linear_norm.RULE,
     fold_scale.RULE,
@@ -12,3 +14,6 @@ RULES: tuple[Rule, ...] = (  # type: ignore[type-arg]  # each rule has its own k
     bake_weights.RULE,
     crms_norm.RULE,
 )
+
+RMS_NORM_RULES = frozenset(rule.name for rule in RULES if rule.makes_rms_norms)
+"""Rules that make RMSNorms of LayerNorms."""

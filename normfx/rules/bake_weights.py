@@ -14,11 +14,11 @@ from typing import Any
 import sympy
 import torch
 from torch import nn
-from torch.fx import Node
 
+from normfx.edit import Edit
 from normfx.ir.graph import bytes_of, entries, shape, total
 from normfx.ir.sites import Composed, Sites
-from normfx.rules.rule import Code, Cost, Example, Rule, Symbols
+from normfx.rules.rule import Code, Cost, Example, Objection, Rule, SoFar, Symbols
 
 SMALL = 4096
 """Entries below which computing a value costs less than looking after it."""
@@ -30,15 +30,11 @@ def identity(symbols: Symbols, d: int) -> Iterable[tuple[Any, Any]]:
     yield from zip((left @ right) @ x, left @ (right @ x), strict=True)
 
 
-def candidates(sites: Sites) -> Iterable[Composed]:
+def candidates(sites: Sites, so_far: SoFar) -> Iterable[Composed]:
     return sites.composed
 
 
-def subjects(site: Composed) -> tuple[Composed, ...]:
-    return (site,)
-
-
-def guard(site: Composed) -> Iterator[tuple[str, str, tuple[Node, ...]]]:
+def guard(site: Composed, so_far: SoFar) -> Iterator[Objection]:
     if site.live:
         yield "live", ", ".join(node.name for node in site.live), site.live
     if site.obstacle:
@@ -53,7 +49,7 @@ def cost(site: Composed) -> Cost:
     return Cost(total(map(bytes_of, site.nodes)), sympy.Integer(0))
 
 
-def rewrite(site: Composed, edit: Any) -> None:
+def rewrite(site: Composed, edit: Edit) -> None:
     edit.bake(site.node)
 
 
@@ -109,7 +105,6 @@ RULE = Rule(
     },
     identity=identity,
     candidates=candidates,
-    norms=subjects,
     guard=guard,
     cost=cost,
     rewrite=rewrite,

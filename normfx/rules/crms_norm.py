@@ -8,7 +8,7 @@
 
 Writers emit the d − 1 entries, readers take them; γ and β are folded into the readers before. "drop" is that of
 "Pre-RMSNorm and Pre-CRMSNorm Transformers" (Jiang et al. 2023), section 3.2, where the last entry goes. Here p is
-chosen (normfx/compression.py). "orthonormal" keeps lengths: no entry carries the rounding errors of all others.
+chosen (storage.py). "orthonormal" keeps lengths: no entry carries the rounding errors of all others.
 """
 
 from __future__ import annotations
@@ -23,20 +23,31 @@ import torch
 from torch import nn
 from torch.fx import Node
 
+from normfx.edit import Edit
 from normfx.ir.graph import bytes_of, entry_readers, extent, op_name, shape, total
 from normfx.ir.resize import reads_size, resizable
 from normfx.ir.sites import Axis, Norm, Readers, Sites, Stream
 from normfx.recognize.flow import LINEARS
 from normfx.rules import algebra, centring, fold_affine
-from normfx.rules.rule import Code, Cost, Example, Rule, Symbols
+from normfx.rules.cut import Part
+from normfx.rules.rule import Code, Cost, Example, Objection, Rule, SoFar, Symbols
+from normfx.rules.storage import BASES, WIDTHS, storage
 
 
 @dataclass(frozen=True, eq=False)
 class Compressed:
-    """A stream with the readers of its norms."""
+    """A part of a stream with the readers of its norms."""
 
-    stream: Stream
+    part: Part
     readers: tuple[Readers, ...]
+
+    @property
+    def stream(self) -> Stream:
+        return self.part.stream
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        return self.part.norms
 
     @property
     def size(self) -> int:
@@ -76,19 +87,14 @@ def identity(symbols: Symbols, d: int) -> Iterable[tuple[Any, Any]]:
             yield tuple(sympy.diff(n, p) * root - n * sympy.diff(root, p) / 2 for n, root in (before, after))
 
 
-def candidates(sites: Sites) -> Iterable[Compressed]:
-    for stream in sites.streams:
-        for piece in centring.pieces(stream):
-            yield Compressed(piece, tuple(sites.readers[norm] for norm in piece.norms if norm in sites.readers))
+def candidates(sites: Sites, so_far: SoFar) -> Iterable[Compressed]:
+    for part in so_far.parts:
+        yield Compressed(part, tuple(sites.readers[norm] for norm in part.norms if norm in sites.readers))
 
 
-def norms(site: Compressed) -> tuple[Norm, ...]:
-    return site.stream.norms
-
-
-def guard(site: Compressed) -> Iterator[tuple[str, str, tuple[Node, ...]]]:
-    """Objections to centring the stream, to folding γ and β, and to another width."""
-    objections = list(centring.guard(site.stream))
+def guard(site: Compressed, so_far: SoFar) -> Iterator[Objection]:
+    """Objections to centring the stream and to folding γ and β, unless that is decided, and to another width."""
+    objections = [] if site.part in so_far.centred else list(centring.objections(site.part))
     if objections:
         yield "not_centred", ", ".join(dict.fromkeys(code for code, _, _ in objections)), objections[0][2]
         return
@@ -97,8 +103,10 @@ def guard(site: Compressed) -> Iterator[tuple[str, str, tuple[Node, ...]]]:
     if split:
         yield "split_features", ", ".join(node.name for node in split), split
         return
+    folded = so_far.applied(fold_affine.RULE)
     for readers in site.readers:
-        yield from _objections(readers)
+        if readers not in folded:
+            yield from _objections(readers)
     written = {norm.output for norm in site.stream.norms}  # anew
     rigid = [n for n, axis in site.values.items() if n not in written and not resizable(n, axis, site.size)]
     reads = [user for node, axis in site.values.items() for user in node.users if reads_size(user, axis)]
@@ -128,7 +136,7 @@ def _outside(site: Compressed) -> Iterator[Node]:
         yield from (user for user in entry_readers(node) if user not in inside)
 
 
-def _objections(readers: Readers) -> Iterator[tuple[str, str, tuple[Node, ...]]]:
+def _objections(readers: Readers) -> Iterator[Objection]:
     if readers.others:
         yield "reader_not_linear", ", ".join(node.name for node in readers.others), readers.others
         return
@@ -138,7 +146,7 @@ def _objections(readers: Readers) -> Iterator[tuple[str, str, tuple[Node, ...]]]
     ):
         if found:
             yield code, ", ".join(node.name for node in found), found
-    for code, detail, nodes in fold_affine.guard(readers):
+    for code, detail, nodes in fold_affine.objections(readers):
         if code not in ("no_affine", "packed_weight", "rounded_weight"):
             yield "affine_stays", detail or code, nodes
 
@@ -155,15 +163,16 @@ def cost(site: Compressed) -> Cost:
     return Cost(before, before * (site.size - 1) / site.size if site.size else before)
 
 
-def rewrite(site: Compressed, edit: Any) -> None:
-    stream = site.stream
-    if not all(edit.norm(norm).centred for norm in stream.norms):
-        centring.rewrite(stream, edit)
+def rewrite(site: Compressed, edit: Edit) -> None:
+    if not all(edit.norm(norm).centred for norm in site.part.norms):
+        centring.rewrite(site.part, edit)
     for readers in site.readers:
         norm = readers.norm
         if edit.norm(norm).affine and (norm.weight is not None or norm.bias is not None):
             fold_affine.rewrite(readers, edit)
-    edit.compress(site)
+    basis, width = edit.options["crms_basis"], edit.options["crms_width"]
+    stored = storage(site.stream, site.readers, basis, width, edit.values)
+    edit.compress(site.stream, site.readers, site.values, stored)
 
 
 class _Block(nn.Module):
@@ -239,7 +248,6 @@ RULE = Rule(
     },
     identity=identity,
     candidates=candidates,
-    norms=norms,
     guard=guard,
     cost=cost,
     rewrite=rewrite,
@@ -252,5 +260,7 @@ RULE = Rule(
         Example("half precision", lambda: _half(_Block()), _ids, "rounded_weight"),
         Example("unflatten", lambda: _Block("fixed"), _ids, "fixed_width"),
     ),
-    opt_in=True,
+    default=False,
+    makes_rms_norms=True,
+    options={"crms_basis": BASES, "crms_width": WIDTHS},
 )

@@ -19,12 +19,13 @@ import torch
 from torch import nn
 from torch.fx import Node
 
+from normfx.edit import Edit
 from normfx.ir.graph import bytes_of, entries, shape, size_hint, tensor, total
 from normfx.ir.packing import packed_sources
-from normfx.ir.sites import Linear, Norm, Readers, Sites
+from normfx.ir.sites import Linear, Readers, Sites
 from normfx.rules import centring
 from normfx.rules.device import device_costs
-from normfx.rules.rule import Code, Cost, Example, Rule, Symbols
+from normfx.rules.rule import Code, Cost, Example, Objection, Rule, SoFar, Symbols
 
 
 def fold(weight: Any, bias: Any, gamma: Any, beta: Any, k: Any) -> tuple[Any, Any]:
@@ -39,15 +40,15 @@ def identity(symbols: Symbols, d: int) -> Iterable[tuple[Any, Any]]:
     yield from zip(weight @ ((gamma * z + beta) * k) + bias, new_weight @ (k * z) + new_bias, strict=True)
 
 
-def candidates(sites: Sites) -> Iterable[Readers]:
+def candidates(sites: Sites, so_far: SoFar) -> Iterable[Readers]:
     return sites.readers.values()
 
 
-def norms(site: Readers) -> tuple[Norm, ...]:
-    return (site.norm,)
+def guard(site: Readers, so_far: SoFar) -> Iterator[Objection]:
+    return objections(site)
 
 
-def guard(site: Readers) -> Iterator[tuple[str, str, tuple[Node, ...]]]:
+def objections(site: Readers) -> Iterator[Objection]:
     """γ and β can move only if every reader is a linear over the norm's features, with a floating weight."""
     norm = site.norm
     if norm.obstacle:
@@ -82,7 +83,7 @@ def guard(site: Readers) -> Iterator[tuple[str, str, tuple[Node, ...]]]:
         yield "live_weights", detail, tuple(linear.node for linear in live)
 
 
-def _roundings(site: Readers) -> Iterator[tuple[str, str, tuple[Node, ...]]]:
+def _roundings(site: Readers) -> Iterator[Objection]:
     """What folding would round once more than eager does, or out of range."""
     narrow = narrow_readers(site)
     if narrow:
@@ -128,7 +129,7 @@ def _live(linear: Linear, site: Readers) -> bool:
     return not site.live.isdisjoint(n for n in (linear.weight, site.norm.weight, site.norm.bias) if n is not None)
 
 
-def rewrite(site: Readers, edit: Any) -> None:
+def rewrite(site: Readers, edit: Edit) -> None:
     state = edit.norm(site.norm)
     for linear, axis, factor in site.linears:
         edit.fold_reader(linear, axis, site.norm.weight, site.norm.bias, factor)
@@ -215,10 +216,10 @@ RULE = Rule(
     },
     identity=identity,
     candidates=candidates,
-    norms=norms,
     guard=guard,
     cost=cost,
     rewrite=rewrite,
+    summary="γ and β of {norms} are folded into the weights that read them",
     example=Example("read", _Read, _input),
     counterexamples=(
         Example("padded rows", lambda: _Read("padding"), _input, "reader_not_linear"),

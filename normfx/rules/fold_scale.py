@@ -14,12 +14,12 @@ from typing import Any
 import sympy
 import torch
 from torch import nn
-from torch.fx import Node
 
+from normfx.edit import Edit
 from normfx.ir.graph import bytes_of
-from normfx.ir.sites import Norm, Scaled, Sites
-from normfx.rules import algebra
-from normfx.rules.rule import Cost, Example, Rule, Symbols
+from normfx.ir.sites import Scaled, Sites
+from normfx.rules import algebra, fold_affine
+from normfx.rules.rule import Cost, Example, Objection, Rule, SoFar, Symbols
 
 
 def identity(symbols: Symbols, d: int) -> Iterable[tuple[Any, Any]]:
@@ -30,15 +30,11 @@ def identity(symbols: Symbols, d: int) -> Iterable[tuple[Any, Any]]:
     yield from zip(outside, gamma * (x * (k * rstd)) + k * beta, strict=True)
 
 
-def candidates(sites: Sites) -> Iterable[Scaled]:
+def candidates(sites: Sites, so_far: SoFar) -> Iterable[Scaled]:
     return sites.scaled.values()
 
 
-def norms(site: Scaled) -> tuple[Norm, ...]:
-    return (site.norm,)
-
-
-def guard(site: Scaled) -> Iterator[tuple[str, str, tuple[Node, ...]]]:
+def guard(site: Scaled, so_far: SoFar) -> Iterator[Objection]:
     """A candidate is a norm whose only reader multiplies by a finite number; nothing speaks against it."""
     return iter(())
 
@@ -48,7 +44,7 @@ def cost(site: Scaled) -> Cost:
     return Cost(bytes_of(site.node), sympy.Integer(0))
 
 
-def rewrite(site: Scaled, edit: Any) -> None:
+def rewrite(site: Scaled, edit: Edit) -> None:
     edit.norm(site.norm).scale *= site.factor
     edit.absorb(site.norm, site.node)
 
@@ -74,9 +70,9 @@ RULE = Rule(
     codes={},
     identity=identity,
     candidates=candidates,
-    norms=norms,
     guard=guard,
     cost=cost,
     rewrite=rewrite,
+    summary=fold_affine.RULE.summary,
     example=Example("scaled", _Scaled, _input),
 )

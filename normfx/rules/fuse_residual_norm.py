@@ -15,19 +15,18 @@ it: Inductor fuses the add and the norm by itself, and the op's own derivative r
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import sympy
 import torch
 from torch import nn
-from torch.fx import Node
 from torch.utils.checkpoint import checkpoint
 
+from normfx.edit import Edit
 from normfx.ir.graph import bytes_of
-from normfx.ir.sites import Norm, Residual, Sites
+from normfx.ir.sites import Leaf, Residual, Sites
 from normfx.rules import algebra, centring
-from normfx.rules.rule import Code, Cost, Example, Rule, Symbols
+from normfx.rules.rule import Code, Cost, Example, Objection, Rule, SoFar, Symbols
 
 
 def centred_output(z: Any, gamma: Any, beta: Any) -> Any:
@@ -48,36 +47,20 @@ def identity(symbols: Symbols, d: int) -> Iterable[tuple[Any, Any]]:
     yield from zip(plain, fused, strict=True)
 
 
-def candidates(sites: Sites) -> Iterator[Residual]:
-    copied = set(_copied(sites))
-    for site in sites.residuals:
-        if (site.node, site.norm) in copied and not site.obstacle:
-            yield replace(site, obstacle="centred_copy", detail=site.node.name)
-        else:
-            yield site
+def candidates(sites: Sites, so_far: SoFar) -> Iterable[Residual]:
+    return sites.residuals
 
 
-def _copied(sites: Sites) -> Iterator[tuple[Node, Norm]]:
-    """Sums of which a centred copy will be made, and the norms that read it."""
-    sums = {site.node for site in sites.residuals}
-    for stream in sites.streams:
-        if any(leaf.explicit and leaf.node in sums for leaf in stream.leaves):
-            for piece in centring.pieces(stream):
-                if not list(centring.guard(piece)):
-                    yield from ((leaf.node, norm) for leaf in piece.leaves for norm in _readers(leaf.users))
-
-
-def _readers(users: Iterable[Node | Norm]) -> Iterator[Norm]:
-    return (user for user in users if isinstance(user, Norm))
-
-
-def norms(site: Residual) -> tuple[Norm, ...]:
-    return site.norms
-
-
-def guard(site: Residual) -> Iterator[tuple[str, str, tuple[Node, ...]]]:
+def guard(site: Residual, so_far: SoFar) -> Iterator[Objection]:
     if site.obstacle:
         yield site.obstacle, site.detail, (site.node,)
+    elif any(_reads_copy(site, leaf) for part in so_far.centred for leaf in part.stream.leaves):
+        yield "centred_copy", site.node.name, (site.node,)
+
+
+def _reads_copy(site: Residual, leaf: Leaf) -> bool:
+    """Whether the norm reads the copy of the sum that is made where a stream is centred."""
+    return leaf.explicit and leaf.node is site.node and site.norm in leaf.users
 
 
 def cost(site: Residual) -> Cost:
@@ -85,7 +68,7 @@ def cost(site: Residual) -> Cost:
     return Cost(bytes_of(site.node) * (1 if site.inner is None else 3), sympy.Integer(0))
 
 
-def rewrite(site: Residual, edit: Any) -> None:
+def rewrite(site: Residual, edit: Edit) -> None:
     edit.fuse(site)
 
 
@@ -178,11 +161,12 @@ RULE = Rule(
     },
     identity=identity,
     candidates=candidates,
-    norms=norms,
     guard=guard,
     cost=cost,
     rewrite=rewrite,
+    exported=False,  # its op would be written out again
     for_kernels=True,
+    summary="{norms} {are} computed together with the residual add",
     example=Example("post-norm", _PostNorm, _input),
     counterexamples=(
         Example("broadcast", lambda: _PostNorm("broadcast"), _input, "broadcast"),

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from normfx.ir.sites import Norm, Sites, Stream
+from normfx.ir.sites import Sites
 from normfx.rules import algebra, centring
-from normfx.rules.rule import Example, Rule, Symbols
+from normfx.rules.cut import Part
+from normfx.rules.rule import Example, Rule, SoFar, Symbols
 
 
 def identity(symbols: Symbols, d: int) -> Iterable[tuple[Any, Any]]:
@@ -26,12 +27,8 @@ def identity(symbols: Symbols, d: int) -> Iterable[tuple[Any, Any]]:
     yield from zip(plain, centred, strict=True)
 
 
-def candidates(sites: Sites) -> Iterable[Stream]:
-    return (piece for stream in sites.streams if not stream.joins for piece in centring.pieces(stream))
-
-
-def norms(stream: Stream) -> tuple[Norm, ...]:
-    return stream.norms
+def candidates(sites: Sites, so_far: SoFar) -> Iterable[Part]:
+    return (part for part in so_far.parts if not part.stream.joins)
 
 
 class _Heads(nn.Module):
@@ -61,10 +58,10 @@ RULE = Rule(
     codes=centring.CODES,
     identity=identity,
     candidates=candidates,
-    norms=norms,
     guard=centring.guard,
     cost=centring.cost,
     rewrite=centring.rewrite,
+    makes_rms_norms=True,
     example=Example("heads", _Heads, _input),
     counterexamples=(
         Example("packed weight", lambda: _Heads(packed=True), _input, "packed_weight"),

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from normfx.ir.sites import Norm, Sites, Stream
+from normfx.ir.sites import Sites
 from normfx.rules import algebra, centring
-from normfx.rules.rule import Example, Rule, Symbols
+from normfx.rules.cut import Part
+from normfx.rules.rule import Example, Rule, SoFar, Symbols
 
 
 def identity(symbols: Symbols, d: int) -> Iterable[tuple[Any, Any]]:
@@ -28,12 +29,8 @@ def identity(symbols: Symbols, d: int) -> Iterable[tuple[Any, Any]]:
     yield from zip(algebra.layer_norm(plain, eps), algebra.rms_norm(centred, eps), strict=True)
 
 
-def candidates(sites: Sites) -> Iterable[Stream]:
-    return (piece for stream in sites.streams if stream.joins for piece in centring.pieces(stream))
-
-
-def norms(stream: Stream) -> tuple[Norm, ...]:
-    return stream.norms
+def candidates(sites: Sites, so_far: SoFar) -> Iterable[Part]:
+    return (part for part in so_far.parts if part.stream.joins)
 
 
 class _Block(nn.Module):
@@ -109,10 +106,10 @@ RULE = Rule(
     codes=centring.CODES,
     identity=identity,
     candidates=candidates,
-    norms=norms,
     guard=centring.guard,
     cost=centring.cost,
     rewrite=centring.rewrite,
+    makes_rms_norms=True,
     example=Example("block", _Block, _ids),
     counterexamples=(
         Example("observed", lambda: _Block("output"), _ids, "observed"),

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Generic, Protocol, TypeVar
 
 import sympy
 import torch
 from torch.fx import Node
 
+from normfx.edit import Edit
 from normfx.ir.sites import Composed, Norm, Sites
+from normfx.rules.cut import Part
 
-S = TypeVar("S")
+
+class Site(Protocol):
+    """What a rule decides: something in a graph that concerns some norms, or weights."""
+
+    @property
+    def norms(self) -> tuple[Norm | Composed, ...]: ...
+
+
+S = TypeVar("S", bound=Site)
+
+Objection = tuple[str, str, tuple[Node, ...]]
+"""The code of a refusal, what was found, and the graph values in the way."""
 
 
 @dataclass(frozen=True)
@@ -67,17 +81,58 @@ class Example:
     fold: str = "live"
 
 
+@dataclass(frozen=True, eq=False)
+class Decision(Generic[S]):
+    """One rule on one site: applied iff there are no refusals."""
+
+    rule: Rule[S]
+    site: S
+    cost: Cost
+    refusals: tuple[Refusal, ...]
+
+    @property
+    def applied(self) -> bool:
+        return not self.refusals
+
+    @property
+    def norms(self) -> tuple[Norm | Composed, ...]:
+        return self.site.norms
+
+
+@dataclass(frozen=True, eq=False)
+class SoFar:
+    """What is decided of a graph when a rule's turn comes: the cut, and the decisions of all earlier rules."""
+
+    parts: tuple[Part, ...]
+    decisions: tuple[Decision[Any], ...] = ()
+
+    def applied(self, rule: Rule[S]) -> tuple[S, ...]:
+        """The sites to which a rule is applied."""
+        return tuple(d.site for d in self.decisions if d.applied and d.rule is rule)
+
+    @cached_property
+    def centred(self) -> tuple[Part, ...]:
+        """The parts of streams that are centred: rules have made RMSNorms of their norms."""
+        norms = {n for d in self.decisions if d.applied and d.rule.makes_rms_norms for n in d.norms}
+        return tuple(part for part in self.parts if norms.issuperset(part.norms))
+
+
 @dataclass(frozen=True)
 class Rule(Generic[S]):
     """One identity, where it may be applied, and how.
 
     identity(symbols, d): pairs (lhs, rhs) of sympy expressions that must be equal
-    candidates:           the sites of a graph to decide; `norms` says which norms, or weights, a site concerns
-    guard:                every objection; none means apply
+    candidates(sites, so_far): the sites of a graph to decide
+    guard(site, so_far):  every objection; none means apply. It asks what was decided so far, never what a rule would
+                          decide
     cost:                 bytes before and after; a guard may object to it
     rewrite(site, edit):  the edits, in terms of normfx.edit.Edit
-    opt_in:               not among the default rules; unless it is asked for, the report does not mention it
+    default:              among the default rules; of one that is not, the report says nothing unless it is asked for
+    makes_rms_norms:      the LayerNorms that it is applied to become RMSNorms
+    exported:             it is applied to exported programs too (normfx.rewrite)
     for_kernels:          on a GPU it serves generated kernels alone; where none may run, its sites are not decided
+    options:              options of its own that a user may give, each with its values, the default first
+    summary:              what the report says first of the {norms} that it was applied to: "{norms} {are} …"
     """
 
     name: str
@@ -85,18 +140,21 @@ class Rule(Generic[S]):
     source: str
     codes: Mapping[str, Code]
     identity: Callable[[Symbols, int], Iterable[tuple[Any, Any]]]
-    candidates: Callable[[Sites], Iterable[S]]
-    norms: Callable[[S], tuple[Norm | Composed, ...]]
-    guard: Callable[[S], Iterator[tuple[str, str, tuple[Node, ...]]]]
+    candidates: Callable[[Sites, SoFar], Iterable[S]]
+    guard: Callable[[S, SoFar], Iterator[Objection]]
     cost: Callable[[S], Cost]
-    rewrite: Callable[[S, Any], None]
+    rewrite: Callable[[S, Edit], None]
     example: Example
     counterexamples: tuple[Example, ...] = field(default=())
-    opt_in: bool = False
+    default: bool = True
+    makes_rms_norms: bool = False
+    exported: bool = True
     for_kernels: bool = False
+    options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    summary: str = ""
 
-    def refusals(self, site: S) -> tuple[Refusal, ...]:
-        return tuple(self.refuse(code, detail, nodes) for code, detail, nodes in self.guard(site))
+    def refusals(self, site: S, so_far: SoFar) -> tuple[Refusal, ...]:
+        return tuple(self.refuse(code, detail, nodes) for code, detail, nodes in self.guard(site, so_far))
 
     def refuse(self, code: str, detail: str, nodes: tuple[Node, ...] = ()) -> Refusal:
         known = self.codes[code]

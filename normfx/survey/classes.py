@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 
 from normfx.report import RefusalReport, SiteReport
+from normfx.rules import RMS_NORM_RULES
 
 MISSED = "not in a graph: Dynamo ran this part of the model without compiling it"
 POST_NORM = "post-norm: the skip is a norm's output γ ⊙ z + β, which has a mean"
@@ -45,7 +46,7 @@ _READERS = (
 
 def kept_because(site: SiteReport) -> str:
     """The class of a LayerNorm that kept its mean; "" where no refusal says why."""
-    refusals = [r for r in site.refusals if r.rule in ("pre_rms_norm", "linear_norm")]
+    refusals = [r for r in site.refusals if r.rule in RMS_NORM_RULES]
     return next((found for refusal in refusals for found in _classes(refusal)), "")
 
 

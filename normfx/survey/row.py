@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from normfx.errors import VerifyError
 from normfx.report import SiteReport
+from normfx.rules import RMS_NORM_RULES
 from normfx.survey.classes import MISSED, kept_because
 from normfx.survey.family import Family
 from normfx.survey.run import Outcome, survey
@@ -77,6 +78,6 @@ def _row(named: tuple[str, str, str], outcome: Outcome) -> Row:
 
 
 def _kept(site: SiteReport) -> Kept:
-    refusals = [r for r in site.refusals if r.rule in ("pre_rms_norm", "linear_norm")]
+    refusals = [r for r in site.refusals if r.rule in RMS_NORM_RULES]
     codes, details = tuple(r.code for r in refusals), tuple(r.detail for r in refusals)
     return Kept(site.name, kept_because(site), codes, details)

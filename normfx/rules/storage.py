@@ -11,7 +11,7 @@ into each (E, the variance it gets of inputs of variance one) and what the reade
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -19,25 +19,33 @@ from torch.fx import Node
 
 from normfx.edit import Stored
 from normfx.ir.graph import op_name, value
-from normfx.ir.sites import Axis, Leaf, Readers
+from normfx.ir.sites import Axis, Leaf, Readers, Stream
 from normfx.recognize.flow import LINEARS
-from normfx.rules.crms_norm import Compressed
 
 ALIGNED = 8
 """Entries of two bytes in an access of 16 bytes. Products with an odd width took 10 % of a training step on a CPU, and
 on CUDA an odd row is read entry by entry: docs/crms.md."""
 
+BASES = ("orthonormal", "drop")
+WIDTHS = ("auto", "exact", "padded")
+
 SAMPLE = 512
 """Rows of a table, or inputs of a weight, that are looked at."""
 
 
-def stored(site: Compressed, basis: str, width: str, values: Mapping[Node, Tensor]) -> Stored:
-    """values: the present ones of parameters; without any, the last channel goes."""
-    d, fake = site.size, value(site.stream.norms[0].input)
+def storage(
+    stream: Stream, readers: Iterable[Readers], basis: str, width: str, values: Mapping[Node, Tensor]
+) -> Stored:
+    """How to store the rows of a stream whose norms have these readers.
+
+    width:  "exact": d − 1 entries; "padded": up to a multiple of ALIGNED; "auto": padded with gradients and on CUDA
+    values: the present ones of parameters; without any, the last channel goes
+    """
+    d, fake = stream.norms[0].size, value(stream.norms[0].input)
     pads = width == "padded" or (width == "auto" and (torch.is_grad_enabled() or fake is None or fake.is_cuda))
     wide = -(-(d - 1) // ALIGNED) * ALIGNED if pads else d - 1
-    written = sum((_written(leaf, values, d) for leaf in site.stream.leaves), torch.zeros(d, dtype=torch.float64))
-    read = sum((_read(readers, values, d) for readers in site.readers), torch.zeros(d, dtype=torch.float64))
+    written = sum((_written(leaf, values, d) for leaf in stream.leaves), torch.zeros(d, dtype=torch.float64))
+    read = sum((_read(each, values, d) for each in readers), torch.zeros(d, dtype=torch.float64))
     return Stored(basis, d, _channel(basis, written, read), wide)
 
 

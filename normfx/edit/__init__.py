@@ -1,0 +1,240 @@
+"""The edits that a rule may ask for. Norms are written last, once each (writer.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from normfx.edit.surgery import Surgery, output_dims, set_argument
+from normfx.ir import ops
+from normfx.ir.calls import add_call, fake_result
+from normfx.ir.graph import BAKED, arguments, grad_modes, op_name, value
+from normfx.ir.sites import Axis, Leaf, Linear, Norm, Readers, Residual, Stream
+from normfx.recognize.flow import LINEARS
+
+
+@dataclass
+class NormState:
+    """What becomes of a norm: `centred`: its input has mean 0; `affine`: it keeps γ and β; `scale`: factor k."""
+
+    input: Node
+    output: Node
+    out_dtype: torch.dtype
+    centred: bool = False
+    affine: bool = True
+    scale: float = 1.0
+    stored: Stored | None = None
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How rows of `size` entries whose sum is 0 are stored: in a basis, without a channel, in `width` entries."""
+
+    basis: str
+    size: int
+    channel: int
+    width: int
+
+
+class Edit:
+    """What a rule may ask for, on one graph.
+
+    norm, center, drop_term, fold_reader, absorb, fuse, compress and bake are the edits; a rule may also read
+
+    values:  present values of parameters, as far as they are known: they decide between forms that are all exact
+    options: of the rules, by name
+    """
+
+    def __init__(self, graph: Graph, values: Mapping[Node, Tensor], options: Mapping[str, str]) -> None:
+        self.values, self.options = values, options
+        self.surgery = Surgery(graph)
+        self.norms: dict[Norm, NormState] = {}
+        self.fused: list[Residual] = []
+        self.centres: dict[Leaf, list[Node]] = {}
+        self.widths: dict[Node, tuple[Axis, int]] = {}
+        self.compressed: list[Node] = []
+        calls = {getattr(node.target, "__name__", "") for node in graph.nodes}
+        self._switches_grad = "_set_grad_enabled" in calls
+        self._modes = grad_modes(graph)
+        self._linears = {node: arguments(node) for node in graph.nodes if op_name(node) in LINEARS}
+
+    def norm(self, norm: Norm) -> NormState:
+        """What becomes of a norm, to be read and set; the norm is written again as this says."""
+        if norm not in self.norms:
+            self.norms[norm] = NormState(norm.input, norm.output, norm.out_dtype)
+        return self.norms[norm]
+
+    def center(self, leaf: Leaf) -> None:
+        """What reads a leaf inside a stream reads its centred form from now on."""
+        made: list[Node] = []
+        if leaf.kind == "scaled":
+            assert leaf.linear is not None and leaf.scale is not None
+            self._fold_output_scale(leaf.linear, leaf.scale, leaf.node)
+            made = self._center_writer(leaf.linear, leaf.axis)
+        elif leaf.kind == "parameter":
+            made = self._center_operand(leaf.node, leaf.axis, leaf.users)
+        elif leaf.kind != "centred":
+            made = self._center_value(leaf.node, leaf.axis, leaf.users)
+        self.centres[leaf] = made
+
+    def drop_term(self, node: Node, name: str) -> None:
+        """Replace an additive term that is constant along the features by its centred form, 0.
+
+        A tensor becomes c − c, so that a parameter still gets a zero gradient, and NaN or inf still spread.
+        """
+        term = arguments(node)[name]
+        fake = value(term)
+        if fake is None:
+            set_argument(node, name, 0)
+            return
+        with self.surgery.before(node, term):
+            if not fake.is_floating_point():
+                zero = add_call(self.surgery.graph, torch.ops.aten.zeros_like.default, (term,), node)
+            else:
+                zero = add_call(self.surgery.graph, torch.ops.aten.sub.Tensor, (term, term), node)
+        set_argument(node, name, zero)
+
+    def fold_reader(self, linear: Linear, axis: Axis, gamma: Node | None, beta: Node | None, factor: float) -> None:
+        """Move γ into the reader's weight and β into its bias, created when missing."""
+        node, now = linear.node, arguments(linear.node)
+        weight, bias = now[linear.weight_arg], linear.bias and now[linear.bias_arg or ""]
+        fake_weight, fake_out = value(weight), value(node)
+        assert fake_weight is not None and fake_out is not None
+        sizes = (axis.dim, axis.size, axis.inner)
+        with self.surgery.before(node, weight, bias, gamma, beta):
+            if beta is not None:
+                dtype = fake_weight.dtype if linear.bias_arg is not None else fake_out.dtype
+                bias = add_call(self.surgery.graph, ops.FOLD_SHIFT, (weight, beta, bias, factor, *sizes, dtype), node)
+            if gamma is not None:
+                weight = self.surgery.fold(ops.SCALE_FEATURES, (weight, gamma, *sizes), node)
+        set_argument(node, linear.weight_arg, weight)
+        if beta is None:
+            return
+        if linear.bias_arg is not None:
+            set_argument(node, linear.bias_arg, bias)
+            return
+        with self.surgery.graph.inserting_after(node):
+            total = add_call(self.surgery.graph, torch.ops.aten.add.Tensor, (node, node), node)
+        self.surgery.replace(node, total)
+        total.args = (node, bias)
+
+    def absorb(self, norm: Norm, node: Node) -> None:
+        """The norm now also computes `node`, a multiple of its output.
+
+        Where a centring was put between the two, it stays, after the norm that computes the multiple: P(kx) = k P x.
+        """
+        state = self.norm(norm)
+        fake = value(node)
+        assert fake is not None
+        operands = node.all_input_nodes
+        if self.surgery.now(norm.output) not in operands:
+            (between,) = operands
+            self.surgery.replace(node, between)
+            return
+        state.output, state.out_dtype = node, fake.dtype
+
+    def fuse(self, site: Residual) -> None:
+        """The norm and the sum it reads become one op (ir/fusion.py), when all norms are written."""
+        for norm in site.norms:
+            self.norm(norm)
+        self.fused.append(site)
+
+    def compress(self, stream: Stream, readers: Iterable[Readers], inside: Mapping[Node, Axis], stored: Stored) -> None:
+        """Store the rows of a centred stream in fewer entries: what was centred is compressed, the readers of its norms
+        take that, and every value between (`inside`) gets the new width."""
+        sizes = (stored.basis, stored.channel, stored.width)
+        for node in [node for leaf in stream.leaves for node in self.centres[leaf]]:
+            x, dim, _, _, dtype = node.args
+            node.target, node.args = ops.COMPRESS, (x, dim, *sizes, dtype)
+            node.meta["val"] = fake_result(node.target, node.args, {})
+            self.compressed.append(node)
+        for leaf in stream.leaves:
+            if leaf.kind == "centred":
+                with self.surgery.graph.inserting_after(leaf.node):
+                    copy = self.surgery.fold(ops.COMPRESS, (leaf.node, leaf.axis.dim, *sizes), leaf.node)
+                self.compressed.append(copy)
+                for user in leaf.users:
+                    self._redirect(user, leaf.node, copy)
+        for linear, axis in [(linear, axis) for found in readers for linear, axis, _ in found.linears]:
+            weight = arguments(linear.node)[linear.weight_arg]
+            with self.surgery.before(linear.node, weight):
+                folded = self.surgery.fold(ops.COMPRESS_INPUT, (weight, axis.dim, *sizes), linear.node)
+            set_argument(linear.node, linear.weight_arg, folded)
+        for norm in stream.norms:
+            self.norm(norm).stored = stored
+        self.widths.update({node: (axis, stored.width) for node, axis in inside.items()})
+
+    def bake(self, node: Node) -> None:
+        """The value of parameters alone is to be computed outside the graph."""
+        node.meta[BAKED] = True
+
+    def _center_value(self, node: Node, axis: Axis, users: Iterable[Node | Norm]) -> list[Node]:
+        """Readers of a value read its centred copy, made right after it.
+
+        Where gradients are not recorded, a value may still have one: a graph input of a graph that starts so, or one
+        handed on by an op that returns it itself. A copy made there would lose it, so each reader gets its own.
+        """
+        if self._switches_grad and (node.op == "placeholder" or not self._modes[node]):
+            return self._center_operand(node, axis, users)
+        last = node
+        while node.op == "placeholder" and last.next.op == "placeholder":
+            last = last.next
+        with self.surgery.graph.inserting_after(last):
+            centred = self._center(node, axis, node)
+        for user in users:
+            self._redirect(user, node, centred)
+        return [centred]
+
+    def _center_operand(self, node: Node, axis: Axis, users: Iterable[Node | Norm]) -> list[Node]:
+        """Each reader of a weight, bias or table gets its centred form, computed just before the reader."""
+        made: list[Node] = []
+        for user in users:
+            if isinstance(user, Node) and user in self._linears:
+                slots = [name for name, operand in self._linears[user].items() if operand is node]
+                made += [self._center_slot(user, name, axis) for name in slots]
+                continue
+            with self.surgery.before(min(user.nodes) if isinstance(user, Norm) else user, node):
+                like = user.output if isinstance(user, Norm) else user
+                centred = self._center(node, axis, like)
+            self._redirect(user, node, centred)
+            made.append(centred)
+        return made
+
+    def _center_writer(self, linear: Node, axis: Axis) -> list[Node]:
+        """Centre the weight and bias of a linear over its whole output axis, as they stand now."""
+        dims = output_dims(linear)
+        return [self._center_slot(linear, name, Axis(dim, axis.size)) for name, dim in dims.items()]
+
+    def _center_slot(self, linear: Node, name: str, axis: Axis) -> Node:
+        """Centre what stands in an argument of a linear now: another rule may have folded something into it."""
+        operand = arguments(linear)[name]
+        with self.surgery.before(linear, operand):
+            centred = self._center(operand, axis, linear)
+        set_argument(linear, name, centred)
+        return centred
+
+    def _center(self, node: Node, axis: Axis, like: Node) -> Node:
+        return self.surgery.fold(ops.CENTER, (node, axis.dim, axis.size, axis.inner), like)
+
+    def _fold_output_scale(self, linear: Node, scale: Node, product: Node) -> None:
+        """scale ⊙ linear → the linear with λ in weight and bias; readers of the product read its other operand."""
+        fake = value(scale)
+        assert fake is not None
+        for name, dim in output_dims(linear).items():
+            operand = arguments(linear)[name]
+            with self.surgery.before(linear, operand, scale):
+                scaled = self.surgery.fold(ops.SCALE_FEATURES, (operand, scale, dim, fake.numel(), 1), linear)
+            set_argument(linear, name, scaled)
+        args = arguments(product)
+        plain = args["other"] if args["self"] is scale else args["self"]
+        self.surgery.replace(product, self.surgery.cast(plain, product))
+
+    def _redirect(self, user: Node | Norm, old: Node, new: Node) -> None:
+        if isinstance(user, Norm):
+            self.norm(user).input = new
+        else:
+            user.replace_input_with(old, new)

@@ -1,0 +1,101 @@
+"""Inserting, replacing and moving the nodes of a canonical graph.
+
+New nodes stand where their result is used (folds) or right after the value they centre, so nothing crosses an autocast
+or gradient-mode region.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from normfx.ir import ops
+from normfx.ir.calls import add_call, fake_result
+from normfx.ir.graph import arguments, shape, tensor, value
+from normfx.ir.order import Order
+
+
+class Surgery:
+    """The changes made to one graph so far.
+
+    folded:   the folds made, with the dtype they are rounded to
+    replaced: nodes that are gone, with what stands for them
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.order = Order(graph)
+        self.folded: dict[Node, torch.dtype] = {}
+        self.replaced: dict[Node, Node] = {}
+
+    @contextmanager
+    def before(self, place: Node, *operands: Any) -> Iterator[None]:
+        """New nodes stand before a node; operands of theirs that are computed after it move up.
+
+        That they may is proved when the graph is read: what an edit needs is then an operand of what it replaces, or
+        `Order.can_lift` of a value of parameters alone.
+        """
+        for operand in operands:
+            if isinstance(operand, Node):
+                self.order.lift(operand, place)
+        with self.graph.inserting_before(place):
+            yield
+
+    def replace(self, old: Node, new: Node) -> None:
+        self.replaced[old] = new
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+
+    def now(self, node: Node) -> Node:
+        """What a node of the plan has become."""
+        while node in self.replaced:
+            node = self.replaced[node]
+        return node
+
+    def fold(self, op: torch._ops.OpOverload, args: tuple[Any, ...], like: Node) -> Node:
+        """A fold with the dtype of what it folds. A fold of a fold is rounded once, last: the inner one stays wide."""
+        operand = args[0]
+        dtype = self.folded.get(operand, tensor(operand).dtype)
+        if operand in self.folded:
+            operand.args = (*operand.args[:-1], ops.accumulation_dtype(dtype))
+            operand.meta["val"] = fake_result(operand.target, operand.args, {})
+        node = add_call(self.graph, op, (*args, dtype), like)
+        self.folded[node] = dtype
+        return node
+
+    def cast(self, node: Node, like: Node) -> Node:
+        """The node, cast where its dtype differs from that of `like`."""
+        want, have = value(like), value(node)
+        assert want is not None and have is not None
+        if want.dtype == have.dtype:
+            return node
+        with self.before(like, node):
+            return add_call(self.graph, torch.ops.aten.to.dtype, (node, want.dtype), like)
+
+
+def set_argument(node: Node, name: str, new: Any) -> None:
+    """Another value for an argument of an ATen call, by its name in the schema."""
+    if name in node.kwargs:
+        node.update_kwarg(name, new)
+        return
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]  # an ATen call
+    index = names.index(name)
+    args = [*node.args, *[None] * (index + 1 - len(node.args))]
+    args[index] = new
+    node.args = tuple(args)
+
+
+def output_dims(linear: Node) -> dict[str, int]:
+    """Arguments of a linear or convolution that run over its output features, with that dimension."""
+    args = arguments(linear)
+    if "mat1" in args:
+        return {"mat2": 1, "self": len(shape(args["self"])) - 1}
+    if "weight" not in args:
+        return {"mat2" if "mat2" in args else "other": 1}
+    target = linear.target.name()  # type: ignore[union-attr]
+    transposed = args.get("transposed", "transpose" in target)
+    dims = {"weight": 1 if transposed else 0}
+    return {**dims, "bias": 0} if args["bias"] is not None else dims

@@ -1,0 +1,68 @@
+"""Writes the norms whose form a plan changes, once each and last, and joins them with what stands next to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch.fx import Node
+
+from normfx.edit import Edit, NormState
+from normfx.ir import ops
+from normfx.ir.aliasing import may_leave, storages_of
+from normfx.ir.calls import add_call
+from normfx.ir.cleanup import drop_dead_code
+from normfx.ir.fusion import Fusion
+from normfx.ir.graph import is_row_major, tensor
+from normfx.ir.resize import resize
+from normfx.ir.sites import Norm
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """written: the canonical op of each norm that was written again; shared: norms that have become the same function
+    of the same value as an earlier one, with that one"""
+
+    written: Mapping[Norm, Node] = field(default_factory=dict)
+    shared: Mapping[Norm, Norm] = field(default_factory=dict)
+
+
+def write_norms(edit: Edit) -> Rewritten:
+    """Write the norms, drop what they no longer need, join what is asked for."""
+    graph = edit.surgery.graph
+    storages = storages_of(graph)
+    leaving = {norm for norm, state in edit.norms.items() if may_leave(state.output, storages)}
+    written = {norm: _write(edit, norm, state) for norm, state in edit.norms.items()}
+    drop_dead_code(graph)
+    if edit.widths:
+        widths = {edit.surgery.now(node): width for node, width in edit.widths.items()}
+        resize(graph, widths, edit.compressed)
+    alive = set(graph.nodes)  # a norm that only a dropped value read is gone
+    fusion = Fusion(graph, {norm: node for norm, node in written.items() if node in alive})
+    fusion.centre_outputs()
+    fusion.share(leaving)
+    for site in edit.fused:
+        if site.norm in fusion.written:
+            fusion.fuse(site)
+    return Rewritten(fusion.written, fusion.shared)
+
+
+def _write(edit: Edit, norm: Norm, state: NormState) -> Node:
+    surgery = edit.surgery
+    centred = state.centred or norm.kind == "RMSNorm"
+    weight = norm.weight if state.affine else None
+    bias = norm.bias if state.affine else None
+    dim = norm.dims[0]
+    op, correction = ops.RMS_NORM if centred else ops.LAYER_NORM, norm.correction
+    if state.stored is not None:  # the divisor stays d − c
+        op = ops.CRMS_NORM if state.stored.basis == "drop" else op
+        correction += state.stored.width - state.stored.size
+    args = (surgery.now(state.input), weight, bias, dim, norm.eps, norm.eps_place, correction, state.scale)
+    with surgery.before(norm.output, *args[:3]):  # in the norm's own gradient mode
+        written = new = add_call(surgery.graph, op, (*args, norm.compute_dtype, state.out_dtype, False), norm.output)
+        if is_row_major(tensor(state.output)) and not is_row_major(tensor(new)):
+            # a view may rely on it
+            new = add_call(surgery.graph, torch.ops.aten.contiguous.default, (new,), norm.output)
+    surgery.replace(state.output, new)
+    return written
