@@ -60,6 +60,12 @@ def summary(graphs: Sequence[GraphReport], breaks: Sequence[GraphBreak], note: s
 
 
 def _became(sites: Sequence[SiteReport]) -> str:
+    """What became of them; of BatchNorms by themselves, which other rules are for."""
+    apart = [[s for s in sites if s.kind != "BatchNorm"], [s for s in sites if s.kind == "BatchNorm"]]
+    return "; ".join(_became_of(group) for group in apart if group)
+
+
+def _became_of(sites: Sequence[SiteReport]) -> str:
     kinds = Counter(site.kind for site in sites)
     converted = sum(site.to_rms_norm for site in sites)
     said = []

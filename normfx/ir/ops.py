@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, library
 
+from normfx.ir.channels import channel_scale, channel_shift, scale_channels, shift_channels
+
 FORM_ARGS = (
     "int dim, float eps, str eps_place, int correction, float scale, ScalarType compute_dtype, ScalarType out_dtype, "
     "bool centre_output"
@@ -335,7 +337,21 @@ FOLD_SHIFT = define(
 _BASIS_ARGS = "int dim, str basis, int channel, int width, ScalarType dtype) -> Tensor"
 COMPRESS = define(f"compress(Tensor x, {_BASIS_ARGS}", compress)
 COMPRESS_INPUT = define(f"compress_input(Tensor weight, {_BASIS_ARGS}", compress_input)
-FOLDS = frozenset({CENTER, SCALE_FEATURES, FOLD_SHIFT, COMPRESS, COMPRESS_INPUT})
+CHANNEL_SCALE = define("channel_scale(Tensor var, Tensor? weight, float eps) -> Tensor", channel_scale)
+CHANNEL_SHIFT = define(
+    "channel_shift(Tensor mean, Tensor scale, Tensor? bias, Tensor? before, ScalarType dtype) -> Tensor", channel_shift
+)
+_CHANNEL_ARGS = "int dim, int groups, ScalarType dtype) -> Tensor"
+SCALE_CHANNELS = define(f"scale_channels(Tensor weight, Tensor scale, {_CHANNEL_ARGS}", scale_channels)
+SHIFT_CHANNELS = define(f"shift_channels(Tensor weight, Tensor shift, Tensor? bias, {_CHANNEL_ARGS}", shift_channels)
+CHANNEL_FOLDS = {
+    CHANNEL_SCALE: channel_scale,
+    CHANNEL_SHIFT: channel_shift,
+    SCALE_CHANNELS: scale_channels,
+    SHIFT_CHANNELS: shift_channels,
+}
+"""Those of a BatchNorm, and their bodies."""
+FOLDS = frozenset({CENTER, SCALE_FEATURES, FOLD_SHIFT, COMPRESS, COMPRESS_INPUT, *CHANNEL_FOLDS})
 """Ops that make folded weights, or the centred copies of activations."""
 BODIES = {
     RMS_NORM: rms_norm,
@@ -346,5 +362,6 @@ BODIES = {
     CRMS_NORM: crms_norm,
     COMPRESS: compress,
     COMPRESS_INPUT: compress_input,
+    **CHANNEL_FOLDS,
 }
 """Each canonical op and its body."""

@@ -73,6 +73,8 @@ class Linear:
 
     weight_arg, bias_arg: names of schema arguments (bias_arg None: the op has no bias slot)
     in_dim:               dimension of the weight that runs over the input features
+    groups:               of a convolution (0: it is none)
+    border:               why a convolution adds up another part of its weight at some positions ("" where it does not)
     """
 
     node: Node
@@ -82,6 +84,8 @@ class Linear:
     weight_arg: str
     bias_arg: str | None
     in_dim: int
+    groups: int = 0
+    border: str = ""
 
 
 LeafKind = Literal["parameter", "centred", "scaled", "embedding", "norm", "raw", "value"]
@@ -231,6 +235,36 @@ class Residual:
 
 
 @dataclass(frozen=True, eq=False)
+class BatchNorm:
+    """A BatchNorm, the linear or convolution that it reads, and what reads it.
+
+    mean, var: the statistics that it is given; None: it takes those of the batch
+    writer:    the linear or convolution whose output features are its channels, with nothing but row-preserving ops
+               between; None: what it reads is something else
+    others:    readers, other than the BatchNorm, of the writer or of what lies between
+    apart:     why the writer cannot take the map on ("" when nothing speaks against it)
+    copies:    the BatchNorm's output leaves the graph and, without it, would be a view
+    readers:   what reads it
+    obstacle:  code of what forbids touching it at all ("" when nothing does), with the nodes in the way
+    """
+
+    norm: Norm
+    mean: Node | None
+    var: Node | None
+    readers: Readers
+    writer: Linear | None = None
+    others: tuple[Node, ...] = ()
+    apart: str = ""
+    copies: bool = False
+    obstacle: str = ""
+    nodes: tuple[Node, ...] = ()
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        return (self.norm,)
+
+
+@dataclass(frozen=True, eq=False)
 class Composed:
     """A weight that the graph computes from parameters alone.
 
@@ -259,3 +293,4 @@ class Sites:
     scaled: Mapping[Norm, Scaled] = field(default_factory=dict)
     residuals: tuple[Residual, ...] = ()
     composed: tuple[Composed, ...] = ()
+    batch_norms: tuple[BatchNorm, ...] = ()

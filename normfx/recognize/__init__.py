@@ -9,6 +9,7 @@ from torch.fx import Graph, Node
 from normfx.ir.graph import grad_modes, parameter_only
 from normfx.ir.order import Order
 from normfx.ir.sites import Sites
+from normfx.recognize.batch import find_batch_norms
 from normfx.recognize.composed import find_composed
 from normfx.recognize.norms import find_norms
 from normfx.recognize.readers import find_all_readers, find_scaled
@@ -39,9 +40,10 @@ def recognize(
     return Sites(
         norms=norms,
         streams=find_streams(graph, norms, parameters, mutated, modes, order, priced),
-        readers=find_all_readers(norms, parameters, mutated, modes, priced),
+        readers=find_all_readers([n for n in norms if n.kind != "BatchNorm"], parameters, mutated, modes, priced),
         scaled={found.norm: found for found in scaled},
         residuals=tuple(find_residuals(norms, scaled, parameters, mutated, modes, order)),
+        batch_norms=tuple(find_batch_norms(graph, norms, parameters, mutated, modes, order, priced)),
         composed=tuple(find_composed(graph, parameters, weights if live is None else priced)),
     )
 

@@ -17,11 +17,11 @@ from torch.fx import Node
 from normfx.ir.graph import value
 from normfx.ir.sites import Axis
 from normfx.recognize import arithmetic, indexing, mixing  # noqa: F401  # they enter their ops in the table
-from normfx.recognize.linears import LINEARS, scales_rows
+from normfx.recognize.linears import CONVOLUTIONS, LINEARS, scales_rows
 from normfx.recognize.moves import CASTS, RESHAPES
 from normfx.recognize.table import PARTS, Constants, Flow
 
-__all__ = ["CASTS", "LINEARS", "PARTS", "RESHAPES", "Constants", "Flow", "flow", "scales_rows"]
+__all__ = ["CASTS", "CONVOLUTIONS", "LINEARS", "PARTS", "RESHAPES", "Constants", "Flow", "flow", "scales_rows"]
 
 
 def flow(node: Node, axis: Axis, constants: Constants) -> Flow | None:

@@ -88,6 +88,8 @@ def _weight_flow(weight: Node, dim: int, bias: Node | None, bias_dim: int, axis:
     return Flow((*carried.carried, (bias, axis.at(bias_dim))))
 
 
+CONVOLUTIONS = frozenset(name for name, handler in TABLE.items() if handler is _convolution)
+
 LINEARS = frozenset(n for n, h in TABLE.items() if h in (_linear, _addmm, _matmul, _grouped_mm, _convolution))
 """Linears whose weight and bias are arguments of their own."""
 

@@ -180,10 +180,15 @@ def _describe(op: str, call: dict[str, Any]) -> _Op | None:
 
 
 def _batch_obstacle(op: str, call: dict[str, Any]) -> str:
-    live = call.get("training", "no_training" not in op and "no_update" not in op)
-    if live or call.get("running_mean") is None:
+    if takes_batch_statistics(op, call):
         return "it takes its statistics over the batch, not over the features"
     return "with running statistics it is an affine map of each channel, not a normalisation of its input"
+
+
+def takes_batch_statistics(op: str, call: dict[str, Any]) -> bool:
+    """Whether a call of a BatchNorm normalises by the statistics of its input, whatever module or mode it is in."""
+    live = call.get("training", "no_training" not in op and "no_update" not in op)
+    return live is not False or call.get("running_mean") is None or call.get("running_var") is None
 
 
 def _product(sizes: list[object]) -> int:

@@ -10,7 +10,7 @@ from torch.fx import Node
 from normfx.ir.graph import SHAPE_READS, arguments, entry_readers, is_getitem, occurrences, op_name, shape, value
 from normfx.ir.sites import Axis, Linear, Norm, Readers, Scaled
 from normfx.recognize.axes import reshape_axis
-from normfx.recognize.flow import CASTS, PARTS, RESHAPES, Constants, flow
+from normfx.recognize.flow import CASTS, CONVOLUTIONS, PARTS, RESHAPES, Constants, flow
 
 ROW_OPS = (
     RESHAPES
@@ -82,8 +82,9 @@ def find_readers(
     constants: Constants,
     modes: Mapping[Node, bool],
     live: frozenset[Node] = frozenset(),
+    channels: Axis | None = None,
 ) -> Readers:
-    """Walk forwards from a norm's output along its feature axis.
+    """Walk forwards from a norm's output along its feature axis, or along its channels, which convolutions read too.
 
     Nothing in another gradient mode than the norm can take γ and β on: they would gain or lose gradients.
     """
@@ -91,7 +92,8 @@ def find_readers(
     linears: list[tuple[Linear, Axis, float]] = []
     path: list[Node] = []
     others: list[Node] = []
-    axis = norm.axis
+    axis = norm.axis if channels is None else channels
+    shifted = norm.bias is not None or channels is not None
     axes = {norm.output: axis} if axis is not None else {}
     work = [(norm.output, axis, 1.0)] if axis is not None else []
     if axis is None:
@@ -100,9 +102,11 @@ def find_readers(
         node, axis, factor = work.pop()
         for user in entry_readers(node):
             same_mode = modes[user] == modes[norm.output]
-            linear = linear_reader(user, node, axis, parameters, norm.bias is not None)
+            linear = linear_reader(user, node, axis, parameters, shifted)
+            if channels is not None:
+                linear = linear or convolution_reader(user, node, axis, parameters)
             factor_here = number_factor(user, node)
-            onward = _forward(user, node, axis, constants) if _passes_rows(user) else None
+            onward = _forward(user, node, axis, constants) if passes_rows(user) else None
             if not same_mode:
                 others.append(user)
             elif (
@@ -122,10 +126,12 @@ def find_readers(
     return Readers(norm, tuple(linears), tuple(path), tuple(others), live=live, axes=axes)
 
 
-def _passes_rows(user: Node) -> bool:
+def passes_rows(user: Node) -> bool:
     """Whether every row that comes out is one that went in, or a mean of such."""
     if op_name(user) in ("aten::pad", "aten::constant_pad_nd"):
-        return not any(arguments(user)["pad"])  # Swin's blocks pad in any case
+        args = arguments(user)
+        copies = args.get("mode", "constant") in ("reflect", "replicate", "circular")
+        return copies or not any(args["pad"])  # Swin's blocks pad in any case
     return op_name(user) in ROW_OPS or is_getitem(user)
 
 
@@ -167,6 +173,39 @@ def linear_reader(user: Node, node: Node, axis: Axis, parameters: frozenset[Node
     if weight.ndim != 2 and (weight.ndim < 2 or len(shape(node)) < 2):
         return None
     return None if shifted and op_name(user) == "aten::_grouped_mm" else found
+
+
+def convolution_reader(user: Node, node: Node, axis: Axis, parameters: frozenset[Node]) -> Linear | None:
+    """The convolution through which `user` reads `node`, whose channels lie along the axis."""
+    found = convolution(user)
+    if found is None or found.value is not node or occurrences(user, node) != 1 or axis.inner != 1:
+        return None
+    spatial = len(shape(found.weight)) - 2
+    whole = axis.dim == len(shape(node)) - spatial - 1 and axis.size == shape(node)[axis.dim]
+    return found if whole and of_parameters(found, parameters) else None
+
+
+def convolution(node: Node) -> Linear | None:
+    """A convolution as a linear: its operands, its groups, and where its kernel reaches beyond its input.
+
+    Of a transposed one each output position has its own part of the kernel.
+    """
+    if op_name(node) not in CONVOLUTIONS:
+        return None
+    args = arguments(node)
+    transposed = args.get("transposed", "transpose" in op_name(node))
+    padding, kernel = args["padding"], shape(args["weight"])[2:]
+    padded = any(padding) if not isinstance(padding, str) else padding == "same" and any(k != 1 for k in kernel)
+    border = "it is transposed" if transposed else "it pads with zeros" if padded else ""
+    in_dim = 0 if transposed else 1
+    return Linear(node, args["input"], args["weight"], args["bias"], "weight", "bias", in_dim, args["groups"], border)
+
+
+def of_parameters(linear: Linear, parameters: frozenset[Node]) -> bool:
+    """Whether the weight is a floating value of parameters alone, and the bias, if there is one, too."""
+    weight = value(linear.weight)
+    bias = linear.bias is None or (linear.bias in parameters and value(linear.bias) is not None)
+    return bias and linear.weight in parameters and weight is not None and weight.is_floating_point()
 
 
 def _linear(user: Node) -> Linear | None:

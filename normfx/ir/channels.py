@@ -1,0 +1,58 @@
+"""The folds of a BatchNorm with running statistics, which is an affine map of each channel: s ⊙ x + t with
+s = γ/sqrt(var + ε) and t = β − s·mean (maths M16).
+
+Bodies of canonical ops (ir/ops.py): products and sums in float32 or better, rounded once. Running statistics have no
+gradient, in eager mode neither.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def channel_scale(var: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """s = γ/sqrt(var + ε), in float32 or better."""
+    scale = torch.rsqrt(_wide(var.detach()) + eps)
+    return scale if weight is None else scale * _wide(weight)
+
+
+def channel_shift(
+    mean: Tensor, scale: Tensor, bias: Tensor | None, before: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """s·(b − mean) + β: the bias after the map, of what had the bias b before it; without b it is t."""
+    shift = -_wide(mean.detach()) if before is None else _wide(before) - _wide(mean.detach())
+    shift = shift * scale
+    return (shift if bias is None else shift + _wide(bias)).to(dtype)
+
+
+def scale_channels(weight: Tensor, scale: Tensor, dim: int, groups: int, dtype: torch.dtype) -> Tensor:
+    """W ⊙ s along dimension 0 or 1 of a linear's or convolution's weight.
+
+    Where the channels of dimension 1 are those of one group, dimension 0 runs over the groups: each block of its
+    entries has its own part of s.
+    """
+    return (_wide(weight) * _spread(scale, weight, dim, groups)).to(dtype)
+
+
+def shift_channels(
+    weight: Tensor, shift: Tensor, bias: Tensor | None, dim: int, groups: int, dtype: torch.dtype
+) -> Tensor:
+    """c + Σ W ⊙ t over the input channels, dimension 1 of a convolution's weight, and all taps of its kernel."""
+    others = [d for d in range(weight.ndim) if d != 1 - dim]
+    total = (_wide(weight) * _spread(shift, weight, dim, groups)).sum(others)
+    return (total if bias is None else total + _wide(bias)).to(dtype)
+
+
+def _spread(vector: Tensor, weight: Tensor, dim: int, groups: int) -> Tensor:
+    """A number for each channel, shaped to broadcast to a weight."""
+    ones = [1] * (weight.ndim - 2)
+    if dim == 0:
+        return vector.reshape(-1, 1, *ones)
+    rows, columns = weight.shape[0] // groups, weight.shape[1]
+    blocks = vector.reshape(groups, 1, columns).expand(groups, rows, columns)
+    return blocks.reshape(groups * rows, columns, *ones)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)

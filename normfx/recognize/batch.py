@@ -1,0 +1,116 @@
+"""BatchNorms, with the linear or convolution that each reads and those that read it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch.fx import Graph, Node
+
+from normfx.ir.aliasing import may_leave, storages_of
+from normfx.ir.graph import arguments, entry_readers, occurrences, op_name, shape, tensor, value
+from normfx.ir.order import Order
+from normfx.ir.sites import Axis, BatchNorm, Linear, Norm, Readers
+from normfx.recognize.flow import Constants, flow
+from normfx.recognize.norms import BATCH_NORMS, takes_batch_statistics
+from normfx.recognize.readers import convolution, find_readers, of_parameters, passes_rows
+
+
+def find_batch_norms(
+    graph: Graph,
+    norms: Iterable[Norm],
+    parameters: frozenset[Node],
+    barred: frozenset[Node],
+    modes: Mapping[Node, bool],
+    order: Order,
+    live: frozenset[Node],
+) -> Iterator[BatchNorm]:
+    """One for each BatchNorm, whether or not it can be folded.
+
+    barred: values that are written in place somewhere; nothing is assumed of them
+    """
+    found = [norm for norm in norms if norm.kind == "BatchNorm"]
+    storages = storages_of(graph) if found else {}
+    for norm in found:
+        call = next(node for node in norm.nodes if op_name(node) in BATCH_NORMS)
+        args = arguments(call)
+        mean, var = args.get("running_mean"), args.get("running_var")
+        obstacle, nodes = _obstacle(norm, call, args, parameters, barred)
+        if obstacle:
+            yield BatchNorm(norm, mean, var, Readers(norm, (), (), ()), obstacle=obstacle, nodes=nodes)
+            continue
+        axis, constants = Axis(1, int(shape(norm.input)[1])), Constants(barred)
+        readers = find_readers(norm, parameters, constants, modes, live, axis)
+        writer, others, apart = _writer(norm, call, axis, parameters, constants, modes)
+        if writer is not None and not apart and not _takes(writer, norm, mean, var, order):
+            apart = "its weight, or the statistics, cannot be read where it runs"
+        views = writer is not None and bool(storages[norm.input] & storages[writer.node]) and norm.input != writer.node
+        copies = views and may_leave(norm.output, storages)
+        yield BatchNorm(norm, mean, var, readers, writer, others, apart, copies)
+
+
+def _obstacle(
+    norm: Norm, call: Node, args: Mapping[str, Any], parameters: frozenset[Node], barred: frozenset[Node]
+) -> tuple[str, tuple[Node, ...]]:
+    """What forbids treating a BatchNorm as an affine map of its channels, and the nodes in the way."""
+    if takes_batch_statistics(op_name(call), dict(args)):
+        return "batch_statistics", (call,)
+    given = [args.get(name) for name in ("running_mean", "running_var", "weight", "bias")]
+    computed = tuple(node for node in given if isinstance(node, Node) and node not in parameters)
+    if computed:
+        return "computed", computed
+    written = tuple(node for node in (norm.input, norm.output) if node in barred)
+    if written:
+        return "mutated", written
+    results = tuple(user for user in call.users if call is not norm.output and user is not norm.output)
+    features = shape(norm.input)[1]
+    if results or not isinstance(features, int) or features < 2 or tensor(norm.input).dtype != norm.out_dtype:
+        return "opaque_norm", results or (call,)
+    return "", ()
+
+
+def _writer(
+    norm: Norm,
+    call: Node,
+    axis: Axis,
+    parameters: frozenset[Node],
+    constants: Constants,
+    modes: Mapping[Node, bool],
+) -> tuple[Linear | None, tuple[Node, ...], str]:
+    """Walk backwards from a BatchNorm's input: its writer, other readers on the way, and what sets the writer apart."""
+    node, reader, others = norm.input, call, dict[Node, None]()
+    while True:
+        others.update(dict.fromkeys(user for user in entry_readers(node) if user is not reader))
+        if node in parameters or node in constants.barred or occurrences(reader, node) != 1:
+            return None, (), ""
+        linear = _written_by(node, axis, parameters)
+        if linear is not None:
+            apart = "" if modes[node] == modes[norm.output] else "it runs in another gradient mode"
+            return linear, tuple(others), apart
+        step = flow(node, axis, constants) if passes_rows(node) else None
+        if step is None or len(step.carried) != 1 or step.dropped or modes[node] != modes[norm.output]:
+            return None, (), ""
+        reader = node
+        node, axis = step.carried[0]
+
+
+def _written_by(node: Node, axis: Axis, parameters: frozenset[Node]) -> Linear | None:
+    """The node as the linear or convolution whose output features are the whole axis."""
+    if value(node) is None or axis.inner != 1 or axis.size != shape(node)[axis.dim]:
+        return None
+    if op_name(node) == "aten::linear":
+        args = arguments(node)
+        found = Linear(node, args["input"], args["weight"], args["bias"], "weight", "bias", 1)
+        whole = len(shape(found.weight)) == 2 and axis.dim == len(shape(node)) - 1
+        return found if whole and of_parameters(found, parameters) else None
+    written = convolution(node)
+    if written is None or axis.dim != len(shape(node)) - len(shape(written.weight)) + 1:
+        return None
+    return written if of_parameters(written, parameters) else None
+
+
+def _takes(writer: Linear, norm: Norm, mean: Node, var: Node, order: Order) -> bool:
+    """Whether what the map is made of can be read at the writer, on its device."""
+    parts = [part for part in (mean, var, norm.weight, norm.bias) if part is not None]
+    near = all(tensor(part).device == tensor(writer.weight).device for part in parts)
+    return near and all(order.can_lift(part, writer.node) for part in parts)
