@@ -23,7 +23,6 @@ from typing import Any
 import sympy
 import torch
 from torch import nn
-from torch.fx import Node
 
 from normfx.edit import Edit
 from normfx.ir.graph import bytes_of, entries, shape, size_hint, tensor, total
@@ -119,7 +118,7 @@ def _weight_objections(linears: tuple[Linear, ...], site: BatchNorm) -> Iterator
 
 
 def cost(site: BatchNorm) -> Cost:
-    """A pass over its output, and those for the gradients of γ and β; afterwards none, but for weights that are live."""
+    """A pass over its output, and those for the gradients of γ and β; afterwards none, but for live weights."""
     return _cost(_targets(site), site)
 
 
@@ -188,7 +187,9 @@ class _Block(nn.Module):
         if self.tap == "computed":
             norm = self.norm
             return torch.relu(
-                nn.functional.batch_norm(written, x.detach().mean() + norm.running_mean, norm.running_var, norm.weight, norm.bias)
+                nn.functional.batch_norm(
+                    written, x.detach().mean() + norm.running_mean, norm.running_var, norm.weight, norm.bias
+                )
             )
         if self.tap == "written":
             out = self.norm(written)
@@ -233,7 +234,8 @@ RULE = Rule(
         ),
         "mutated": Code("its input or output is written in place", "write out-of-place: x = x + y"),
         "opaque_norm": Code(
-            "its own statistics are read, its number of channels is symbolic or 1, or it changes the dtype", "none needed"
+            "its own statistics are read, its number of channels is symbolic or 1, or it changes the dtype",
+            "none needed",
         ),
         "no_writer": Code(
             "what it reads is not the output of a linear or convolution over its channels, with a weight of parameters",
@@ -263,7 +265,7 @@ RULE = Rule(
             "keep the weights in float32",
         ),
         "rounded_shift": Code(
-            "the linear or convolution computes in half precision, which rounds t: it may be much longer than the output",
+            "the linear or convolution computes in half precision, which rounds t: it may be longer than the output",
             "none needed: it stays as it is",
         ),
         "live_weights": centring.CODES["live_weights"],
