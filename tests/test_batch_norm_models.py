@@ -16,10 +16,10 @@ pytestmark = pytest.mark.slow
 
 MODELS: dict[str, tuple[int, int, int]] = {
     "resnet18": (96, 20, 20),
-    "regnetx_002": (96, 0, 0),
+    "regnetx_002": (96, 44, 44),
     "levit_128s": (224, 52, 52),
-    "efficientnet_b0": (96, 0, 0),
-    "fastvit_t8": (96, 0, 0),
+    "efficientnet_b0": (96, 49, 49),
+    "fastvit_t8": (96, 70, 46),
     "repvgg_a0": (96, 61, 44),
 }
 """Size of an image, BatchNorms in the graph, those folded."""

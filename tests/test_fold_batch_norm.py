@@ -123,6 +123,22 @@ FORMS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
         ),
         images(),
     ),
+    "behind a LayerNorm of a stream, before another": (
+        lambda: Function(
+            lambda m, x: m.head(m.last((h := m.enter(x)) + m.norm(m.write(m.first(h))))),
+            enter=nn.Linear(4, 6), first=nn.LayerNorm(6), write=nn.Linear(6, 6), norm=nn.BatchNorm1d(6),
+            last=nn.LayerNorm(6), head=nn.Linear(6, 3),
+        ),
+        images(5, 4),
+    ),
+    "before a writer of a stream": (
+        lambda: Function(
+            lambda m, x: m.head(m.last(m.skip(x) + m.write(m.norm(x.tanh())))),
+            skip=nn.Linear(4, 6), norm=nn.BatchNorm1d(4), write=nn.Linear(4, 6), last=nn.LayerNorm(6),
+            head=nn.Linear(6, 3),
+        ),
+        images(5, 4),
+    ),
     "RMSNorm after it, and a stream": (
         lambda: Function(
             lambda m, x: m.read(m.layer(m.norm(m.write(x)) + m.skip(x))),

@@ -93,6 +93,8 @@ def _reader_objections(site: BatchNorm) -> Iterator[Objection]:
     if others or not linears:
         yield "reader_not_linear", ", ".join(node.name for node in others), others or (site.norm.output,)
     for linear in linears:
+        if tensor(linear.weight).device != tensor(site.norm.output).device:
+            yield "apart", f"{linear.node.name} is on another device", (linear.node,)
         if linear.border:
             yield "border", f"{linear.node.name}: {linear.border}", (linear.node,)
     yield from _weight_objections(linears, site)
@@ -246,7 +248,7 @@ RULE = Rule(
             "none needed: it stays as it is",
         ),
         "apart": Code(
-            "the linear or convolution that it reads runs in another mode or on another device",
+            "the linear or convolution next to it runs in another mode or on another device",
             "run both in one torch.no_grad() region, or outside of it",
         ),
         "reader_not_linear": Code(
