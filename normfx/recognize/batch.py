@@ -42,7 +42,7 @@ def find_batch_norms(
         axis, constants = Axis(1, int(shape(norm.input)[1])), Constants(barred)
         readers = find_readers(norm, parameters, constants, modes, live, axis)
         writer, others, apart = _writer(norm, call, axis, parameters, constants, modes)
-        if writer is not None and not apart and not _takes(writer, norm, mean, var, order):
+        if writer is not None and not apart and not _takes(writer, (mean, var, norm.weight, norm.bias), order):
             apart = "its weight, or the statistics, cannot be read where it runs"
         views = writer is not None and bool(storages[norm.input] & storages[writer.node]) and norm.input != writer.node
         copies = views and may_leave(norm.output, storages)
@@ -109,8 +109,8 @@ def _written_by(node: Node, axis: Axis, parameters: frozenset[Node]) -> Linear |
     return written if of_parameters(written, parameters) else None
 
 
-def _takes(writer: Linear, norm: Norm, mean: Node, var: Node, order: Order) -> bool:
+def _takes(writer: Linear, operands: Iterable[Node | None], order: Order) -> bool:
     """Whether what the map is made of can be read at the writer, on its device."""
-    parts = [part for part in (mean, var, norm.weight, norm.bias) if part is not None]
+    parts = [part for part in operands if part is not None]
     near = all(tensor(part).device == tensor(writer.weight).device for part in parts)
     return near and all(order.can_lift(part, writer.node) for part in parts)

@@ -187,12 +187,8 @@ class _Block(nn.Module):
             return torch.relu(self.norm(written))
         written = self.write(x)
         if self.tap == "computed":
-            norm = self.norm
-            return torch.relu(
-                nn.functional.batch_norm(
-                    written, x.detach().mean() + norm.running_mean, norm.running_var, norm.weight, norm.bias
-                )
-            )
+            norm, mean = self.norm, x.detach().mean().expand(4)
+            return torch.relu(nn.functional.batch_norm(written, mean, norm.running_var, norm.weight, norm.bias))
         if self.tap == "written":
             out = self.norm(written)
             out[0].add_(1.0)
