@@ -75,14 +75,14 @@ FORMS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
         lambda: chain(nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect", bias=False)),
         images(),
     ),
-    "into two readers, behind a number": (
+    "into two readers, after a number": (
         lambda: Function(
             lambda m, x: (m.first(y := -0.5 * m.norm(x.tanh())), m.second(y)),
             norm=nn.BatchNorm2d(4), first=nn.Conv2d(4, 6, 1), second=nn.Conv2d(4, 4, 3, groups=4),
         ),
         images(),
     ),
-    "into a linear, behind a mean": (
+    "into a linear, after a mean": (
         lambda: Function(
             lambda m, x: m.read(m.norm(x.tanh()).mean((2, 3))), norm=nn.BatchNorm2d(4), read=nn.Linear(4, 3)
         ),
@@ -123,7 +123,7 @@ FORMS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
         ),
         images(),
     ),
-    "behind a LayerNorm of a stream, before another": (
+    "after a LayerNorm of a stream, before another": (
         lambda: Function(
             lambda m, x: m.head(m.last((h := m.enter(x)) + m.norm(m.write(m.first(h))))),
             enter=nn.Linear(4, 6), first=nn.LayerNorm(6), write=nn.Linear(6, 6), norm=nn.BatchNorm1d(6),
