@@ -152,6 +152,9 @@ class _Read(nn.Module):
         if self.tap in ("bfloat16", "float16"):
             with torch.autocast("cpu", getattr(torch, self.tap)):
                 return self.read(self.norm(x))
+        if self.tap == "statistics":
+            y, mean, _ = torch.native_layer_norm(x, [6], self.norm.weight, self.norm.bias, self.norm.eps)
+            return self.read(y), mean
         y = self.norm(x)
         if self.tap == "unread":
             return x + 0.0 * y.shape[0]
@@ -232,5 +235,7 @@ RULE = Rule(
         Example("float16", lambda: _Read("float16", nn.LayerNorm(6, bias=False)), _input, "short_range"),
         Example("no affine", lambda: _Read(norm=nn.LayerNorm(6, elementwise_affine=False)), _input, "no_affine"),
         Example("two axes", lambda: _Read(norm=nn.LayerNorm((5, 6))), _input, "several_axes"),
+        Example("statistics returned", lambda: _Read("statistics"), _input, "opaque_norm"),
+        Example("few rows in training", _Read, _input, "live_weights", fold="auto"),
     ),
 )
