@@ -53,8 +53,8 @@ class _Heads(nn.Module):
         mixed = projected
         if self.case in ("activation", "returned"):  # a linear that mixes tokens: the stream passes through it
             entered = torch.tanh(projected) if self.case == "activation" else projected
-            mixed = self.tokens(entered.transpose(1, 2)).transpose(1, 2)
-        heads = self.norm(mixed.unflatten(2, (3, 4)))
+            mixed = self.tokens(entered.transpose(1, 2)).transpose(1, 2).contiguous()
+        heads = self.norm(mixed.view(2, 5, 3, 4))
         return (heads, projected) if self.case == "returned" else heads
 
 
