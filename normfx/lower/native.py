@@ -14,7 +14,7 @@ from normfx.ir.form import Form
 from normfx.ir.fused_ops import ADD_LAYER_NORM, NORM_ADD_NORM, NormCall, add_norm, norm_call
 from normfx.ir.graph import grad_modes, shape, tensor
 from normfx.ir.ops import accumulation_dtype
-from normfx.plan import faster_spelled
+from normfx.lower.choice import faster_spelled
 
 aten = torch.ops.aten
 
