@@ -22,6 +22,7 @@ from normfx.errors import NormfxError, NormfxWarning, StageError, crash_note, st
 from normfx.ir import ops
 from normfx.ir.aliasing import mutated
 from normfx.ir.cleanup import drop_dead_code
+from normfx.ir.facts import facts_of
 from normfx.ir.functionalize import functionalize_local
 from normfx.ir.fusion import centres_output
 from normfx.ir.names import module_path, source_line
@@ -231,9 +232,9 @@ def _simplify(work: Work) -> None:
 
 def _recognize(work: Work) -> None:
     """The norms, streams and readers of the graph."""
-    graph, weights = work.canonical.graph, work.captured.weights
+    weights = work.captured.weights
     live = None if work.settings.fold == "live" else weights - _keepable(work.captured, work.settings)
-    work.sites = recognize(graph, weights, mutated(graph), module_path, source_line, live)
+    work.sites = recognize(facts_of(work.canonical.graph, weights, live), module_path, source_line)
 
 
 def _decide(work: Work) -> None:

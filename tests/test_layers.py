@@ -24,6 +24,7 @@ FLOORS = (
     ("ir.aliasing", "ir.barriers"),
     ("ir.graph",),
     ("ir.sites", "ir.order", "ir.packing", "ir.expand", "ir.sources", "ir.recompute"),
+    ("ir.facts",),
     ("ir.functionalize", "ir.simplify", "ir.verify", "ir.printer", "ir.inline", "ir.calls"),
     ("ir.producers", "ir.fused_ops"),
     ("ir.fusion", "ir.resize"),
