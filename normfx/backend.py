@@ -1,4 +1,4 @@
-"""The pipeline behind torch.compile(..., backend="normfx"): one call per stage, no logic of its own."""
+"""The pipeline of torch.compile(..., backend="normfx"): a list of stages (PIPELINE), no logic of its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,12 +22,14 @@ from normfx.errors import NormfxError, NormfxWarning, StageError, crash_note, st
 from normfx.ir import ops
 from normfx.ir.aliasing import mutated
 from normfx.ir.cleanup import drop_dead_code
+from normfx.ir.facts import facts_of
 from normfx.ir.functionalize import functionalize_local
 from normfx.ir.fusion import centres_output
 from normfx.ir.names import module_path, source_line
 from normfx.ir.printer import print_graph
 from normfx.ir.recompute import keep_folds
 from normfx.ir.simplify import drop_identities, read_parts
+from normfx.ir.sites import Sites
 from normfx.ir.verify import Checked, verify
 from normfx.lower import choice
 from normfx.lower.folded import Compiled, Folding, compile_folded, hoist, is_frozen
@@ -157,6 +159,162 @@ class Transformed:
     weights: frozenset[Node] = frozenset()
 
 
+@dataclass(eq=False)
+class Work:
+    """A graph on its way through the stages: what it starts with, and what each stage finds for later ones.
+
+    freezes: the canonical graph is wanted even if no rule applies
+    stage:   the one that runs, or failed; seconds: by stage
+    """
+
+    settings: Options
+    freezes: bool = False
+    original: GraphModule | None = None
+    example_inputs: Sequence[Any] = ()
+    captured: Captured = field(init=False)
+    values: Mapping[Node, torch.Tensor] = field(default_factory=dict)
+    sites: Sites = field(init=False)
+    plan: Plan = field(init=False)
+    before: str = ""
+    done: Rewritten = field(default_factory=Rewritten)
+    lowered: Lowered = field(default_factory=Lowered)
+    report: GraphReport = field(init=False)
+    folding: Folding | None = None
+    stored_sums: int = 0
+    checked: Checked = field(default_factory=dict)
+    stage: str = "capture"
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def canonical(self) -> GraphModule:
+        return self.captured.graph_module
+
+    @property
+    def used(self) -> bool:
+        """Whether the canonical graph is compiled, whatever else becomes of it."""
+        return self.plan.changes or self.freezes or bool(_forcing)
+
+    def text(self) -> str:
+        names = {n: s.name for n, s in self.captured.sources.items()}
+        return print_graph(self.canonical.graph, names, self.captured.weights, module_path)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step on a graph. when: it is left out otherwise; check: the graph's invariants are checked after it, under this
+    name; exported: it is part of normfx.rewrite too."""
+
+    name: str
+    run: Callable[[Work], None]
+    when: Callable[[Work], bool] = lambda work: True
+    check: str = ""
+    exported: bool = True
+
+
+def _capture(work: Work) -> None:
+    """Dynamo's graph → the canonical one, in ATen before autograd and autocast."""
+    assert work.original is not None
+    work.captured = capture(work.original, work.example_inputs)
+    work.values = _values(work.captured, work.example_inputs)
+
+
+def _functionalize(work: Work) -> None:
+    """In-place writes to values that nothing else sees become out-of-place."""
+    functionalize_local(work.canonical)
+
+
+def _simplify(work: Work) -> None:
+    """Ops that do nothing go, and parts of what was joined are read directly."""
+    drop_identities(work.canonical)
+    if read_parts(work.canonical, mutated(work.canonical.graph)):
+        drop_dead_code(work.canonical.graph)
+
+
+def _recognize(work: Work) -> None:
+    """The norms, streams and readers of the graph."""
+    weights = work.captured.weights
+    live = None if work.settings.fold == "live" else weights - _keepable(work.captured, work.settings)
+    work.sites = recognize(facts_of(work.canonical.graph, weights, live), module_path, source_line)
+
+
+def _decide(work: Work) -> None:
+    """Which rule is applied where, and why not elsewhere."""
+    option = work.settings.lowering
+    work.plan = make_plan(work.sites, work.settings.rules, choice.spells(option), choice.may_run(option))
+    work.before = work.text()
+
+
+def _rewrite(work: Work) -> None:
+    """The plan, carried out."""
+    work.done = apply_plan(work.canonical, work.plan, work.values, work.settings.rule_options)
+    keep_folds(work.canonical.graph, work.captured.weights)
+
+
+def _lower(work: Work) -> None:
+    """Norms go to generated kernels, to ATen, or stay as they are for Inductor."""
+    option = work.settings.lowering
+    if option != "inductor":
+        work.lowered = lower_norms(work.canonical, option == "triton", work.captured.trained)
+    use_native_norms(work.canonical)
+
+
+def _tell(work: Work) -> None:
+    """The report of what was done."""
+    weights, plan = work.captured.weights, work.plan
+    names = {n: s.name for n, s in work.captured.sources.items()}
+    after = work.text() if plan.changes else work.before
+    report = graph_report(
+        plan, work.before, after, module_path, _count_folds(work.canonical, weights), work.seconds, names
+    )
+    on = [work.lowered.of.get(work.done.written.get(norm)) for norm in plan.norms]
+    report = report.with_lowering(on, work.lowered.kernels)
+    report = report.with_shared([work.done.shared.get(norm) for norm in plan.norms])
+    work.report = report
+    _log(report, plan, work.settings)
+
+
+def _fold(work: Work) -> None:
+    """Folds of parameters that need no gradient leave the graph: their values are kept."""
+    work.folding = _keep_folds(work.captured, work.settings, not work.freezes)
+
+
+def _store(work: Work) -> None:
+    """Sums of residual streams are stored once, where that moves fewer bytes."""
+    work.stored_sums = store_sums(work.canonical)
+
+
+def _changes(work: Work) -> bool:
+    return work.plan.changes
+
+
+PIPELINE = (
+    Stage("capture", _capture, exported=False),
+    Stage("functionalize", _functionalize),
+    Stage("simplify", _simplify, check="capture"),
+    Stage("recognize", _recognize),
+    Stage("plan", _decide),
+    Stage("rewrite", _rewrite, when=_changes, check="rewrite"),
+    Stage("lower", _lower, when=_changes, check="lower"),
+    Stage("report", _tell),
+    Stage("fold", _fold, when=lambda work: work.used and work.settings.fold != "live", exported=False),
+    Stage("store", _store, when=lambda work: bool(work.report.sites and work.settings.rules), exported=False),
+)
+"""What becomes of a graph, stage after stage. What remains is compiled: by Inductor (lower/inductor.py), and with kept
+folds by lower/folded.py."""
+
+
+def _run(work: Work, exported: bool = False) -> None:
+    for stage in PIPELINE:
+        if (exported and not stage.exported) or not stage.when(work):
+            continue
+        work.stage = stage.name
+        begin = time.perf_counter()
+        stage.run(work)
+        work.seconds[stage.name] = time.perf_counter() - begin
+        if stage.check and work.settings.check:
+            verify(work.canonical, stage.check, work.checked)
+
+
 def transform(gm: GraphModule, example_inputs: Sequence[Any], settings: Options, freezes: bool = False) -> Transformed:
     """Dynamo graph → rewritten canonical graph, or the graph itself when nothing applies or a stage failed.
 
@@ -164,82 +322,31 @@ def transform(gm: GraphModule, example_inputs: Sequence[Any], settings: Options,
 
     freezes: the canonical graph is wanted even if no rule applies
     """
-    stages = _Stages()
+    work = Work(settings, freezes, gm, example_inputs)
     specialize_epsilons(gm)
     source, number = function(gm), compile_id()
     try:
-        captured = stages.run("capture", capture, gm, example_inputs)
-        changed, report = transform_canonical(captured, settings, stages, _values(captured, example_inputs))
-        used, folding = changed or freezes or bool(_forcing), None
-        if used and settings.fold != "live":
-            folding = stages.run("fold", _keep_folds, captured, settings, not freezes)
-        stored_sums = stages.run("store", store_sums, captured.graph_module) if report.sites and settings.rules else 0
+        _run(work)
     except Exception as error:
         if settings.strict:
-            raise StageError(stages.current, error) from error
-        warnings.warn(stage_warning(stages.current, error), NormfxWarning, stacklevel=2)
-        failure = FailureReport(stages.current, f"{type(error).__name__}: {error}")
+            raise StageError(work.stage, error) from error
+        warnings.warn(stage_warning(work.stage, error), NormfxWarning, stacklevel=2)
+        failure = FailureReport(work.stage, f"{type(error).__name__}: {error}")
         return Transformed(gm, GraphReport((), failure=failure, function=source, compile_id=number))
-    gradients = bool(captured.trained) and records_gradients(captured.graph_module.graph)
-    report = replace(report, function=source, compile_id=number, gradients=gradients, seconds=dict(stages.seconds))
-    report = replace(report, stored_sums=stored_sums)
-    if used or stored_sums:
-        return Transformed(captured.graph_module, report, folding, captured.weights)
+    gradients = bool(work.captured.trained) and records_gradients(work.canonical.graph)
+    report = replace(work.report, function=source, compile_id=number, gradients=gradients, seconds=work.seconds)
+    report = replace(report, stored_sums=work.stored_sums)
+    if work.used or work.stored_sums:
+        return Transformed(work.canonical, report, work.folding, work.captured.weights)
     return Transformed(gm, report)
 
 
-def transform_canonical(
-    captured: Captured,
-    settings: Options,
-    stages: _Stages | None = None,
-    values: Mapping[Node, torch.Tensor] | None = None,
-) -> tuple[bool, GraphReport]:
-    """Rewrite a canonical graph in place. Returns whether anything was applied, and the report.
-
-    values: of parameters, as far as they are known. They decide between forms that are all exact
-    """
-    stages = stages or _Stages()
-    canonical, graph = captured.graph_module, captured.graph_module.graph
-    weights = captured.weights
-    checked: Checked = {}
-    names = {n: s.name for n, s in captured.sources.items()}
-    live = None if settings.fold == "live" else weights - _keepable(captured, settings)
-    stages.run("functionalize", functionalize_local, canonical)
-    stages.run("simplify", _simplify, canonical)
-    _check(settings, canonical, "capture", checked)
-    sites = stages.run("recognize", recognize, graph, weights, mutated(graph), module_path, source_line, live)
-    by_inductor, by_kernels = settings.lowering == "inductor", settings.lowering == "triton"
-    plan = stages.run(
-        "plan", make_plan, sites, settings.rules, not by_inductor, by_kernels or (choice.is_open() and not by_inductor)
-    )
-    before = print_graph(graph, names, weights, module_path)
-    done, lowered = Rewritten(), Lowered()
-    if plan.changes:
-        done = stages.run("rewrite", apply_plan, canonical, plan, values, settings.rule_options)
-        keep_folds(graph, weights)
-        _check(settings, canonical, "rewrite", checked)
-    if plan.changes:
-        lowered = stages.run("lower", _lower, captured, settings.lowering)
-        _check(settings, canonical, "lower", checked)
-    after = print_graph(graph, names, weights, module_path) if plan.changes else before
-    report = graph_report(plan, before, after, module_path, _count_folds(canonical, weights), stages.seconds, names)
-    report = report.with_lowering([lowered.of.get(done.written.get(norm)) for norm in plan.norms], lowered.kernels)
-    report = report.with_shared([done.shared.get(norm) for norm in plan.norms])
-    _log(report, plan, settings)
-    return plan.changes, report
-
-
-def _simplify(gm: GraphModule) -> None:
-    drop_identities(gm)
-    if read_parts(gm, mutated(gm.graph)):
-        drop_dead_code(gm.graph)
-
-
-def _lower(captured: Captured, lowering: str) -> Lowered:
-    gm = captured.graph_module
-    lowered = Lowered() if lowering == "inductor" else lower_norms(gm, lowering == "triton", captured.trained)
-    use_native_norms(gm)
-    return lowered
+def transform_canonical(captured: Captured, settings: Options) -> tuple[bool, GraphReport]:
+    """Rewrite a canonical graph in place. Returns whether anything was applied, and the report."""
+    work = Work(settings)
+    work.captured = captured
+    _run(work, exported=True)
+    return work.plan.changes, work.report
 
 
 def _values(captured: Captured, example_inputs: Sequence[Any]) -> dict[Node, torch.Tensor]:
@@ -272,11 +379,6 @@ def _count_folds(gm: GraphModule, weights: frozenset[Any]) -> tuple[int, int]:
     return len(folds), len(centrings) + sum(map(centres_output, gm.graph.nodes))
 
 
-def _check(settings: Options, gm: GraphModule, stage: str, checked: Checked) -> None:
-    if settings.check:
-        verify(gm, stage, checked)
-
-
 def _log(report: GraphReport, plan: Plan, settings: Options) -> None:
     text = str(Report((report,)))
     log.info("%s", text)
@@ -286,18 +388,3 @@ def _log(report: GraphReport, plan: Plan, settings: Options) -> None:
         print(f"normfx: {text}\nnormfx: {stages}")
     if settings.debug >= 2:
         print(f"normfx: before\n{report.before}\nnormfx: after\n{report.after}")
-
-
-class _Stages:
-    """Runs stages by name and keeps their seconds; `current` is the one that failed, if one did."""
-
-    def __init__(self) -> None:
-        self.current = "capture"
-        self.seconds: dict[str, float] = {}
-
-    def run(self, name: str, stage: Callable[..., Any], *args: Any) -> Any:
-        self.current = name
-        begin = time.perf_counter()
-        result = stage(*args)
-        self.seconds[name] = time.perf_counter() - begin
-        return result

@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch.fx import Node
 
+from normfx.ir.form import EpsPlace, Form, Kind
+
 NormKind = Literal["LayerNorm", "RMSNorm", "BatchNorm", "GroupNorm", "InstanceNorm"]
 
 
@@ -53,7 +55,7 @@ class Norm:
     dims: tuple[int, ...]
     size: int
     eps: float
-    eps_place: Literal["inside", "outside", "clamped"]
+    eps_place: EpsPlace
     correction: int
     weight: Node | None
     bias: Node | None
@@ -65,6 +67,13 @@ class Norm:
     def axis(self) -> Axis | None:
         """The feature axis, when the norm runs over exactly one dimension of static size ≥ 2."""
         return Axis(self.dims[0], self.size) if len(self.dims) == 1 and self.size >= 2 else None
+
+    @property
+    def form(self) -> Form:
+        """The norm as a canonical op, of one that has an axis."""
+        kind: Kind = "rms_norm" if self.kind == "RMSNorm" else "layer_norm"
+        given = (self.eps, self.eps_place, self.correction)
+        return Form(kind, self.dims[0], *given, 1.0, self.compute_dtype, self.out_dtype)
 
 
 @dataclass(frozen=True, eq=False)
