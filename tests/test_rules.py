@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import sympy
 import torch
-from equivalence import assert_same_float64, transformed
+from equivalence import EagerBackend, assert_same_float64, transformed
 from excerpts import accepted
 
 from normfx import rules
@@ -112,15 +112,18 @@ def test_golden(rule: Rule) -> None:
     tests/goldens/rules shows what normfx does. test_float64 proves the same cases."""
     shown = [f"{rule.name}: {rule.formula}\n"]
     for example in (rule.example, *rule.counterexamples):
-        _, report = transformed(example.build().eval(), example.inputs(), _options(rule, example))
-        (graph,) = report.graphs
+        torch._dynamo.reset()
+        backend = EagerBackend(_options(rule, example))
+        torch.compile(example.build().eval(), backend=backend, fullgraph=True)(*example.inputs())
+        (graph,), report = backend.graphs, backend.report
         shown.append(f"\n=== {example.name}{f', refused: {example.code}' if example.code else ''}\n{graph.before}")
         for site in (*report.sites, *report.composed):
             said = [f"refused: {r.code}: {r.meaning}" for r in site.refusals if r.rule == rule.name]
             said += ["applied"] if rule.name in site.rules else []
             shown += [f"--- {site.name or 'a norm without a module'}: {'; '.join(said)}\n"] if said else []
         if not example.code:
-            shown.append(f"--->\n{graph.after}")
+            kept = f"--- {backend.kept} computed once and kept\n" if backend.kept else ""
+            shown.append(f"{kept}--->\n{graph.after}")
     accepted(GOLDENS / f"{rule.name}.txt", "".join(shown))
 
 
