@@ -84,7 +84,7 @@ def test_checkout_that_is_not_installed(checkout: Path) -> None:
     """It has its own kernels, and torch knows the backend once normfx is imported."""
     code = (
         "import torch, normfx, normfx.kernels.spec as s; print(s.__file__); print(normfx.kernels.__file__); "
-        "print(torch._dynamo.lookup_backend('normfx') is normfx.backend.normfx)"
+        "from normfx import checkout; print(torch._dynamo.lookup_backend('normfx') is checkout._backend)"
     )
     done = _imported(checkout, code)
     assert done.returncode == 0, done.stderr

@@ -104,7 +104,7 @@ class Leaf:
     centred:   output of a LayerNorm without weight and bias, or zeros: its mean is 0 already
     scaled:    λ ⊙ (Wa + b) with a parameter λ: fold λ, then centre (M11)
     embedding: looked-up rows: centre the rows
-    norm:      output of another norm, which has a mean (T3)
+    norm:      output of another norm, which has a mean
     raw:       a value of the stream whose original is read too ("observer" reads it)
     value:     any other activation or graph input
     path:      of a scaled leaf, the linear and what stands between it and the product, with the feature axis in each
@@ -197,7 +197,7 @@ class Readers:
     path:    the row-preserving nodes between
     axes:    the norm's features inside of its output and of each node between
     others:  readers that are not linears over the feature axis
-    shared:  readers whose weight is also read behind another norm with other γ or β (T7)
+    shared:  readers whose weight is also read behind another norm with other γ or β
     live:    values of parameters alone whose folds would be computed in every call
     """
 
