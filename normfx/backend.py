@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -25,13 +26,16 @@ from normfx.ir.aliasing import mutated
 from normfx.ir.cleanup import drop_dead_code
 from normfx.ir.functionalize import functionalize_local
 from normfx.ir.fusion import centres_output
+from normfx.ir.graph import tensor
 from normfx.ir.names import module_path, source_line
 from normfx.ir.printer import print_graph
 from normfx.ir.recompute import keep_folds
 from normfx.ir.simplify import drop_identities, read_parts
 from normfx.ir.verify import Checked, verify
 from normfx.lower import choice
-from normfx.lower.folded import Compiled, Folding, compile_folded, hoist, is_frozen
+from normfx.lower.affordable import beyond, chosen, rooms
+from normfx.lower.folded import Compiled, compile_folded, is_frozen
+from normfx.lower.hoist import Folding, hoist
 from normfx.lower.inductor import check_options, compile_graph, inductor_options
 from normfx.lower.native import use_native_norms
 from normfx.lower.packed import PACK, pack_linears
@@ -44,6 +48,7 @@ from normfx.plan import Plan, make_plan
 from normfx.recognize import recognize
 from normfx.report import FailureReport, FoldReport, GraphReport, Report, graph_report
 from normfx.specialize import specialize_epsilons
+from normfx.weights.budget import budget
 from normfx.weights.kept import keepable, kept_values, records_gradients
 from normfx.weights.live import live_folds
 from normfx.weights.native import start_native_library
@@ -112,11 +117,17 @@ def _compile(
         if changed:
             constants = ready.weights if freezes else None
             compiled = compile_folded(
-                ready.graph_module, ready.folding, example_inputs, constants, patches, settings.strict
+                ready.graph_module,
+                ready.folding,
+                example_inputs,
+                constants,
+                patches,
+                settings.strict,
+                rooms(settings.fold_memory),
             )
         else:
             compiled = Compiled(compile_graph(gm, example_inputs, patches))
-    compiled.note = crash_note("run", changed)
+    compiled.note, compiled.memory = crash_note("run", changed), ready.memory
     _compiled[compiled] = ready.report
     for listener in _listeners:
         listener(ready.report)
@@ -150,12 +161,14 @@ class Transformed:
 
     folding: its kept folds, which are its last inputs
     weights: its parameters, buffers and constants
+    memory:  the budget of kept weights, and what did not fit, as in records.FoldReport
     """
 
     graph_module: GraphModule
     report: GraphReport
     folding: Folding | None = None
     weights: frozenset[Node] = frozenset()
+    memory: Mapping[str, Any] = field(default_factory=dict)
 
 
 def transform(gm: GraphModule, example_inputs: Sequence[Any], settings: Options, freezes: bool = False) -> Transformed:
@@ -170,10 +183,11 @@ def transform(gm: GraphModule, example_inputs: Sequence[Any], settings: Options,
     source, number = function(gm), compile_id()
     try:
         captured = stages.run("capture", capture, gm, example_inputs)
-        changed, report = transform_canonical(captured, settings, stages, _values(captured, example_inputs))
-        used, folding = changed or freezes or bool(_forcing), None
+        values = _values(captured, example_inputs)
+        changed, report = transform_canonical(captured, settings, stages, values)
+        used, folding, memory = changed or freezes or bool(_forcing), None, dict[str, Any]()
         if used and settings.fold != "live":
-            folding = stages.run("fold", _keep_folds, captured, settings, not freezes)
+            folding, memory = stages.run("fold", _keep_folds, captured, settings, not freezes, values)
         stored_sums = stages.run("store", store_sums, captured.graph_module) if report.sites and settings.rules else 0
     except Exception as error:
         if settings.strict:
@@ -185,7 +199,7 @@ def transform(gm: GraphModule, example_inputs: Sequence[Any], settings: Options,
     report = replace(report, function=source, compile_id=number, gradients=gradients, seconds=dict(stages.seconds))
     report = replace(report, stored_sums=stored_sums)
     if used or stored_sums:
-        return Transformed(captured.graph_module, report, folding, captured.weights)
+        return Transformed(captured.graph_module, report, folding, captured.weights, memory)
     return Transformed(gm, report)
 
 
@@ -204,9 +218,12 @@ def transform_canonical(
     weights = captured.weights
     checked: Checked = {}
     names = {n: s.name for n, s in captured.sources.items()}
-    live = None if settings.fold == "live" else weights - _keepable(captured, settings)
+    live, excess = None if settings.fold == "live" else weights - _keepable(captured, settings), frozenset[Node]()
     stages.run("functionalize", functionalize_local, canonical)
     stages.run("simplify", _simplify, canonical)
+    if live is not None:
+        excess = beyond(graph, weights - live, rooms(settings.fold_memory), values or {})
+        live |= excess
     _check(settings, canonical, "capture", checked)
     sites = stages.run("recognize", recognize, graph, weights, mutated(graph), module_path, source_line, live)
     by_inductor, by_kernels = settings.lowering == "inductor", settings.lowering == "triton"
@@ -224,7 +241,8 @@ def transform_canonical(
         lowered = stages.run("lower", _lower, canonical, settings.lowering)
         _check(settings, canonical, "lower", checked)
     after = print_graph(graph, names, weights, module_path) if plan.changes else before
-    report = graph_report(plan, before, after, module_path, _count_folds(canonical, weights), stages.seconds, names)
+    counts = _count_folds(canonical, weights)
+    report = graph_report(plan, before, after, module_path, counts, stages.seconds, names, excess)
     report = report.with_lowering([lowered.of.get(done.written.get(norm)) for norm in plan.norms], lowered.kernels)
     report = report.with_shared([done.shared.get(norm) for norm in plan.norms])
     _log(report, plan, settings)
@@ -255,16 +273,31 @@ def _keepable(captured: Captured, settings: Options) -> frozenset[Node]:
     return keepable(graph, captured.weights, captured.trained, everywhere=settings.fold != "auto")
 
 
-def _keep_folds(captured: Captured, settings: Options, packs: bool) -> Folding | None:
-    """Take the folds out of the graph. packs: and the weights of its linear layers, where packed ones are faster."""
+def _keep_folds(
+    captured: Captured, settings: Options, packs: bool, values: Mapping[Node, torch.Tensor]
+) -> tuple[Folding | None, Mapping[str, Any]]:
+    """Take the folds out of the graph, as far as they fit into the memory that they may take.
+
+    packs: and the weights of its linear layers, where packed ones are faster
+    Returns them and the fields of records.FoldReport that say what fitted.
+    """
     gm, free = captured.graph_module, _keepable(captured, settings)
     if packs:
         pack_linears(gm, free)
-    folding = hoist(gm, kept_values(gm.graph, free))
+    devices = {tensor(node).device for node in free}
+    budgets = functools.cache(partial(budget, settings.fold_memory))
+    names = {node: source.name for node, source in captured.sources.items()}
+    rebinds = records_gradients(gm.graph)
+    fitting = chosen(gm, kept_values(gm.graph, free), lambda device: budgets(device).room, names, values, rebinds)
+    folding = hoist(gm, fitting.kept, partial(_fits, settings.fold_memory, tuple(devices)))
     left = [node.name for node in gm.graph.nodes if node.target is PACK]
     if left:
         raise NormfxError(f"normfx: packed weights that cannot be kept: {', '.join(left)}; please report this graph")
-    return folding
+    return folding, {"budget": sum(budgets(device).limit for device in devices), "left": fitting.left}
+
+
+def _fits(fold_memory: int | None, devices: Sequence[torch.device], more: int) -> bool:
+    return all(budget(fold_memory, device).room >= more for device in devices)
 
 
 def _count_folds(gm: GraphModule, weights: frozenset[Any]) -> tuple[int, int]:

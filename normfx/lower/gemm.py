@@ -57,15 +57,27 @@ def packed_is_faster(dtype: torch.dtype) -> bool:
     return packed_speed(dtype) > MARGIN
 
 
-@functools.cache
 def packed_speed(dtype: torch.dtype) -> float:
-    """Speed of a packed oneDNN linear relative to ATen's `addmm` here, 0 where there is none; measured once per process
-    and dtype, in 50 ms."""
+    """Speed of a packed oneDNN linear relative to ATen's `addmm` here, 0 where there is none."""
+    packed, plain = _seconds(dtype)
+    return plain / packed
+
+
+def packed_gain(dtype: torch.dtype) -> float:
+    """Seconds that one multiply-add by packed weights saves here, 0 where they are not packed."""
+    packed, plain = _seconds(dtype)
+    return (plain - packed) / (ROWS * IN * OUT) if plain / packed > MARGIN else 0.0
+
+
+@functools.cache
+def _seconds(dtype: torch.dtype) -> tuple[float, float]:
+    """Of a packed oneDNN linear (infinity where there is none) and of ATen's `addmm`; measured once per process and
+    dtype, in 50 ms."""
     if not onednn_works(dtype):
-        return 0.0
+        return float("inf"), 1.0
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         x, weight, bias = _layer(dtype)
-        return _speed(_packed(x, weight, bias), lambda: torch.addmm(bias, x, weight.t()))
+        return _best(_packed(x, weight, bias), lambda: torch.addmm(bias, x, weight.t()))
 
 
 def onednn_works(dtype: torch.dtype) -> bool:
@@ -90,10 +102,16 @@ def _packed(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], Tensor]:
 
 def _speed(one: Callable[[], Tensor], other: Callable[[], Tensor]) -> float:
     """Speed of one call relative to another."""
+    best = _best(one, other)
+    return best[1] / best[0]
+
+
+def _best(one: Callable[[], Tensor], other: Callable[[], Tensor]) -> tuple[float, float]:
+    """Seconds of each call, the least of several turns."""
     best = [float("inf")] * 2
     for _ in range(REPEATS):
         for i, call in enumerate((one, other)):
             begin = time.perf_counter()
             call()
             best[i] = min(best[i], time.perf_counter() - begin)
-    return best[1] / best[0]
+    return best[0], best[1]
