@@ -129,6 +129,14 @@ def free_bytes() -> int:
     return int(function().fordblks)
 
 
+def memory_line() -> str:
+    """What the allocator holds, in a sentence."""
+    return (
+        f"The process keeps the memory that it frees (malloc='keep'): {free_bytes() / 2**20:.0f} MiB are free now; "
+        "normfx.release_memory() gives them back."
+    )
+
+
 def resident_bytes() -> int:
     """Bytes of the process in physical memory, as Linux tells; 0 elsewhere."""
     statm = Path("/proc/self/statm")

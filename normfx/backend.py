@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.fx import GraphModule, Node
 
+from normfx.allocator import keep_freed_memory, keeps_freed_memory, memory_line
 from normfx.capture import Captured, capture
 from normfx.compression import stored
 from normfx.dynamo import compile_id, explained, function, handed_on
@@ -108,6 +109,8 @@ def normfx(
 def _compile(
     gm: GraphModule, example_inputs: Sequence[Any], settings: Options, patches: Mapping[str, Any]
 ) -> Callable[..., Any]:
+    if settings.malloc == "keep":
+        keep_freed_memory()
     freezes = is_frozen(settings.fold, patches)
     if settings.fold != "live":
         start_native_library()
@@ -152,6 +155,7 @@ def compiled_report() -> Report:
     """
     reports = [(report, compiled.folding()) for compiled, report in _compiled.items()]
     note = "" if reports else "Nothing is compiled with normfx now; torch._dynamo.reset() empties this report."
+    note = note or (memory_line() if keeps_freed_memory() else "")
     return Report(tuple(replace(r, weights=FoldReport(**folding)) for r, folding in reports), note=note)
 
 

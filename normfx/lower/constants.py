@@ -20,7 +20,7 @@ from normfx.ir.aliasing import mutated
 from normfx.ir.graph import tensor
 from normfx.ir.regions import attribute
 from normfx.lower.affordable import LAUNCH, Rooms, is_table, overflow, product_gain
-from normfx.lower.gemm import packing
+from normfx.lower.gemm import onednn_is_faster, packing
 from normfx.lower.hoist import Folding
 from normfx.lower.inductor import compile_graph
 from normfx.weights.kept import is_plain
@@ -51,11 +51,12 @@ class FrozenTemplate:
         self.picks = [place[node] for node in watched if node.op == "placeholder"]
         self.attributes = [attribute(gm, str(node.target)) for node in watched if node.op == "get_attr"]
         self.sizes = dict[str, int]()
-        for fold in folding.folds.folds if folding else ():
-            self.sizes[fold.device.type] = self.sizes.get(fold.device.type, 0) + fold.bytes
+        for node in folding.inputs if folding else ():
+            kind = tensor(node).device.type
+            self.sizes[kind] = self.sizes.get(kind, 0) + _frozen_bytes(tensor(node))
         useful = [node for node in watched if node.op == "placeholder" and node.users and not is_table(node)]
         constants = self._fitting(useful, room)
-        self.left = {node.name: tensor(node).nbytes for node in useful if node not in constants}
+        self.left = {node.name: _frozen_bytes(tensor(node)) for node in useful if node not in constants}
         self.names = [node.name for node in constants]
         self.constants = [place[node] for node in constants]
         frozen = {*self.constants, *(place[n] for n in fed)}
@@ -66,7 +67,7 @@ class FrozenTemplate:
         """Those of the weights whose copies fit, with the folds; the largest gain per byte goes first."""
         left: set[Node] = set()
         for device in {tensor(node).device for node in useful}:
-            sizes = {node: tensor(node).nbytes for node in useful if tensor(node).device == device}
+            sizes = {node: _frozen_bytes(tensor(node)) for node in useful if tensor(node).device == device}
             gains = {node: product_gain(node) + LAUNCH / max(1, size) for node, size in sizes.items()}
             folds = self.sizes.get(device.type, 0)
             left.update(overflow(sizes, gains, max(0, room(device) - folds)))
@@ -92,8 +93,20 @@ class FrozenTemplate:
         packed = packing() if any(t.device.type == "cpu" for t in values.values()) else nullcontext()
         with tracing(TracingContext(mode)), torch.inference_mode(False), torch.no_grad(), packed:
             compiled = compile_graph(gm, rest, self.patches)
+        for held in (gm._parameters, gm._buffers):
+            held.clear()  # the compiled function keeps the module, and has what it needs of these tensors itself
         _release_modules(loaded)
         return compiled
+
+
+MKL = 4
+"""Times its own size that a weight takes where MKL packs it: itself, and 1.5 to 4 times as much packed."""
+
+
+def _frozen_bytes(weight: torch.Tensor) -> int:
+    """Bytes that a weight takes as a constant, packed or not."""
+    by_mkl = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.ndim == 2
+    return weight.nbytes * (MKL if by_mkl and not onednn_is_faster() else 1)
 
 
 def _copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
