@@ -14,7 +14,7 @@ from pathlib import Path
 
 from normfx.errors import OptionError
 
-_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # of <malloc.h>
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of <malloc.h>
 
 RIVALS = ("jemalloc", "tcmalloc", "mimalloc")
 """Allocators that programs are started with instead of the C library's own (LD_PRELOAD)."""
@@ -90,10 +90,11 @@ def keeps_freed_memory() -> bool:
 def keep_freed_memory() -> None:
     """Let the process keep the memory that it frees, for the next call. Once for the whole process; any thread may.
 
-    No block is mapped on its own any more, the heap is never shortened, and threads that are started later share the
-    heap of the main thread, because a heap of a thread's own holds no more than 64 MiB. What this costs is what is free
-    in the heap (`free_bytes`): about the largest sum of activations that were alive at once. `release_memory` gives it
-    back. Raises OptionError where the allocator is not glibc's.
+    No block is mapped on its own any more, and the heap is never shortened. What this costs is what is free in the heap
+    (`free_bytes`): of a 40 MiB output 80 MiB when one thread calls, several times as much when many do, since a block
+    whose edge was given to something else no longer fits. `release_memory` gives it back. Seen for the main thread;
+    other threads have heaps of their own, of 64 MiB at most, in which large blocks may or may not stay.
+    Raises OptionError where the allocator is not glibc's.
     """
     if _kept:
         return
@@ -101,7 +102,7 @@ def keep_freed_memory() -> None:
     if reason:
         raise OptionError(f"normfx: malloc='keep' is for glibc's allocator: {reason}. Leave the option out.")
     library = ctypes.CDLL(None)
-    for parameter, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_ARENA_MAX, 1)):
+    for parameter, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1)):
         if not library.mallopt(parameter, value):
             raise OptionError(f"normfx: malloc='keep': glibc refuses mallopt({parameter}, {value})")
     _kept.append(None)
