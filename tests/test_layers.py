@@ -69,6 +69,7 @@ FLOORS = (
     ("bench.models", "bench.timing", "bench.machine", "bench.command", "bench.norms", "bench.clock"),
     ("model_input", "doctor"),
     ("explain_command",),
+    ("bench.engines", "bench.floor"),
     ("bench.measure", "bench.output"),
     ("bench.present", "bench.rivals"),
     ("bench.contest",),

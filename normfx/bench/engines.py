@@ -44,7 +44,7 @@ class Engine:
 
 
 def convert(name: str, model: nn.Module, inputs: Sequence[Tensor]) -> Run:
-    """A function that runs the module. Raises Skipped where the engine is not installed, or does not know the module."""
+    """A function that runs the module. Raises Skipped where the engine is not there, or does not know the module."""
     package = {"openvino": "openvino", "onnxruntime": "onnxruntime"}[name]
     try:
         module = importlib.import_module(package)

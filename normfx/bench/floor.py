@@ -19,7 +19,7 @@ def floor_ms(step: Callable[[], object], dtype: torch.dtype, device: str) -> flo
     """Milliseconds of the matrix products, convolutions and attention of a call, at the measured rate."""
     with FlopCounterMode(display=False) as counter:
         step()
-    return 1e3 * counter.get_total_flops() / rate(dtype, device)
+    return float(1e3 * counter.get_total_flops() / rate(dtype, device))
 
 
 @functools.cache
@@ -33,4 +33,4 @@ def rate(dtype: torch.dtype, device: str) -> float:
             packed = torch.ops.mkldnn._reorder_linear_weight(b, SIZE)
             calls.append(lambda: torch.ops.mkldnn._linear_pointwise(a, packed, None, "none", [], ""))
         best = min(seconds(call, 1, device) for _ in range(ROUNDS) for call in calls)
-    return 2 * SIZE**3 / best
+    return float(2 * SIZE**3 / best)

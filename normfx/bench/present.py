@@ -53,7 +53,8 @@ class Results:
 
 def _measured(raw: dict[str, Any]) -> Measured:
     found = {name: Result(**quartiles(r)) for name, r in raw["results"].items()}
-    return Measured(Cell(**raw["cell"]), found, raw["failures"])
+    cell, failures, skipped = Cell(**raw["cell"]), raw["failures"], raw.get("skipped", {})
+    return Measured(cell, found, failures, skipped, raw.get("floor_ms"))
 
 
 def write(results: Results, folder: Path) -> None:
@@ -99,8 +100,8 @@ def _rows(cells: Iterable[Measured]) -> tuple[list[str], list[list[str]]]:
             peak = "" if r.peak_mb is None else f"{r.peak_mb:.0f}"
             replay = "" if r.graph_ms is None else three_digits(r.graph_ms)
             rows.append([
-                cell, name, three_digits(r.ms), _floor(measured.floor_ms, r.ms), spread(r.speed), replay, spread(r.graph_speed),
-                f"{r.error:.1e}", f"{r.first_call_s:.1f}", peak,
+                cell, name, three_digits(r.ms), _floor(measured.floor_ms, r.ms), spread(r.speed), replay,
+                spread(r.graph_speed), f"{r.error:.1e}", f"{r.first_call_s:.1f}", peak,
             ])  # fmt: skip
         rows += [[cell, name, "failed", *[""] * (len(header) - 3)] for name in measured.failures]
     asked = ("floor ms", "graph ms", "graph speed", "peak MB")  # columns of what is measured only when it is asked for
