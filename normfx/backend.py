@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.fx import GraphModule, Node
 
+from normfx.allocator import keep_freed_memory, keeps_freed_memory, memory_line
 from normfx.apply import apply_plan
 from normfx.capture import Captured, capture
 from normfx.dynamo import compile_id, explained, function, handed_on
@@ -32,10 +33,12 @@ from normfx.ir.simplify import drop_identities, read_parts
 from normfx.ir.sites import Sites
 from normfx.ir.verify import Checked, verify
 from normfx.lower import choice
-from normfx.lower.folded import Compiled, Folding, compile_folded, hoist, is_frozen
+from normfx.lower.affordable import beyond, rooms
+from normfx.lower.folded import Compiled, compile_folded, is_frozen
+from normfx.lower.hoist import Folding
 from normfx.lower.inductor import check_options, compile_graph, inductor_options
 from normfx.lower.native import use_native_norms
-from normfx.lower.packed import PACK, pack_linears
+from normfx.lower.outside import keep_folds_outside, keepable_weights
 from normfx.lower.products import with_products
 from normfx.lower.stored import store_sums
 from normfx.lower.triton import Lowered, lower_norms
@@ -45,7 +48,7 @@ from normfx.plan import Plan, make_plan
 from normfx.recognize import recognize
 from normfx.report import FailureReport, FoldReport, GraphReport, Report, graph_report
 from normfx.specialize import specialize_epsilons
-from normfx.weights.kept import keepable, kept_values, records_gradients
+from normfx.weights.kept import records_gradients
 from normfx.weights.live import live_folds
 from normfx.weights.native import start_native_library
 
@@ -104,6 +107,8 @@ def normfx(
 def _compile(
     gm: GraphModule, example_inputs: Sequence[Any], settings: Options, patches: Mapping[str, Any]
 ) -> Callable[..., Any]:
+    if settings.malloc == "keep":
+        keep_freed_memory()
     freezes = is_frozen(settings.fold, patches)
     if settings.fold != "live":
         start_native_library()
@@ -112,12 +117,13 @@ def _compile(
     with explained(crash_note("compile", changed)):
         if changed:
             constants = ready.weights if freezes else None
+            room = rooms(settings.fold_memory)
             compiled = compile_folded(
-                ready.graph_module, ready.folding, example_inputs, constants, patches, settings.strict
+                ready.graph_module, ready.folding, example_inputs, constants, patches, settings.strict, room
             )
         else:
             compiled = Compiled(compile_graph(gm, example_inputs, patches))
-    compiled.note = crash_note("run", changed)
+    compiled.note, compiled.memory = crash_note("run", changed), ready.memory
     _compiled[compiled] = ready.report
     for listener in _listeners:
         listener(ready.report)
@@ -142,6 +148,7 @@ def compiled_report() -> Report:
     """
     reports = [(report, compiled.folding()) for compiled, report in _compiled.items()]
     note = "" if reports else "Nothing is compiled with normfx now; torch._dynamo.reset() empties this report."
+    note = note or (memory_line() if keeps_freed_memory() else "")
     return Report(tuple(replace(r, weights=FoldReport(**folding)) for r, folding in reports), note=note)
 
 
@@ -151,12 +158,14 @@ class Transformed:
 
     folding: its kept folds, which are its last inputs
     weights: its parameters, buffers and constants
+    memory:  the budget of kept weights, and what did not fit, as in records.FoldReport
     """
 
     graph_module: GraphModule
     report: GraphReport
     folding: Folding | None = None
     weights: frozenset[Node] = frozenset()
+    memory: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -164,6 +173,7 @@ class Work:
     """A graph on its way through the stages: what it starts with, and what each stage finds for later ones.
 
     freezes: the canonical graph is wanted even if no rule applies
+    excess:  weights whose folds do not fit into the memory that folds may take
     stage:   the one that runs, or failed; seconds: by stage
     """
 
@@ -179,7 +189,9 @@ class Work:
     done: Rewritten = field(default_factory=Rewritten)
     lowered: Lowered = field(default_factory=Lowered)
     report: GraphReport = field(init=False)
+    excess: frozenset[Node] = frozenset()
     folding: Folding | None = None
+    memory: Mapping[str, Any] = field(default_factory=dict)
     stored_sums: int = 0
     checked: Checked = field(default_factory=dict)
     stage: str = "capture"
@@ -233,7 +245,11 @@ def _simplify(work: Work) -> None:
 def _recognize(work: Work) -> None:
     """The norms, streams and readers of the graph."""
     weights = work.captured.weights
-    live = None if work.settings.fold == "live" else weights - _keepable(work.captured, work.settings)
+    live = None
+    if work.settings.fold != "live":
+        keeps = keepable_weights(work.captured, work.settings)
+        work.excess = beyond(work.canonical.graph, keeps, rooms(work.settings.fold_memory), work.values)
+        live = (weights - keeps) | work.excess
     work.sites = recognize(facts_of(work.canonical.graph, weights, live), module_path, source_line)
 
 
@@ -263,9 +279,8 @@ def _tell(work: Work) -> None:
     weights, plan = work.captured.weights, work.plan
     names = {n: s.name for n, s in work.captured.sources.items()}
     after = work.text() if plan.changes else work.before
-    report = graph_report(
-        plan, work.before, after, module_path, _count_folds(work.canonical, weights), work.seconds, names
-    )
+    counts = _count_folds(work.canonical, weights)
+    report = graph_report(plan, work.before, after, module_path, counts, work.seconds, names, work.excess)
     on = [work.lowered.of.get(work.done.written.get(norm)) for norm in plan.norms]
     report = report.with_lowering(on, work.lowered.kernels)
     report = report.with_shared([work.done.shared.get(norm) for norm in plan.norms])
@@ -275,7 +290,7 @@ def _tell(work: Work) -> None:
 
 def _fold(work: Work) -> None:
     """Folds of parameters that need no gradient leave the graph: their values are kept."""
-    work.folding = _keep_folds(work.captured, work.settings, not work.freezes)
+    work.folding, work.memory = keep_folds_outside(work.captured, work.settings, not work.freezes, work.values)
 
 
 def _store(work: Work) -> None:
@@ -337,7 +352,7 @@ def transform(gm: GraphModule, example_inputs: Sequence[Any], settings: Options,
     report = replace(work.report, function=source, compile_id=number, gradients=gradients, seconds=work.seconds)
     report = replace(report, stored_sums=work.stored_sums)
     if work.used or work.stored_sums:
-        return Transformed(work.canonical, report, work.folding, work.captured.weights)
+        return Transformed(work.canonical, report, work.folding, work.captured.weights, work.memory)
     return Transformed(gm, report)
 
 
@@ -354,23 +369,6 @@ def _values(captured: Captured, example_inputs: Sequence[Any]) -> dict[Node, tor
     inputs = captured.graph_module.graph.find_nodes(op="placeholder")
     pairs = zip(inputs, example_inputs, strict=True)
     return {n: x for n, x in pairs if n in captured.weights and type(x) in (torch.Tensor, torch.nn.Parameter)}
-
-
-def _keepable(captured: Captured, settings: Options) -> frozenset[Node]:
-    graph = captured.graph_module.graph
-    return keepable(graph, captured.weights, captured.trained, everywhere=settings.fold != "auto")
-
-
-def _keep_folds(captured: Captured, settings: Options, packs: bool) -> Folding | None:
-    """Take the folds out of the graph. packs: and the weights of its linear layers, where packed ones are faster."""
-    gm, free = captured.graph_module, _keepable(captured, settings)
-    if packs:
-        pack_linears(gm, free)
-    folding = hoist(gm, kept_values(gm.graph, free))
-    left = [node.name for node in gm.graph.nodes if node.target is PACK]
-    if left:
-        raise NormfxError(f"normfx: packed weights that cannot be kept: {', '.join(left)}; please report this graph")
-    return folding
 
 
 def _count_folds(gm: GraphModule, weights: frozenset[Any]) -> tuple[int, int]:

@@ -56,20 +56,45 @@ class FoldReport:
 
     variants:       those that exist: "live" or "cached", and "frozen"
     bytes:          of the kept values of one parameter set
+    frozen_bytes:   of the constants of the frozen variant, while there is one; kept values are then not there
     parameter_sets: sets of parameters the graph was called with whose folds are kept
     refreshes:      kept values computed so far, the first time included
     freezes:        times the frozen variant was built
+    budget:         bytes that all kept, packed and frozen weights of the process might take on the device when the
+                    graph was compiled (options={'fold_memory': …}, and half of what the machine had left)
+    left:           weights that did not fit, by name, with the bytes that keeping them takes: they are multiplied by as
+                    they are, or folded in the graph
+    unfrozen:       weights that did not fit as constants of the frozen variant
+    unkept:         calls with further parameter sets that did not fit: their values were computed in the call
     """
 
     variants: tuple[str, ...] = ()
     bytes: int = 0
+    frozen_bytes: int = 0
     parameter_sets: int = 0
     refreshes: int = 0
     freezes: int = 0
+    budget: int = 0
+    left: Mapping[str, int] = field(default_factory=dict)
+    unfrozen: Mapping[str, int] = field(default_factory=dict)
+    unkept: int = 0
 
     def __str__(self) -> str:
-        size = f"{self.bytes / 2**20:.1f} MiB of folded weights, {self.parameter_sets} parameter sets"
-        return f"{' + '.join(self.variants)}: {size}, {self.refreshes} values computed, frozen {self.freezes} times"
+        size = f"{_mib(self.bytes)} of folded weights, {self.parameter_sets} parameter sets"
+        said = f"{' + '.join(self.variants)}: {size}, {self.refreshes} values computed, frozen {self.freezes} times"
+        if self.frozen_bytes:
+            said += f" ({_mib(self.frozen_bytes)} of constants)"
+        if self.budget or self.left:
+            said += f"; fold_memory {_mib(self.budget)}"
+        for which, verb in ((self.left, "kept"), (self.unfrozen, "frozen")):
+            if which:
+                weights = "1 weight" if len(which) == 1 else f"{len(which)} weights"
+                said += f"; {weights} not {verb}, for {_mib(sum(which.values()))} more did not fit"
+        return said + (f"; {self.unkept} calls with parameters that did not fit" if self.unkept else "")
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
 
 
 @dataclass(frozen=True)

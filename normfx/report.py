@@ -111,15 +111,19 @@ def graph_report(
     counts: tuple[int, int],
     seconds: Mapping[str, float],
     names: Mapping[Node, str],
+    excess: frozenset[Node] = frozenset(),
 ) -> GraphReport:
-    """The report of one graph. counts: live folds, run-time centrings; names: of the graph's inputs."""
+    """The report of one graph. counts: live folds, run-time centrings; names: of the graph's inputs; excess: weights
+    whose folds could be kept, but do not fit into the memory that they may take."""
 
     def refusals(site: Norm | Composed) -> tuple[RefusalReport, ...]:
         return tuple(refusal(r) for r in plan.refusals(site))
 
     def refusal(r: Refusal) -> RefusalReport:
         source = next(filter(None, map(source_line, r.nodes)), "")
-        return RefusalReport(r.rule, r.code, r.detail, _hint(r, names), tuple(map(place, r.nodes)), r.meaning, source)
+        return RefusalReport(
+            r.rule, r.code, r.detail, _hint(r, names, excess), tuple(map(place, r.nodes)), r.meaning, source
+        )
 
     def place(node: Node) -> str:
         return _place(node, source_of)
@@ -145,8 +149,13 @@ def graph_report(
     return GraphReport(sites, before, after, {}, *counts, dict(seconds), composed=composed, bytes=sizes, saved=saved)
 
 
-def _hint(refusal: Refusal, names: Mapping[Node, str]) -> str:
-    """The refusal's hint, unless what is in the way comes from another graph, or goes to one."""
+def _hint(refusal: Refusal, names: Mapping[Node, str], excess: frozenset[Node]) -> str:
+    """The refusal's hint, unless memory is short, or what is in the way comes from another graph, or goes to one."""
+    if refusal.code in ("live_weights", "live") and any(excess & {n, *n.all_input_nodes} for n in refusal.nodes):
+        return (
+            "folded weights do not fit into the memory that they may take: raise options={'fold_memory': …}, or free "
+            "memory of the machine"
+        )
     if refusal.code == "uncentred_input":
         entering = [names.get(node, node.name) for node in refusal.nodes if node.op == "placeholder"]
         if entering:

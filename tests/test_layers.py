@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("errors", "ir", "checkout"),
+    ("allocator",),
     ("kernels.spec",),
     ("kernels.launch", "kernels.cost"),
     ("kernels.rows",),
@@ -55,12 +56,17 @@ FLOORS = (
     ("weights.expression", "weights.handles", "weights.native", "weights.samples", "weights.live"),
     ("weights.watch",),
     ("weights.kept", "weights.store"),
+    ("weights.budget",),
     ("lower", "lower.norm_ops"),
     ("lower.two_norms", "lower.writer_bias"),
     ("lower.gemm", "lower.rates", "lower.verified", "lower.choice"),
     ("lower.stored", "lower.products", "lower.native"),
     ("lower.inductor",),
-    ("lower.folded", "lower.packed"),
+    ("lower.packed",),
+    ("lower.affordable",),
+    ("lower.hoist",),
+    ("lower.constants", "lower.outside"),
+    ("lower.folded",),
     ("lower.triton",),
     ("report",),
     ("backend",),
@@ -68,6 +74,7 @@ FLOORS = (
     ("bench.models", "bench.timing", "bench.machine", "bench.command", "bench.norms", "bench.clock"),
     ("model_input", "doctor"),
     ("explain_command",),
+    ("bench.engines", "bench.floor"),
     ("bench.measure", "bench.output"),
     ("bench.present", "bench.rivals"),
     ("bench.contest",),
@@ -93,6 +100,7 @@ PRIVATE_ROOMS = frozenset(
         "lower",
         "lower.inductor",
         "lower.folded",
+        "lower.constants",
         "lower.gemm",
         "lower.choice",
         "lower.packed",
@@ -121,6 +129,7 @@ PRIVATE_NAMES = {
     },
     # the one setting that lets a backward pass of Inductor run twice
     "bench.rivals": {"torch._functorch.config"},
+    "bench.floor": {"torch.ops.mkldnn._linear_pointwise", "torch.ops.mkldnn._reorder_linear_weight"},  # what is timed
     "checkout": {"torch._dynamo.register_backend"},
     "explaining": {"torch._dynamo.reset"},
     "survey.run": {
