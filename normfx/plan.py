@@ -102,7 +102,7 @@ def _on_gpu(norms: Iterable[Norm | Composed]) -> bool:
 
 
 def _disabled(rule: Rule[Any]) -> Refusal:
-    hint = DISABLED.hint.replace("RULE", rule.name)
+    hint = DISABLED.hint.replace("NAME", rule.name)
     return Refusal(rule.name, "disabled", DISABLED.meaning, hint, meaning=DISABLED.meaning)
 
 

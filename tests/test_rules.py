@@ -169,6 +169,7 @@ def test_all_off_leaves_the_graph(rule: Rule) -> None:
     (graph,) = report.graphs
     assert graph.before == graph.after
     assert {r.code for s in report.sites for r in s.refusals} == {"disabled"}
+    assert all(f"+{r.rule}" in r.hint and "NORMFX_RULES" in r.hint for s in report.sites for r in s.refusals)
     assert all(s.refusals for s in report.sites)
 
 
