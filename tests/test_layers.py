@@ -94,6 +94,7 @@ PRIVATE_ROOMS = frozenset(
         "specialize",
         "lower",
         "lower.inductor",
+        "lower.constants",
         "lower.folded",
         "lower.gemm",
         "lower.choice",
