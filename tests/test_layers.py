@@ -99,6 +99,7 @@ PRIVATE_ROOMS = frozenset(
         "specialize",
         "lower",
         "lower.inductor",
+        "lower.constants",
         "lower.folded",
         "lower.constants",
         "lower.gemm",
