@@ -19,6 +19,7 @@ from normfx.capture import Captured, capture
 from normfx.compression import stored
 from normfx.dynamo import compile_id, explained, function, handed_on
 from normfx.edit import Rewritten, rewrite
+from normfx.environment import environment
 from normfx.errors import NormfxError, NormfxWarning, StageError, crash_note, stage_warning
 from normfx.ir import ops
 from normfx.ir.aliasing import mutated
@@ -26,7 +27,7 @@ from normfx.ir.cleanup import drop_dead_code
 from normfx.ir.functionalize import functionalize_local
 from normfx.ir.fusion import centres_output
 from normfx.ir.names import module_path, source_line
-from normfx.ir.printer import print_graph
+from normfx.ir.printer import print_lines
 from normfx.ir.recompute import keep_folds
 from normfx.ir.simplify import drop_identities, read_parts
 from normfx.ir.verify import Checked, verify
@@ -40,6 +41,7 @@ from normfx.lower.stored import store_sums
 from normfx.lower.triton import Lowered, lower_norms
 from normfx.lower.verified import verified
 from normfx.options import Options, warn_once
+from normfx.picture import draw, places
 from normfx.plan import Plan, make_plan
 from normfx.recognize import recognize
 from normfx.report import FailureReport, FoldReport, GraphReport, Report, graph_report
@@ -141,7 +143,8 @@ def compiled_report() -> Report:
     """
     reports = [(report, compiled.folding()) for compiled, report in _compiled.items()]
     note = "" if reports else "Nothing is compiled with normfx now; torch._dynamo.reset() empties this report."
-    return Report(tuple(replace(r, weights=FoldReport(**folding)) for r, folding in reports), note=note)
+    graphs = tuple(replace(r, weights=FoldReport(**folding)) for r, folding in reports)
+    return Report(graphs, note=note, environment=environment())
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,7 +216,8 @@ def transform_canonical(
     plan = stages.run(
         "plan", make_plan, sites, settings.rules, not by_inductor, by_kernels or (choice.is_open() and not by_inductor)
     )
-    before = print_graph(graph, names, weights, module_path)
+    before, lines = print_lines(graph, names, weights, module_path)
+    picture = stages.run("picture", draw, graph, sites, plan, names, lines)
     done, lowered = Rewritten(), Lowered()
     if plan.changes:
         store = partial(stored, basis=settings.crms_basis, width=settings.crms_width, values=values or {})
@@ -223,10 +227,11 @@ def transform_canonical(
     if plan.changes:
         lowered = stages.run("lower", _lower, canonical, settings.lowering)
         _check(settings, canonical, "lower", checked)
-    after = print_graph(graph, names, weights, module_path) if plan.changes else before
+    after, later = print_lines(graph, names, weights, module_path) if plan.changes else (before, lines)
     report = graph_report(plan, before, after, module_path, _count_folds(canonical, weights), stages.seconds, names)
     report = report.with_lowering([lowered.of.get(done.written.get(norm)) for norm in plan.norms], lowered.kernels)
     report = report.with_shared([done.shared.get(norm) for norm in plan.norms])
+    report = report.with_picture(picture, [places(norm, done, later) for norm in plan.norms])
     _log(report, plan, settings)
     return plan.changes, report
 
