@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,6 +39,7 @@ from normfx.lower.products import with_products
 from normfx.lower.stored import store_sums
 from normfx.lower.triton import Lowered, lower_norms
 from normfx.lower.verified import verified
+from normfx.logs import say
 from normfx.options import Options, warn_once
 from normfx.picture import draw, places
 from normfx.plan import Plan, make_plan
@@ -49,8 +49,6 @@ from normfx.specialize import specialize_epsilons
 from normfx.weights.kept import keepable, kept_values, records_gradients
 from normfx.weights.live import live_folds
 from normfx.weights.native import start_native_library
-
-log = logging.getLogger("normfx")
 
 _listeners: list[Callable[[GraphReport], None]] = []
 
@@ -183,10 +181,13 @@ def transform(gm: GraphModule, example_inputs: Sequence[Any], settings: Options,
             raise StageError(stages.current, error) from error
         warnings.warn(stage_warning(stages.current, error), NormfxWarning, stacklevel=2)
         failure = FailureReport(stages.current, f"{type(error).__name__}: {error}")
-        return Transformed(gm, GraphReport((), failure=failure, function=source, compile_id=number))
+        report = GraphReport((), failure=failure, function=source, compile_id=number)
+        say(report, settings.debug)
+        return Transformed(gm, report)
     gradients = bool(captured.trained) and records_gradients(captured.graph_module.graph)
     report = replace(report, function=source, compile_id=number, gradients=gradients, seconds=dict(stages.seconds))
     report = replace(report, stored_sums=stored_sums)
+    say(report, settings.debug)
     if used or stored_sums:
         return Transformed(captured.graph_module, report, folding, captured.weights)
     return Transformed(gm, report)
@@ -232,7 +233,6 @@ def transform_canonical(
     report = report.with_lowering([lowered.of.get(done.written.get(norm)) for norm in plan.norms], lowered.kernels)
     report = report.with_shared([done.shared.get(norm) for norm in plan.norms])
     report = report.with_picture(picture, [places(norm, done, later) for norm in plan.norms])
-    _log(report, plan, settings)
     return plan.changes, report
 
 
@@ -281,17 +281,6 @@ def _count_folds(gm: GraphModule, weights: frozenset[Any]) -> tuple[int, int]:
 def _check(settings: Options, gm: GraphModule, stage: str, checked: Checked) -> None:
     if settings.check:
         verify(gm, stage, checked)
-
-
-def _log(report: GraphReport, plan: Plan, settings: Options) -> None:
-    text = str(Report((report,)))
-    log.info("%s", text)
-    log.debug("before:\n%s\nafter:\n%s", report.before, report.after)
-    if settings.debug >= 1:
-        stages = ", ".join(f"{name} {1e3 * s:.1f} ms" for name, s in report.seconds.items())
-        print(f"normfx: {text}\nnormfx: {stages}")
-    if settings.debug >= 2:
-        print(f"normfx: before\n{report.before}\nnormfx: after\n{report.after}")
 
 
 class _Stages:

@@ -14,6 +14,7 @@ from torch.fx import Graph, Node
 from normfx.backend import parse, transform_canonical
 from normfx.capture import capture_exported
 from normfx.errors import ExportError
+from normfx.logs import say
 from normfx.lower.inductor import inline_canonical_ops
 
 
@@ -33,7 +34,8 @@ def rewrite(exported_program: ExportedProgram, options: Mapping[str, Any] | None
     captured = capture_exported(exported_program)
     settings = parse(options)
     kept = tuple(name for name in settings.rules if name != "fuse_residual_norm")  # its op would be written out again
-    changed, _ = transform_canonical(captured, replace(settings, rules=kept, fold="live", lowering="inductor"))
+    changed, report = transform_canonical(captured, replace(settings, rules=kept, fold="live", lowering="inductor"))
+    say(report, settings.debug)
     if not changed:
         return exported_program
     rewritten = captured.graph_module

@@ -137,13 +137,12 @@ def _steps(
             continue
         norm = plan.norms[places[node]] if kind == "norm" else None
         stream = numbers.setdefault(found.root(norm.input if norm else node), len(numbers))
-        fake = value(node)
         yield StepReport(
             kind,
             stream,
             norm.name if norm else names.get(node) or module_path(node) or node.name,
-            norm.kind if norm else op_name(node).removeprefix("aten::").partition(".")[0] or node.op,
-            describe(fake),
+            norm.kind if norm else _operator(node, lines),
+            describe(value(node)),
             lines.get(node, -1),
             places.get(node, -1),
             node in found.inline,
@@ -168,8 +167,14 @@ def _readers(readers: Readers | None) -> Iterator[str]:
     for linear, _, _ in readers.linears:
         yield f"{module_path(linear.node) or linear.node.name} (linear)"
     for node in readers.others:
-        short = op_name(node).removeprefix("aten::").partition(".")[0] or node.op
-        yield f"{module_path(node) or node.name} ({short})" if node.op != "output" else "the graph's output"
+        yield f"{module_path(node) or node.name} ({_operator(node)})" if node.op != "output" else "the graph's output"
+
+
+def _operator(node: Node, lines: Mapping[Node, int] | None = None) -> str:
+    """'linear' of a call; of an input, whether it is a parameter: lines are those of the others."""
+    if node.op in ("placeholder", "get_attr"):
+        return "input" if lines is None or node in lines else "parameter"
+    return op_name(node).removeprefix("aten::").partition(".")[0] or getattr(node.target, "__name__", node.op)
 
 
 def _costs(plan: Plan, norm: Norm) -> Iterator[CostReport]:

@@ -16,9 +16,6 @@ from typing import Any
 import jinja2
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
-from pygments import highlight
-from pygments.formatters import HtmlFormatter
-from pygments.lexers import PythonLexer
 
 from normfx.line_diff import differences
 from normfx.records import GraphBreak, GraphReport
@@ -65,4 +62,8 @@ def _differences(graph: GraphReport) -> list[tuple[str, int, int, int, int]]:
 
 def _coloured(source: str) -> Markup:
     """A kernel's source with its tokens marked; pygments escapes it."""
+    from pygments import highlight  # where a model is compiled, none of it is needed
+    from pygments.formatters import HtmlFormatter
+    from pygments.lexers import PythonLexer
+
     return Markup(highlight(source, PythonLexer(), HtmlFormatter(nowrap=True)))

@@ -60,6 +60,7 @@ FLOORS = (
     ("lower.folded", "lower.packed"),
     ("lower.triton",),
     ("report",),
+    ("logs",),
     ("backend",),
     ("explaining", "export"),
     ("bench.models", "bench.timing", "bench.machine", "bench.command", "bench.norms", "bench.clock"),
@@ -136,6 +137,8 @@ PRIVATE_NAMES = {
         # `_get_data_attr` is what Dynamo writes for `x.data`
         "torch._C._autograd",
     },
+    # TORCH_TRACE has no public spelling (torch 2.11 to 2.14)
+    "logs": {"torch._logging.trace_structured"},
     "weights.kept": {"torch._subclasses.FakeTensor"},
     "weights.native": {"torch._inductor.codecache.CppCodeCache"},
     # whether a tensor is memory of its own

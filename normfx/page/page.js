@@ -80,7 +80,8 @@
       el("span", { class: "glyph", "aria-hidden": "true" }, KINDS[kind].sign),
       el("span", { class: "name" }, site.name),
       el("span", { class: "badge" }, kind === "rms" ? `${site.kind} → RMSNorm` : `${site.kind}: ${KINDS[kind].word}`),
-      el("span", { class: "quiet" }, [...site.rules, ...codes.map((code) => `✕ ${code}`)].join(", ")),
+      ...site.rules.map((rule) => el("span", { class: "done" }, `✓ ${rule}`)),
+      ...codes.map((code) => el("span", { class: "not" }, `✕ ${code}`)),
       site.readers.length ? el("span", { class: "readers" }, `→ ${site.readers.slice(0, 3).join(", ")}${site.readers.length > 3 ? ` and ${site.readers.length - 3} more` : ""}`) : "");
     const text = [site.name, site.source, ...site.readers].join("\n").toLowerCase();
     norms.push({ site, graph: number, row: null, button, text, kind, codes });
