@@ -30,6 +30,7 @@ from normfx.ir.printer import print_lines
 from normfx.ir.recompute import keep_folds
 from normfx.ir.simplify import drop_identities, read_parts
 from normfx.ir.verify import Checked, verify
+from normfx.logs import say
 from normfx.lower import choice
 from normfx.lower.folded import Compiled, Folding, compile_folded, hoist, is_frozen
 from normfx.lower.inductor import check_options, compile_graph, inductor_options
@@ -39,10 +40,9 @@ from normfx.lower.products import with_products
 from normfx.lower.stored import store_sums
 from normfx.lower.triton import Lowered, lower_norms
 from normfx.lower.verified import verified
-from normfx.logs import say
 from normfx.options import Options, warn_once
 from normfx.picture import draw, places
-from normfx.plan import Plan, make_plan
+from normfx.plan import make_plan
 from normfx.recognize import recognize
 from normfx.report import FailureReport, FoldReport, GraphReport, Report, graph_report
 from normfx.specialize import specialize_epsilons
@@ -232,7 +232,7 @@ def transform_canonical(
     report = graph_report(plan, before, after, module_path, _count_folds(canonical, weights), stages.seconds, names)
     report = report.with_lowering([lowered.of.get(done.written.get(norm)) for norm in plan.norms], lowered.kernels)
     report = report.with_shared([done.shared.get(norm) for norm in plan.norms])
-    report = report.with_picture(picture, [places(norm, done, later) for norm in plan.norms])
+    report = report.with_picture(picture, places(plan.norms, done, later, after))
     return plan.changes, report
 
 

@@ -152,7 +152,7 @@ def _steps(
 
 
 def _centred(plan: Plan) -> set[Node]:
-    """Values whose mean is zero after the rewrite: those inside of centred streams, and what only such a stream reads."""
+    """Values whose mean is zero after the rewrite: those inside of centred streams and what only these read."""
     streams = [d.site for d in plan.applied() if isinstance(d.site, Stream)]
     entering = {leaf.node for stream in streams for leaf in stream.leaves if leaf.alone}
     return entering.union(*(stream.axes for stream in streams))
@@ -190,8 +190,20 @@ def size(size: sympy.Expr) -> str:
     return f"{int(size):,}" if size.is_Integer else str(sympy.expand(size))
 
 
-def places(norm: Norm, done: Rewritten, lines: Mapping[Node, int]) -> tuple[int, ...]:
-    """Lines of a norm in the text of the rewritten graph, by node; none where it was written once more since."""
-    written = done.written.get(done.shared.get(norm, norm))
-    nodes = norm.nodes if written is None else (written,)
-    return tuple(sorted({lines[node] for node in nodes if node in lines}))
+def places(norms: Iterable[Norm], done: Rewritten, lines: Mapping[Node, int], text: str) -> list[tuple[int, ...]]:
+    """Lines of each norm in the text of the rewritten graph: by node, or by the module path that the text names where
+    the norm was written once more since (lower/native.py)."""
+    named: dict[str, list[int]] = {}
+    for i, line in enumerate(text.splitlines()):
+        _, comment, path = line.partition("  # ")
+        if comment:
+            named.setdefault(path, []).append(i)
+    found = []
+    for norm in norms:
+        written = done.written.get(done.shared.get(norm, norm))
+        nodes = norm.nodes if written is None else (written,)
+        own = sorted({lines[node] for node in nodes if node in lines})
+        path, _, call = norm.name.partition("#")
+        calls = named.get(path, [])[int(call or 1) - 1 :]
+        found.append(tuple(own or calls[:1]))
+    return found

@@ -98,7 +98,7 @@ class Report:
         return text
 
     def to_json(self) -> str:
-        """The whole report as JSON text. Its "version" is that of the form: it rises when a name changes its meaning."""
+        """The whole report as JSON text. "version" is that of the form: it rises when a name changes its meaning."""
         return json.dumps(self._data(), indent=2)
 
     def to_html(self, path: str | Path) -> None:

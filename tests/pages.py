@@ -15,7 +15,9 @@ def long_report(norms: int) -> Report:
     """A pre-norm transformer of so many norms; every tenth is left alone, every other tenth only folded."""
     before, after = ["ids: i64[2, 16]", "%0 = embedding(wte.weight, ids): f32[2, 16, 64]"], ["ids: i64[2, 16]"]
     after += ["%0 = center(wte.weight, dim=1): f32[99, 64]", "%1 = embedding(%0, ids): f32[2, 16, 64]"]
-    steps = [StepReport("writer", 0, "wte", "embedding", "f32[2, 16, 64]", 1, centred=True, source="model.py:8 in forward")]
+    steps = [
+        StepReport("writer", 0, "wte", "embedding", "f32[2, 16, 64]", 1, centred=True, source="model.py:8 in forward")
+    ]
     sites, x, y = [], 0, 1
     for i in range(norms):
         name, source = f"h.{i}.ln", f"model.py:{i % 7 + 20} in forward: x = x + self.f(self.ln(x))"
@@ -38,7 +40,13 @@ def long_report(norms: int) -> Report:
         x, y = x + 5, y + 6
         rules = (("pre_rms_norm", "fold_affine"), (), ("fold_affine",))[{3: 1, 6: 2}.get(i % 10, 0)]
         found = RefusalReport(
-            "pre_rms_norm", "observed", f"{OBSERVED}: add_{i} is read by output", "do not return it", (), OBSERVED, source
+            "pre_rms_norm",
+            "observed",
+            f"{OBSERVED}: add_{i} is read by output",
+            "do not return it",
+            (),
+            OBSERVED,
+            source,
         )
         refusals = () if "pre_rms_norm" in rules else (found,)
         costs = tuple(CostReport(rule, "8,192", "0") for rule in rules)
@@ -56,8 +64,9 @@ def long_report(norms: int) -> Report:
     before, after = [*before, f"return [%{x}]"], [*after, f"return [%{y}]"]
     sizes = {"pre_rms_norm": ("8,192", "4,096")}
     graph = GraphReport(
-        tuple(sites), "\n".join(before) + "\n", "\n".join(after) + "\n", folds=norms, seconds={"capture": 1.5, "plan": 0.2},
-        bytes=sizes, saved={"pre_rms_norm": 4096}, function="forward (model.py:41)", compile_id="0/0", steps=tuple(steps),
+        tuple(sites), "\n".join(before) + "\n", "\n".join(after) + "\n", folds=norms,
+        seconds={"capture": 1.5, "plan": 0.2}, bytes=sizes, saved={"pre_rms_norm": 4096},
+        function="forward (model.py:41)", compile_id="0/0", steps=tuple(steps),
     )  # fmt: skip
     return Report((graph,), environment={"torch": "2.14", "device": "none"})
 
@@ -71,7 +80,8 @@ def hostile_report() -> Report:
     step = StepReport("norm", 0, RUNS, RUNS, RUNS, 0, 0, source=RUNS)
     writer = StepReport("writer", 0, RUNS, RUNS, RUNS, 0, source=RUNS)
     graph = GraphReport(
-        (site,), f"%0 = {RUNS}  # {RUNS}\n", f"{RUNS}\n", {RUNS: f'x = "{RUNS}"  # </code></pre>{RUNS}'}, 1, 1, {RUNS: 0.1},
+        (site,), f"%0 = {RUNS}  # {RUNS}\n", f"{RUNS}\n", {RUNS: f'x = "{RUNS}"  # </code></pre>{RUNS}'}, 1, 1,
+        {RUNS: 0.1},
         FoldReport((RUNS,)), (site,), {RUNS: (RUNS, RUNS)}, {RUNS: 1}, RUNS, RUNS, steps=(writer, step),
     )  # fmt: skip
     return Report((graph,), 1, (GraphBreak(RUNS, RUNS, RUNS),), RUNS, {RUNS: RUNS})

@@ -143,7 +143,7 @@ def test_torch_logs_where_normfx_is_imported_first(first: str, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_trace(tmp_path: Path) -> None:
-    """What tlparse keeps: each entry is a line of JSON, and after it the payload, each line of which begins with a tab."""
+    """What tlparse keeps: each entry is a line of JSON, and after it the lines of the payload, each after a tab."""
     _run(tmp_path, TORCH_TRACE=str(tmp_path / "trace"))
     (file,) = (tmp_path / "trace").iterdir()
     entries: dict[str, list[str]] = {}

@@ -63,7 +63,13 @@ def _visible(page: Any) -> list[str]:
 def test_keys(opened: Callable[..., Any]) -> None:
     page = opened(long_report(12))
     focused = "document.activeElement.querySelector('.name')?.textContent || document.activeElement.id"
-    for key, name in (("ArrowDown", "h.0.ln"), ("j", "h.1.ln"), ("End", "h.11.ln"), ("k", "h.10.ln"), ("Home", "h.0.ln")):
+    for key, name in (
+        ("ArrowDown", "h.0.ln"),
+        ("j", "h.1.ln"),
+        ("End", "h.11.ln"),
+        ("k", "h.10.ln"),
+        ("Home", "h.0.ln"),
+    ):
         page.keyboard.press(key)
         assert page.evaluate(focused) == name
     page.keyboard.press("Enter")
@@ -168,7 +174,8 @@ def test_a_thousand_norms(opened: Callable[..., Any], record_property: Callable[
     load = time.perf_counter() - begin
     filtering = page.evaluate(
         "() => { const words = document.getElementById('words'), begin = performance.now(); words.value = 'h.77';"
-        " words.dispatchEvent(new Event('input')); document.body.getBoundingClientRect(); return performance.now() - begin; }"
+        " words.dispatchEvent(new Event('input')); document.body.getBoundingClientRect();"
+        " return performance.now() - begin; }"
     )
     assert len(_visible(page)) == 11
     page.keyboard.press("Escape")

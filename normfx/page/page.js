@@ -195,16 +195,22 @@
     return texts.get(key);
   }
 
-  /** Lines around these: what they read, folds of weights that these read, and what reads them. */
+  const PASSES = /= (view|reshape|flatten|unflatten|transpose|permute|contiguous|dropout|to|_to_copy|getitem|chunk|split)\(/;
+
+  /** Lines around these: what they read, folds of weights that these read, and what reads them, also through views. */
   function around(text, seeds) {
     const found = new Set(seeds);
-    const add = (at) => {
+    const add = (at, next) => {
+      if (found.has(at)) return;
       found.add(at);
-      for (const read of text.reads[at]) if (text.fixed[read]) add(read);
+      for (const read of text.reads[at]) if (text.fixed[read]) add(read, null);
+      if (next && PASSES.test(text.lines[at])) next(at);
     };
+    const above = (at) => text.reads[at].forEach((read) => add(read, above));
+    const below = (at) => text.users[at].slice(0, 6).forEach((user) => add(user, below));
     for (const seed of seeds) {
-      text.reads[seed].forEach(add);
-      text.users[seed].slice(0, 6).forEach(add);
+      above(seed);
+      below(seed);
     }
     return [...found].sort((a, b) => a - b);
   }
@@ -220,7 +226,7 @@
       if (piece.startsWith("%")) kind = "v";
       else if (piece.startsWith("#")) kind = "t";
       else if (piece === operator) [kind, operator] = ["op", null];
-      const marked = tag && foreign && /^[\w.]+$/.test(piece) && !foreign.has(piece);
+      const marked = tag && foreign && /^[a-z_][\w.]*$/i.test(piece) && !foreign.has(piece);
       if (marked) code.append(el("mark", { class: kind }, piece));
       else if (kind) code.append(el("span", { class: kind }, piece));
       else code.append(piece);
