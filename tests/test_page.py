@@ -211,7 +211,8 @@ def test_the_command_writes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture
 PAIRS = [
     ("ink", "paper"), ("ink", "panel"), ("soft", "paper"), ("soft", "panel"), ("rms", "paper"), ("rms", "rms-soft"),
     ("changed", "changed-soft"), ("kept", "kept-soft"), ("kept", "paper"), ("soft", "rms-soft"),
-    ("soft", "changed-soft"), ("soft", "kept-soft"), ("ink", "minus-soft"), ("ink", "plus-soft"), ("ink", "mark-minus"), ("ink", "mark-plus"),
+    ("soft", "changed-soft"), ("soft", "kept-soft"), ("ink", "minus-soft"),
+    ("ink", "plus-soft"), ("ink", "mark-minus"), ("ink", "mark-plus"),
     ("word", "panel"), ("word", "minus-soft"), ("word", "plus-soft"), ("number", "minus-soft"), ("number", "plus-soft"),
     ("word", "mark-minus"), ("word", "mark-plus"), ("string", "panel"), ("soft", "minus-soft"), ("soft", "plus-soft"),
     ("minus", "minus-soft"), ("plus", "plus-soft"), ("rms", "panel"), ("rms", "changed-soft"), ("kept", "changed-soft"),
