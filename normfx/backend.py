@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from normfx.apply import apply_plan
 from normfx.capture import Captured, capture
 from normfx.dynamo import compile_id, explained, function, handed_on
 from normfx.edit.writer import Rewritten
+from normfx.environment import environment
 from normfx.errors import NormfxError, NormfxWarning, StageError, crash_note, stage_warning
 from normfx.ir import ops
 from normfx.ir.aliasing import mutated
@@ -27,11 +27,12 @@ from normfx.ir.facts import facts_of
 from normfx.ir.functionalize import functionalize_local
 from normfx.ir.fusion import centres_output
 from normfx.ir.names import module_path, source_line
-from normfx.ir.printer import print_graph
+from normfx.ir.printer import print_lines
 from normfx.ir.recompute import keep_folds
 from normfx.ir.simplify import drop_identities, read_parts
 from normfx.ir.sites import Sites
 from normfx.ir.verify import Checked, verify
+from normfx.logs import say
 from normfx.lower import choice
 from normfx.lower.affordable import beyond, rooms
 from normfx.lower.folded import Compiled, compile_folded, is_frozen
@@ -44,15 +45,15 @@ from normfx.lower.stored import store_sums
 from normfx.lower.triton import Lowered, lower_norms
 from normfx.lower.verified import verified
 from normfx.options import Options, warn_once
+from normfx.picture import draw, places
 from normfx.plan import Plan, make_plan
 from normfx.recognize import recognize
+from normfx.records import Picture
 from normfx.report import FailureReport, FoldReport, GraphReport, Report, graph_report
 from normfx.specialize import specialize_epsilons
 from normfx.weights.kept import records_gradients
 from normfx.weights.live import live_folds
 from normfx.weights.native import start_native_library
-
-log = logging.getLogger("normfx")
 
 _listeners: list[Callable[[GraphReport], None]] = []
 
@@ -149,7 +150,8 @@ def compiled_report() -> Report:
     reports = [(report, compiled.folding()) for compiled, report in _compiled.items()]
     note = "" if reports else "Nothing is compiled with normfx now; torch._dynamo.reset() empties this report."
     note = note or (memory_line() if keeps_freed_memory() else "")
-    return Report(tuple(replace(r, weights=FoldReport(**folding)) for r, folding in reports), note=note)
+    graphs = tuple(replace(r, weights=FoldReport(**folding)) for r, folding in reports)
+    return Report(graphs, note=note, environment=environment())
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,6 +188,8 @@ class Work:
     sites: Sites = field(init=False)
     plan: Plan = field(init=False)
     before: str = ""
+    lines: Mapping[Node, int] = field(default_factory=dict)
+    picture: Picture = field(init=False)
     done: Rewritten = field(default_factory=Rewritten)
     lowered: Lowered = field(default_factory=Lowered)
     report: GraphReport = field(init=False)
@@ -206,9 +210,14 @@ class Work:
         """Whether the canonical graph is compiled, whatever else becomes of it."""
         return self.plan.changes or self.freezes or bool(_forcing)
 
-    def text(self) -> str:
-        names = {n: s.name for n, s in self.captured.sources.items()}
-        return print_graph(self.canonical.graph, names, self.captured.weights, module_path)
+    @property
+    def names(self) -> Mapping[Node, str]:
+        """Of inputs, parameters and buffers."""
+        return {node: source.name for node, source in self.captured.sources.items()}
+
+    def text(self) -> tuple[str, Mapping[Node, int]]:
+        """The graph as it is printed, and the line of each node."""
+        return print_lines(self.canonical.graph, self.names, self.captured.weights, module_path)
 
 
 @dataclass(frozen=True)
@@ -257,7 +266,12 @@ def _decide(work: Work) -> None:
     """Which rule is applied where, and why not elsewhere."""
     option = work.settings.lowering
     work.plan = make_plan(work.sites, work.settings.rules, choice.spells(option), choice.may_run(option))
-    work.before = work.text()
+    work.before, work.lines = work.text()
+
+
+def _draw(work: Work) -> None:
+    """The streams, as the report's page shows them."""
+    work.picture = draw(work.canonical.graph, work.sites, work.plan, work.names, work.lines)
 
 
 def _rewrite(work: Work) -> None:
@@ -276,16 +290,14 @@ def _lower(work: Work) -> None:
 
 def _tell(work: Work) -> None:
     """The report of what was done."""
-    weights, plan = work.captured.weights, work.plan
-    names = {n: s.name for n, s in work.captured.sources.items()}
-    after = work.text() if plan.changes else work.before
+    weights, plan, done = work.captured.weights, work.plan, work.done
+    after, lines = work.text() if plan.changes else (work.before, work.lines)
     counts = _count_folds(work.canonical, weights)
-    report = graph_report(plan, work.before, after, module_path, counts, work.seconds, names, work.excess)
-    on = [work.lowered.of.get(work.done.written.get(norm)) for norm in plan.norms]
+    report = graph_report(plan, work.before, after, module_path, counts, work.seconds, work.names, work.excess)
+    on = [work.lowered.of.get(done.written.get(norm)) for norm in plan.norms]
     report = report.with_lowering(on, work.lowered.kernels)
-    report = report.with_shared([work.done.shared.get(norm) for norm in plan.norms])
-    work.report = report
-    _log(report, plan, work.settings)
+    report = report.with_shared([done.shared.get(norm) for norm in plan.norms])
+    work.report = report.with_picture(work.picture, places(plan.norms, done, lines, after))
 
 
 def _fold(work: Work) -> None:
@@ -308,6 +320,7 @@ PIPELINE = (
     Stage("simplify", _simplify, check="capture"),
     Stage("recognize", _recognize),
     Stage("plan", _decide),
+    Stage("picture", _draw),
     Stage("rewrite", _rewrite, when=_changes, check="rewrite"),
     Stage("lower", _lower, when=_changes, check="lower"),
     Stage("report", _tell),
@@ -347,10 +360,13 @@ def transform(gm: GraphModule, example_inputs: Sequence[Any], settings: Options,
             raise StageError(work.stage, error) from error
         warnings.warn(stage_warning(work.stage, error), NormfxWarning, stacklevel=2)
         failure = FailureReport(work.stage, f"{type(error).__name__}: {error}")
-        return Transformed(gm, GraphReport((), failure=failure, function=source, compile_id=number))
+        report = GraphReport((), failure=failure, function=source, compile_id=number)
+        say(report, settings.debug)
+        return Transformed(gm, report)
     gradients = bool(work.captured.trained) and records_gradients(work.canonical.graph)
     report = replace(work.report, function=source, compile_id=number, gradients=gradients, seconds=work.seconds)
     report = replace(report, stored_sums=work.stored_sums)
+    say(report, settings.debug)
     if work.used or work.stored_sums:
         return Transformed(work.canonical, report, work.folding, work.captured.weights, work.memory)
     return Transformed(gm, report)
@@ -375,14 +391,3 @@ def _count_folds(gm: GraphModule, weights: frozenset[Any]) -> tuple[int, int]:
     folds = live_folds(gm.graph, [n for n in gm.graph.nodes if n in weights])
     centrings = [n for n in gm.graph.nodes if n.target in (ops.CENTER, ops.COMPRESS) and n not in folds]
     return len(folds), len(centrings) + sum(map(centres_output, gm.graph.nodes))
-
-
-def _log(report: GraphReport, plan: Plan, settings: Options) -> None:
-    text = str(Report((report,)))
-    log.info("%s", text)
-    log.debug("before:\n%s\nafter:\n%s", report.before, report.after)
-    if settings.debug >= 1:
-        stages = ", ".join(f"{name} {1e3 * s:.1f} ms" for name, s in report.seconds.items())
-        print(f"normfx: {text}\nnormfx: {stages}")
-    if settings.debug >= 2:
-        print(f"normfx: before\n{report.before}\nnormfx: after\n{report.after}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import os
 import platform
 import shlex
@@ -15,6 +14,7 @@ import torch
 from rich.console import Console
 
 from normfx.allocator import allocator, free_bytes, obstacle
+from normfx.environment import version
 from normfx.lower import choice
 from normfx.lower.gemm import MARGIN, packed_speed
 from normfx.options import Options
@@ -67,13 +67,6 @@ def findings() -> Iterator[Finding]:
     yield _allocator()
     for dtype in (torch.float32, torch.bfloat16):
         yield _products(dtype)
-
-
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _device() -> Finding:

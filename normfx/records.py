@@ -27,6 +27,19 @@ class RefusalReport:
 
 
 @dataclass(frozen=True)
+class CostReport:
+    """What a rule's decision is predicted to change per call: bytes before and after, as text.
+
+    norms: how many norms the decision covers
+    """
+
+    rule: str
+    before: str
+    after: str
+    norms: int = 1
+
+
+@dataclass(frozen=True)
 class SiteReport:
     """One norm: its module path, kind, the rules applied in order, the refusals, and where it is written.
 
@@ -34,6 +47,10 @@ class SiteReport:
               move, or "inductor: " and why there is no kernel, or why Inductor is ahead of it; else "two-pass" where a
               norm that stays is spelled out, "inductor" where it is not
     shares:   an earlier norm of the same value whose result is also this one's ("" if there is none)
+    readers:  what reads the norm, "h.0.attn.c_attn (linear)"
+    costs:    of the decisions that were applied here
+    before:   lines of the graph's text that compute the norm, counted from 0
+    after:    the same, of the text after the rewrite
     """
 
     name: str
@@ -43,11 +60,53 @@ class SiteReport:
     source: str
     lowering: str = "inductor"
     shares: str = ""
+    readers: tuple[str, ...] = ()
+    costs: tuple[CostReport, ...] = ()
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
 
     @property
     def to_rms_norm(self) -> bool:
         """Whether a LayerNorm became an RMSNorm here."""
         return self.kind == "LayerNorm" and not RMS_NORM_RULES.isdisjoint(self.rules)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """A step of a residual stream: a value that is written into it, a sum that makes its next segment, or a norm.
+
+    kind:    "writer", "sum" or "norm"
+    stream:  the stream's number; norms between two segments of one stream (post-norm) are steps of it, too
+    name:    module path or name of what computes the value
+    op:      the operator, "linear"
+    type:    "f32[2, 16, 32]"
+    line:    line of the graph's text before the rewrite, counted from 0; -1 where it has none
+    site:    for a norm, its place among the sites; else -1
+    inline:  for a norm, whether its result is part of the stream again
+    centred: whether the value is stored with mean zero after the rewrite
+    source:  the line of the user's code
+    """
+
+    kind: str
+    stream: int
+    name: str
+    op: str = ""
+    type: str = ""
+    line: int = -1
+    site: int = -1
+    inline: bool = False
+    centred: bool = False
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What a picture of a graph is drawn from: its streams, and for each norm readers, costs and lines of the text."""
+
+    steps: tuple[StepReport, ...] = ()
+    readers: tuple[tuple[str, ...], ...] = ()
+    costs: tuple[tuple[CostReport, ...], ...] = ()
+    lines: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -128,6 +187,7 @@ class GraphReport:
     gradients:  whether gradients of parameters are recorded
     failure:    the stage that failed, if one did; then nothing was applied
     stored_sums: sums of residual streams that Inductor is told to store once; they are not in `after`
+    steps:      the residual streams, in the order of the graph before the rewrite
     """
 
     sites: tuple[SiteReport, ...]
@@ -146,6 +206,16 @@ class GraphReport:
     gradients: bool = False
     failure: FailureReport | None = None
     stored_sums: int = 0
+    steps: tuple[StepReport, ...] = ()
+
+    def with_picture(self, picture: Picture, after: Iterable[Iterable[int]]) -> GraphReport:
+        """The same, with residual streams, and with readers, costs and lines of each site, also of the text after."""
+        own = zip(self.sites, picture.readers, picture.costs, picture.lines, after, strict=True)
+        sites = (
+            replace(site, readers=readers, costs=costs, before=before, after=tuple(later))
+            for site, readers, costs, before, later in own
+        )
+        return replace(self, sites=tuple(sites), steps=picture.steps)
 
     def with_lowering(self, lowering: Iterable[str | None], kernels: Mapping[str, str]) -> GraphReport:
         """The same, with what each site runs on where that is known, and the sources of kernels."""

@@ -51,7 +51,8 @@ FLOORS = (
     ("rules.crms_norm", "rules.fold_scale", "rules.fuse_residual_norm"),
     ("rules",),
     ("records", "options", "plan"),
-    ("dynamo", "report_text"),
+    ("dynamo", "report_text", "environment", "line_diff"),
+    ("report_html",),
     ("apply", "weights"),
     ("weights.expression", "weights.handles", "weights.native", "weights.samples", "weights.live"),
     ("weights.watch",),
@@ -68,7 +69,9 @@ FLOORS = (
     ("lower.constants", "lower.outside"),
     ("lower.folded",),
     ("lower.triton",),
+    ("picture",),
     ("report",),
+    ("logs",),
     ("backend",),
     ("explaining", "export"),
     ("bench.models", "bench.timing", "bench.machine", "bench.command", "bench.norms", "bench.clock"),
@@ -101,7 +104,6 @@ PRIVATE_ROOMS = frozenset(
         "lower.inductor",
         "lower.constants",
         "lower.folded",
-        "lower.constants",
         "lower.gemm",
         "lower.choice",
         "lower.packed",
@@ -133,6 +135,8 @@ PRIVATE_NAMES = {
     "bench.floor": {"torch.ops.mkldnn._linear_pointwise", "torch.ops.mkldnn._reorder_linear_weight"},  # what is timed
     "checkout": {"torch._dynamo.register_backend"},
     "explaining": {"torch._dynamo.reset"},
+    # TORCH_TRACE has no public spelling (torch 2.11 to 2.14)
+    "logs": {"torch._logging.trace_structured"},
     "survey.run": {
         "torch._dynamo.reset",
         "torch._dynamo.config.patch",  # a model with more graphs than Dynamo allows by default
