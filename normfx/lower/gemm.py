@@ -53,7 +53,7 @@ def onednn_is_faster() -> bool:
     with torch.inference_mode(False), torch.no_grad():
         x, weight, bias = _layer(torch.float32)
         mkl = torch.ops.mkl._mkl_reorder_linear_weight(weight, ROWS)
-        speed = _speed(_packed(x, weight, bias), lambda: torch.ops.mkl._mkl_linear(x, mkl, weight, bias, ROWS))
+        speed = _speed(packed_product(x, weight, bias), lambda: torch.ops.mkl._mkl_linear(x, mkl, weight, bias, ROWS))
         return speed > 1 / MARGIN
 
 
@@ -82,7 +82,7 @@ def _seconds(dtype: torch.dtype) -> tuple[float, float]:
         return float("inf"), 1.0
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         x, weight, bias = _layer(dtype)
-        return _best(_packed(x, weight, bias), lambda: torch.addmm(bias, x, weight.t()))
+        return _best(packed_product(x, weight, bias), lambda: torch.addmm(bias, x, weight.t()))
 
 
 def onednn_works(dtype: torch.dtype) -> bool:
@@ -100,7 +100,8 @@ def _layer(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return ones(ROWS, IN), ones(OUT, IN), ones(OUT)
 
 
-def _packed(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], Tensor]:
+def packed_product(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], Tensor]:
+    """A call of oneDNN's linear, its weight packed beforehand."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
     return lambda: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
