@@ -132,7 +132,6 @@ PRIVATE_NAMES = {
     },
     # the one setting that lets a backward pass of Inductor run twice
     "bench.rivals": {"torch._functorch.config"},
-    "bench.floor": {"torch.ops.mkldnn._linear_pointwise", "torch.ops.mkldnn._reorder_linear_weight"},  # what is timed
     "checkout": {"torch._dynamo.register_backend"},
     "explaining": {"torch._dynamo.reset"},
     # TORCH_TRACE has no public spelling (torch 2.11 to 2.14)
