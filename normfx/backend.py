@@ -212,7 +212,7 @@ class Work:
 
     @property
     def names(self) -> Mapping[Node, str]:
-        """Of inputs, parameters and buffers."""
+        """Names of inputs, parameters and buffers."""
         return {node: source.name for node, source in self.captured.sources.items()}
 
     def text(self) -> tuple[str, Mapping[Node, int]]:

@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 VERSION = 1
-"""Of the JSON form."""
+"""The version of the JSON form."""
 
 _KINDS = {
     "LayerNorm": "layer_norm",

@@ -98,7 +98,9 @@ def _whole(function: ast.FunctionDef) -> Iterator[tuple[str, ast.FunctionDef]]:
         edited = copy.deepcopy(function)
         generator = any(isinstance(node, (ast.Yield, ast.YieldFrom)) for node in ast.walk(function))
         replaced = "return iter(())" if generator or function.name == "guard" else "return None"
-        edited.body = ast.parse(f"def f():\n    {replaced}\n").body[0].body  # type: ignore[attr-defined]
+        written = ast.parse(f"def f():\n    {replaced}\n").body[0]
+        assert isinstance(written, ast.FunctionDef)
+        edited.body = written.body
         yield "does nothing", edited
 
 

@@ -229,7 +229,7 @@ def _luminance(colour: str) -> float:
 
 @pytest.mark.parametrize("theme", [0, 1])
 def test_contrast(theme: int) -> None:
-    """At least 4.5 to 1 (WCAG 2.2, AA), in light and in dark."""
+    """Text stands out by at least 4.5 to 1 (WCAG 2.2, AA), in light and in dark."""
     block = re.findall(r"^:root[^{]*\{(.*?)\}", (FILES / "page.css").read_text(), re.S | re.M)[theme]
     colours = dict(re.findall(r"--([\w-]+): (#\w{6})", block))
     poor = {}

@@ -65,7 +65,7 @@ WRONG: dict[str, tuple[str, Any]] = {
 
 @pytest.mark.parametrize("rule", [r for r in RULES if r.name != "bake_weights"], ids=lambda r: r.name)
 def test_the_proof_can_fail(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a wrong formula the two sides of the identity differ. (bake_weights says that products associate.)"""
+    """A wrong formula makes the two sides of the identity differ. (bake_weights says that products associate.)"""
     where, formula = WRONG[rule.name]
     monkeypatch.setattr(f"normfx.rules.{where}", formula)
     assert any(sympy.expand(lhs - rhs) != 0 for lhs, rhs in rule.identity(_symbols, 2))
@@ -194,7 +194,7 @@ def test_idempotent(rule: Rule) -> None:
 
 
 def test_every_refusal_code_has_a_counterexample() -> None:
-    """Of each rule that may give it, though rules share objections."""
+    """Each rule that may give a code has its own, though rules share objections."""
     shown = {(rule.name, e.code) for rule in RULES for e in rule.counterexamples}
     missing = [(rule.name, code) for rule in RULES for code in rule.codes if (rule.name, code) not in shown]
     assert missing == []

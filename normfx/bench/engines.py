@@ -23,7 +23,7 @@ from normfx.errors import NormfxError
 Run = Callable[[Sequence[Tensor]], Tensor]
 
 LARGEST_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-"""Of a result, relative to float64, from which on an engine does not compute the same function."""
+"""The error relative to float64 from which on an engine does not compute the same function."""
 
 
 class Skipped(NormfxError):

@@ -78,8 +78,9 @@ def flat(function: Callable[..., Any]) -> Callable[..., Any]:
     def run(*arguments: Any) -> Any:
         return function(*gathered(function, arguments))
 
-    run.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": hints["return"]}
-    run.__signature__ = inspect.Signature(parameters, return_annotation=hints["return"])  # type: ignore[attr-defined]
+    made: Any = run
+    made.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": hints["return"]}
+    made.__signature__ = inspect.Signature(parameters, return_annotation=hints["return"])
     return run
 
 

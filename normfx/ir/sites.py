@@ -197,7 +197,7 @@ class Readers:
     path:    the row-preserving nodes between
     axes:    the norm's features inside of its output and of each node between
     others:  readers that are not linears over the feature axis
-    shared:  readers whose weight is also read behind another norm with other γ or β
+    shared:  readers whose weight is also read after another norm with other γ or β
     live:    values of parameters alone whose folds would be computed in every call
     """
 

@@ -115,7 +115,8 @@ def chosen(
 
 def kept_bytes(node: Node) -> int:
     """Bytes of a kept value: of a packed weight those of the weight, which its layout may pad a little."""
-    return _size(node.args[0] if node.target is PACK else node)  # type: ignore[arg-type]
+    source = node.all_input_nodes[0] if node.target is PACK else node
+    return _size(source)
 
 
 def gain(item: Kept) -> float:

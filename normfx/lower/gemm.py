@@ -76,8 +76,8 @@ def packed_gain(dtype: torch.dtype) -> float:
 
 @functools.cache
 def _seconds(dtype: torch.dtype) -> tuple[float, float]:
-    """Of a packed oneDNN linear (infinity where there is none) and of ATen's `addmm`; measured once per process and
-    dtype, in 0.2 s."""
+    """Seconds of a packed oneDNN linear (infinity where there is none) and of ATen's `addmm`, measured once per process
+    and dtype, in 0.2 s."""
     if not onednn_works(dtype):
         return float("inf"), 1.0
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):

@@ -59,7 +59,7 @@ def machine_memory(device: torch.device) -> tuple[int, int]:
 
 
 def _system() -> tuple[int, int]:
-    """Of the whole machine. Where the system does not tell what is available, half of all is taken to be."""
+    """The memory of the whole machine. Where the system does not tell what is available, half of all is taken to be."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         sizes = {name: 1024 * int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
@@ -77,7 +77,7 @@ _FILES = {
     "": ("memory.max", "memory.current", "inactive_file"),
     "memory": ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
 }
-"""By the name of a cgroup hierarchy ("": version 2): its limit, its use, and the part that may be dropped."""
+"""Files of each cgroup hierarchy ("": version 2): its limit, its use, and the part that may be dropped."""
 
 
 def _cgroups() -> Iterator[tuple[int, int]]:
