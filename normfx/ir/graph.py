@@ -152,8 +152,8 @@ def is_one(dim: int | torch.SymInt) -> bool:
 
 
 def entries(dims: Iterable[int | torch.SymInt]) -> sympy.Expr:
-    """Number of entries as a sympy expression."""
-    return sympy.prod([extent(d) for d in dims])
+    """Number of entries as a sympy expression, also of no dimensions."""
+    return sympy.prod([sympy.Integer(1), *(extent(d) for d in dims)])
 
 
 def bytes_of(node: Node) -> sympy.Expr:

@@ -48,8 +48,9 @@ def used_bytes(device: torch.device) -> int:
 
 
 def machine_memory(device: torch.device) -> tuple[int, int]:
-    """Bytes of memory that there are and that are available; of the CPU as far as the process's cgroups allow."""
-    if device.type == "cuda":
+    """Bytes of memory that there are and that are available; of the CPU as far as the process's cgroups allow, and the
+    same for a device whose memory cannot be asked for (fake tensors of a GPU that is not there)."""
+    if device.type == "cuda" and torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info(device)
         return total, free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     total, available = _system()
