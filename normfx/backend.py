@@ -1,4 +1,4 @@
-"""The pipeline of torch.compile(..., backend="normfx"): a list of stages (PIPELINE), no logic of its own."""
+"""The backend of torch.compile: the list of stages that a graph goes through (PIPELINE), and reports of them."""
 
 from __future__ import annotations
 
