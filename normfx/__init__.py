@@ -12,6 +12,7 @@ from normfx import checkout
 from normfx.errors import ExportError, NormfxError, NormfxWarning, OptionError, StageError, VerifyError
 
 if TYPE_CHECKING:
+    from normfx.allocator import release_memory
     from normfx.backend import compiled_report
     from normfx.explaining import explain
     from normfx.export import rewrite
@@ -35,6 +36,7 @@ __all__ = [
     "compiled_report",
     "explain",
     "refold",
+    "release_memory",
     "rewrite",
 ]
 
@@ -44,6 +46,7 @@ _LAZY = {
     "compiled_report": "normfx.backend",
     "explain": "normfx.explaining",
     "refold": "normfx.weights.store",
+    "release_memory": "normfx.allocator",
     "rewrite": "normfx.export",
 }
 """What is imported when it is first asked for: Dynamo, Inductor and sympy take seconds. No module has one of these

@@ -1,53 +1,59 @@
-"""The pipeline behind torch.compile(..., backend="normfx"): one call per stage, no logic of its own."""
+"""The backend of torch.compile: the list of stages that a graph goes through (PIPELINE), and reports of them."""
 
 from __future__ import annotations
 
-import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch.fx import GraphModule, Node
 
+from normfx.allocator import keep_freed_memory, keeps_freed_memory, memory_line
 from normfx.apply import apply_plan
 from normfx.capture import Captured, capture
 from normfx.dynamo import compile_id, explained, function, handed_on
 from normfx.edit.writer import Rewritten
+from normfx.environment import environment
 from normfx.errors import NormfxError, NormfxWarning, StageError, crash_note, stage_warning
 from normfx.ir import ops
 from normfx.ir.aliasing import mutated
 from normfx.ir.cleanup import drop_dead_code
+from normfx.ir.facts import facts_of
 from normfx.ir.functionalize import functionalize_local
 from normfx.ir.fusion import centres_output
 from normfx.ir.names import module_path, source_line
-from normfx.ir.printer import print_graph
+from normfx.ir.printer import print_lines
 from normfx.ir.recompute import keep_folds
 from normfx.ir.simplify import drop_identities, read_parts
+from normfx.ir.sites import Sites
 from normfx.ir.verify import Checked, verify
+from normfx.logs import say
 from normfx.lower import choice
-from normfx.lower.folded import Compiled, Folding, compile_folded, hoist, is_frozen
+from normfx.lower.affordable import beyond, rooms
+from normfx.lower.folded import Compiled, compile_folded, is_frozen
+from normfx.lower.hoist import Folding
 from normfx.lower.inductor import check_options, compile_graph, inductor_options
 from normfx.lower.native import use_native_norms
-from normfx.lower.packed import PACK, pack_linears
+from normfx.lower.outside import keep_folds_outside, keepable_weights
 from normfx.lower.products import with_products
 from normfx.lower.stored import store_sums
 from normfx.lower.triton import Lowered, lower_norms
 from normfx.lower.verified import verified
 from normfx.options import Options, warn_once
+from normfx.picture import draw, places
 from normfx.plan import Plan, make_plan
 from normfx.recognize import recognize
+from normfx.records import Picture
 from normfx.report import FailureReport, FoldReport, GraphReport, Report, graph_report
 from normfx.specialize import specialize_epsilons
-from normfx.weights.kept import keepable, kept_values, records_gradients
+from normfx.weights.kept import records_gradients
 from normfx.weights.live import live_folds
 from normfx.weights.native import start_native_library
-
-log = logging.getLogger("normfx")
 
 _listeners: list[Callable[[GraphReport], None]] = []
 
@@ -102,6 +108,8 @@ def normfx(
 def _compile(
     gm: GraphModule, example_inputs: Sequence[Any], settings: Options, patches: Mapping[str, Any]
 ) -> Callable[..., Any]:
+    if settings.malloc == "keep":
+        keep_freed_memory()
     freezes = is_frozen(settings.fold, patches)
     if settings.fold != "live":
         start_native_library()
@@ -110,12 +118,13 @@ def _compile(
     with explained(crash_note("compile", changed)):
         if changed:
             constants = ready.weights if freezes else None
+            room = rooms(settings.fold_memory)
             compiled = compile_folded(
-                ready.graph_module, ready.folding, example_inputs, constants, patches, settings.strict
+                ready.graph_module, ready.folding, example_inputs, constants, patches, settings.strict, room
             )
         else:
             compiled = Compiled(compile_graph(gm, example_inputs, patches))
-    compiled.note = crash_note("run", changed)
+    compiled.note, compiled.memory = crash_note("run", changed), ready.memory
     _compiled[compiled] = ready.report
     for listener in _listeners:
         listener(ready.report)
@@ -140,7 +149,9 @@ def compiled_report() -> Report:
     """
     reports = [(report, compiled.folding()) for compiled, report in _compiled.items()]
     note = "" if reports else "Nothing is compiled with normfx now; torch._dynamo.reset() empties this report."
-    return Report(tuple(replace(r, weights=FoldReport(**folding)) for r, folding in reports), note=note)
+    note = note or (memory_line() if keeps_freed_memory() else "")
+    graphs = tuple(replace(r, weights=FoldReport(**folding)) for r, folding in reports)
+    return Report(graphs, note=note, environment=environment())
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,12 +160,187 @@ class Transformed:
 
     folding: its kept folds, which are its last inputs
     weights: its parameters, buffers and constants
+    memory:  the budget of kept weights, and what did not fit, as in records.FoldReport
     """
 
     graph_module: GraphModule
     report: GraphReport
     folding: Folding | None = None
     weights: frozenset[Node] = frozenset()
+    memory: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Work:
+    """A graph on its way through the stages: what it starts with, and what each stage finds for later ones.
+
+    freezes: the canonical graph is wanted even if no rule applies
+    excess:  weights whose folds do not fit into the memory that folds may take
+    stage:   the one that runs, or failed; seconds: by stage
+    """
+
+    settings: Options
+    freezes: bool = False
+    original: GraphModule | None = None
+    example_inputs: Sequence[Any] = ()
+    captured: Captured = field(init=False)
+    values: Mapping[Node, torch.Tensor] = field(default_factory=dict)
+    sites: Sites = field(init=False)
+    plan: Plan = field(init=False)
+    before: str = ""
+    lines: Mapping[Node, int] = field(default_factory=dict)
+    picture: Picture = field(init=False)
+    done: Rewritten = field(default_factory=Rewritten)
+    lowered: Lowered = field(default_factory=Lowered)
+    report: GraphReport = field(init=False)
+    excess: frozenset[Node] = frozenset()
+    folding: Folding | None = None
+    memory: Mapping[str, Any] = field(default_factory=dict)
+    stored_sums: int = 0
+    checked: Checked = field(default_factory=dict)
+    stage: str = "capture"
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def canonical(self) -> GraphModule:
+        return self.captured.graph_module
+
+    @property
+    def used(self) -> bool:
+        """Whether the canonical graph is compiled, whatever else becomes of it."""
+        return self.plan.changes or self.freezes or bool(_forcing)
+
+    @property
+    def names(self) -> Mapping[Node, str]:
+        """Names of inputs, parameters and buffers."""
+        return {node: source.name for node, source in self.captured.sources.items()}
+
+    def text(self) -> tuple[str, Mapping[Node, int]]:
+        """The graph as it is printed, and the line of each node."""
+        return print_lines(self.canonical.graph, self.names, self.captured.weights, module_path)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step on a graph. when: it is left out otherwise; check: the graph's invariants are checked after it, under this
+    name; exported: it is part of normfx.rewrite too."""
+
+    name: str
+    run: Callable[[Work], None]
+    when: Callable[[Work], bool] = lambda work: True
+    check: str = ""
+    exported: bool = True
+
+
+def _capture(work: Work) -> None:
+    """Dynamo's graph → the canonical one, in ATen before autograd and autocast."""
+    assert work.original is not None
+    work.captured = capture(work.original, work.example_inputs)
+    work.values = _values(work.captured, work.example_inputs)
+
+
+def _functionalize(work: Work) -> None:
+    """In-place writes to values that nothing else sees become out-of-place."""
+    functionalize_local(work.canonical)
+
+
+def _simplify(work: Work) -> None:
+    """Ops that do nothing go, and parts of what was joined are read directly."""
+    drop_identities(work.canonical)
+    if read_parts(work.canonical, mutated(work.canonical.graph)):
+        drop_dead_code(work.canonical.graph)
+
+
+def _recognize(work: Work) -> None:
+    """The norms, streams and readers of the graph."""
+    weights = work.captured.weights
+    live = None
+    if work.settings.fold != "live":
+        keeps = keepable_weights(work.captured, work.settings)
+        work.excess = beyond(work.canonical.graph, keeps, rooms(work.settings.fold_memory), work.values)
+        live = (weights - keeps) | work.excess
+    work.sites = recognize(facts_of(work.canonical.graph, weights, live), module_path, source_line)
+
+
+def _decide(work: Work) -> None:
+    """Which rule is applied where, and why not elsewhere."""
+    option = work.settings.lowering
+    work.plan = make_plan(work.sites, work.settings.rules, choice.spells(option), choice.may_run(option))
+    work.before, work.lines = work.text()
+
+
+def _draw(work: Work) -> None:
+    """The streams, as the report's page shows them."""
+    work.picture = draw(work.canonical.graph, work.sites, work.plan, work.names, work.lines)
+
+
+def _rewrite(work: Work) -> None:
+    """The plan, carried out."""
+    work.done = apply_plan(work.canonical, work.plan, work.values, work.settings.rule_options)
+    keep_folds(work.canonical.graph, work.captured.weights)
+
+
+def _lower(work: Work) -> None:
+    """Norms go to generated kernels, to ATen, or stay as they are for Inductor."""
+    option = work.settings.lowering
+    if option != "inductor":
+        work.lowered = lower_norms(work.canonical, option == "triton", work.captured.trained)
+    use_native_norms(work.canonical)
+
+
+def _tell(work: Work) -> None:
+    """The report of what was done."""
+    weights, plan, done = work.captured.weights, work.plan, work.done
+    after, lines = work.text() if plan.changes else (work.before, work.lines)
+    counts = _count_folds(work.canonical, weights)
+    report = graph_report(plan, work.before, after, module_path, counts, work.seconds, work.names, work.excess)
+    on = [work.lowered.of.get(done.written.get(norm)) for norm in plan.norms]
+    report = report.with_lowering(on, work.lowered.kernels)
+    report = report.with_shared([done.shared.get(norm) for norm in plan.norms])
+    work.report = report.with_picture(work.picture, places(plan.norms, done, lines, after))
+
+
+def _fold(work: Work) -> None:
+    """Folds of parameters that need no gradient leave the graph: their values are kept."""
+    work.folding, work.memory = keep_folds_outside(work.captured, work.settings, not work.freezes, work.values)
+
+
+def _store(work: Work) -> None:
+    """Sums of residual streams are stored once, where that moves fewer bytes."""
+    work.stored_sums = store_sums(work.canonical)
+
+
+def _changes(work: Work) -> bool:
+    return work.plan.changes
+
+
+PIPELINE = (
+    Stage("capture", _capture, exported=False),
+    Stage("functionalize", _functionalize),
+    Stage("simplify", _simplify, check="capture"),
+    Stage("recognize", _recognize),
+    Stage("plan", _decide),
+    Stage("picture", _draw),
+    Stage("rewrite", _rewrite, when=_changes, check="rewrite"),
+    Stage("lower", _lower, when=_changes, check="lower"),
+    Stage("report", _tell),
+    Stage("fold", _fold, when=lambda work: work.used and work.settings.fold != "live", exported=False),
+    Stage("store", _store, when=lambda work: bool(work.report.sites and work.settings.rules), exported=False),
+)
+"""What becomes of a graph, stage after stage. What remains is compiled: by Inductor (lower/inductor.py), and with kept
+folds by lower/folded.py."""
+
+
+def _run(work: Work, exported: bool = False) -> None:
+    for stage in PIPELINE:
+        if (exported and not stage.exported) or not stage.when(work):
+            continue
+        work.stage = stage.name
+        begin = time.perf_counter()
+        stage.run(work)
+        work.seconds[stage.name] = time.perf_counter() - begin
+        if stage.check and work.settings.check:
+            verify(work.canonical, stage.check, work.checked)
 
 
 def transform(gm: GraphModule, example_inputs: Sequence[Any], settings: Options, freezes: bool = False) -> Transformed:
@@ -164,82 +350,34 @@ def transform(gm: GraphModule, example_inputs: Sequence[Any], settings: Options,
 
     freezes: the canonical graph is wanted even if no rule applies
     """
-    stages = _Stages()
+    work = Work(settings, freezes, gm, example_inputs)
     specialize_epsilons(gm)
     source, number = function(gm), compile_id()
     try:
-        captured = stages.run("capture", capture, gm, example_inputs)
-        changed, report = transform_canonical(captured, settings, stages, _values(captured, example_inputs))
-        used, folding = changed or freezes or bool(_forcing), None
-        if used and settings.fold != "live":
-            folding = stages.run("fold", _keep_folds, captured, settings, not freezes)
-        stored_sums = stages.run("store", store_sums, captured.graph_module) if report.sites and settings.rules else 0
+        _run(work)
     except Exception as error:
         if settings.strict:
-            raise StageError(stages.current, error) from error
-        warnings.warn(stage_warning(stages.current, error), NormfxWarning, stacklevel=2)
-        failure = FailureReport(stages.current, f"{type(error).__name__}: {error}")
-        return Transformed(gm, GraphReport((), failure=failure, function=source, compile_id=number))
-    gradients = bool(captured.trained) and records_gradients(captured.graph_module.graph)
-    report = replace(report, function=source, compile_id=number, gradients=gradients, seconds=dict(stages.seconds))
-    report = replace(report, stored_sums=stored_sums)
-    if used or stored_sums:
-        return Transformed(captured.graph_module, report, folding, captured.weights)
+            raise StageError(work.stage, error) from error
+        warnings.warn(stage_warning(work.stage, error), NormfxWarning, stacklevel=2)
+        failure = FailureReport(work.stage, f"{type(error).__name__}: {error}")
+        report = GraphReport((), failure=failure, function=source, compile_id=number)
+        say(report, settings.debug)
+        return Transformed(gm, report)
+    gradients = bool(work.captured.trained) and records_gradients(work.canonical.graph)
+    report = replace(work.report, function=source, compile_id=number, gradients=gradients, seconds=work.seconds)
+    report = replace(report, stored_sums=work.stored_sums)
+    say(report, settings.debug)
+    if work.used or work.stored_sums:
+        return Transformed(work.canonical, report, work.folding, work.captured.weights, work.memory)
     return Transformed(gm, report)
 
 
-def transform_canonical(
-    captured: Captured,
-    settings: Options,
-    stages: _Stages | None = None,
-    values: Mapping[Node, torch.Tensor] | None = None,
-) -> tuple[bool, GraphReport]:
-    """Rewrite a canonical graph in place. Returns whether anything was applied, and the report.
-
-    values: of parameters, as far as they are known. They decide between forms that are all exact
-    """
-    stages = stages or _Stages()
-    canonical, graph = captured.graph_module, captured.graph_module.graph
-    weights = captured.weights
-    checked: Checked = {}
-    names = {n: s.name for n, s in captured.sources.items()}
-    live = None if settings.fold == "live" else weights - _keepable(captured, settings)
-    stages.run("functionalize", functionalize_local, canonical)
-    stages.run("simplify", _simplify, canonical)
-    _check(settings, canonical, "capture", checked)
-    sites = stages.run("recognize", recognize, graph, weights, mutated(graph), module_path, source_line, live)
-    by_inductor, by_kernels = settings.lowering == "inductor", settings.lowering == "triton"
-    plan = stages.run(
-        "plan", make_plan, sites, settings.rules, not by_inductor, by_kernels or (choice.is_open() and not by_inductor)
-    )
-    before = print_graph(graph, names, weights, module_path)
-    done, lowered = Rewritten(), Lowered()
-    if plan.changes:
-        done = stages.run("rewrite", apply_plan, canonical, plan, values, settings.rule_options)
-        keep_folds(graph, weights)
-        _check(settings, canonical, "rewrite", checked)
-    if plan.changes:
-        lowered = stages.run("lower", _lower, captured, settings.lowering)
-        _check(settings, canonical, "lower", checked)
-    after = print_graph(graph, names, weights, module_path) if plan.changes else before
-    report = graph_report(plan, before, after, module_path, _count_folds(canonical, weights), stages.seconds, names)
-    report = report.with_lowering([lowered.of.get(done.written.get(norm)) for norm in plan.norms], lowered.kernels)
-    report = report.with_shared([done.shared.get(norm) for norm in plan.norms])
-    _log(report, plan, settings)
-    return plan.changes, report
-
-
-def _simplify(gm: GraphModule) -> None:
-    drop_identities(gm)
-    if read_parts(gm, mutated(gm.graph)):
-        drop_dead_code(gm.graph)
-
-
-def _lower(captured: Captured, lowering: str) -> Lowered:
-    gm = captured.graph_module
-    lowered = Lowered() if lowering == "inductor" else lower_norms(gm, lowering == "triton", captured.trained)
-    use_native_norms(gm)
-    return lowered
+def transform_canonical(captured: Captured, settings: Options) -> tuple[bool, GraphReport]:
+    """Rewrite a canonical graph in place. Returns whether anything was applied, and the report."""
+    work = Work(settings)
+    work.captured = captured
+    _run(work, exported=True)
+    return work.plan.changes, work.report
 
 
 def _values(captured: Captured, example_inputs: Sequence[Any]) -> dict[Node, torch.Tensor]:
@@ -249,55 +387,7 @@ def _values(captured: Captured, example_inputs: Sequence[Any]) -> dict[Node, tor
     return {n: x for n, x in pairs if n in captured.weights and type(x) in (torch.Tensor, torch.nn.Parameter)}
 
 
-def _keepable(captured: Captured, settings: Options) -> frozenset[Node]:
-    graph = captured.graph_module.graph
-    return keepable(graph, captured.weights, captured.trained, everywhere=settings.fold != "auto")
-
-
-def _keep_folds(captured: Captured, settings: Options, packs: bool) -> Folding | None:
-    """Take the folds out of the graph. packs: and the weights of its linear layers, where packed ones are faster."""
-    gm, free = captured.graph_module, _keepable(captured, settings)
-    if packs:
-        pack_linears(gm, free)
-    folding = hoist(gm, kept_values(gm.graph, free))
-    left = [node.name for node in gm.graph.nodes if node.target is PACK]
-    if left:
-        raise NormfxError(f"normfx: packed weights that cannot be kept: {', '.join(left)}; please report this graph")
-    return folding
-
-
 def _count_folds(gm: GraphModule, weights: frozenset[Any]) -> tuple[int, int]:
     folds = live_folds(gm.graph, [n for n in gm.graph.nodes if n in weights])
     centrings = [n for n in gm.graph.nodes if n.target in (ops.CENTER, ops.COMPRESS) and n not in folds]
     return len(folds), len(centrings) + sum(map(centres_output, gm.graph.nodes))
-
-
-def _check(settings: Options, gm: GraphModule, stage: str, checked: Checked) -> None:
-    if settings.check:
-        verify(gm, stage, checked)
-
-
-def _log(report: GraphReport, plan: Plan, settings: Options) -> None:
-    text = str(Report((report,)))
-    log.info("%s", text)
-    log.debug("before:\n%s\nafter:\n%s", report.before, report.after)
-    if settings.debug >= 1:
-        stages = ", ".join(f"{name} {1e3 * s:.1f} ms" for name, s in report.seconds.items())
-        print(f"normfx: {text}\nnormfx: {stages}")
-    if settings.debug >= 2:
-        print(f"normfx: before\n{report.before}\nnormfx: after\n{report.after}")
-
-
-class _Stages:
-    """Runs stages by name and keeps their seconds; `current` is the one that failed, if one did."""
-
-    def __init__(self) -> None:
-        self.current = "capture"
-        self.seconds: dict[str, float] = {}
-
-    def run(self, name: str, stage: Callable[..., Any], *args: Any) -> Any:
-        self.current = name
-        begin = time.perf_counter()
-        result = stage(*args)
-        self.seconds[name] = time.perf_counter() - begin
-        return result

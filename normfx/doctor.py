@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import os
 import platform
 import shlex
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from rich.console import Console
 
+from normfx.allocator import allocator, free_bytes, obstacle
+from normfx.environment import version
 from normfx.lower import choice
 from normfx.lower.gemm import MARGIN, packed_speed
+from normfx.options import Options
+from normfx.weights.budget import Budget, budget, machine_memory
 from normfx.weights.native import native_library, watches_pages
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -59,16 +63,10 @@ def findings() -> Iterator[Finding]:
     yield _device()
     yield _compiler()
     yield _folds()
+    yield _memory(budget(Options.parse().fold_memory, CPU), *machine_memory(CPU))
     yield _allocator()
     for dtype in (torch.float32, torch.bfloat16):
         yield _products(dtype)
-
-
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _device() -> Finding:
@@ -107,10 +105,19 @@ def _folds() -> Finding:
 
 
 def _allocator() -> Finding:
-    maps = Path("/proc/self/maps")
-    loaded = maps.read_text() if maps.exists() else ""
-    found = next((name for name in ("tcmalloc", "jemalloc", "mimalloc") if name in loaded), None)
-    return Finding("allocator", found or "the system's")
+    if reason := obstacle():
+        return Finding("allocator", f"{allocator()}; malloc='keep' has no effect: {reason}")
+    held = f"{free_bytes() / 2**20:.0f} MiB of freed memory are held"
+    return Finding("allocator", f"{allocator()}, glibc: malloc='keep' would keep outputs above 32 MiB; now {held}")
+
+
+def _memory(given: Budget, total: int, available: int) -> Finding:
+    gib = 2**30
+    found = (
+        f"{given.limit / gib:.1f} GiB for kept weights, {given.used / gib:.1f} in use "
+        f"(the machine has {total / gib:.1f}, {available / gib:.1f} available)"
+    )
+    return Finding("fold memory", found)
 
 
 def _products(dtype: torch.dtype) -> Finding:

@@ -11,6 +11,7 @@ from rich.console import Console
 from normfx.errors import OptionError
 from normfx.explaining import explain
 from normfx.model_input import Called, from_config, from_factory, from_program
+from normfx.report import Report
 
 PROGRAM = ".pt2"
 
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "weights, nothing is downloaded",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--html", type=Path, metavar="PATH", help="also write the report as an HTML page")
     state = parser.add_mutually_exclusive_group()
     state.add_argument("--train", action="store_true", help=STATES["train"])
     state.add_argument("--no-grad", action="store_true", help=STATES["no_grad"])
@@ -53,13 +55,25 @@ def main(parsed: argparse.Namespace) -> int:
         called.model.train(state == "train")
     with torch.set_grad_enabled(state == "train"):
         report = explain(called.model)(*called.args, **called.kwargs)
+    if parsed.html is not None:
+        _write(report, parsed.html)
     console = Console(soft_wrap=True)
     if parsed.json:
         print(report.to_json())
     else:
         console.print(f"Explained {STATES[state]}.\n", highlight=False, markup=False)
         console.print(report)
+        if parsed.html is not None:
+            console.print(f"\nWritten: {parsed.html}", highlight=False, markup=False)
     return int(any(graph.failure for graph in report.graphs))
+
+
+def _write(report: Report, path: Path) -> None:
+    """Write the page. Raises OptionError where the file cannot be written."""
+    try:
+        report.to_html(path)
+    except OSError as error:
+        raise OptionError(f"normfx: --html {path}: {error.strerror}") from error
 
 
 def _state(parsed: argparse.Namespace) -> str:

@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 
 from normfx.backend import parse, transform
 from normfx.dynamo import is_disabled, recording_breaks
+from normfx.environment import environment
 from normfx.report import GraphBreak, GraphReport, Report
 
 NORMS = (torch.nn.LayerNorm, torch.nn.RMSNorm)
@@ -49,7 +50,7 @@ def explain(model: Callable[..., Any], options: Mapping[str, Any] | None = None)
             torch._dynamo.reset()
         count = max(len(graphs) - 1, len(breaks))  # torch._dynamo.explain counts those alone that end a graph with ops
         note = _missed(model, graphs) if graphs and breaks else "" if graphs else _why_empty(model, breaks)
-        return Report(tuple(graphs), count, tuple(breaks), note)
+        return Report(tuple(graphs), count, tuple(breaks), note, environment(settings))
 
     return run
 

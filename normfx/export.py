@@ -14,6 +14,7 @@ from torch.fx import Graph, Node
 from normfx.backend import parse, transform_canonical
 from normfx.capture import capture_exported
 from normfx.errors import ExportError
+from normfx.logs import say
 from normfx.lower.inductor import inline_canonical_ops
 from normfx.rules import RULES
 
@@ -34,7 +35,8 @@ def rewrite(exported_program: ExportedProgram, options: Mapping[str, Any] | None
     captured = capture_exported(exported_program)
     settings = parse(options)
     kept = tuple(rule.name for rule in RULES if rule.exported and rule.name in settings.rules)
-    changed, _ = transform_canonical(captured, replace(settings, rules=kept, fold="live", lowering="inductor"))
+    changed, report = transform_canonical(captured, replace(settings, rules=kept, fold="live", lowering="inductor"))
+    say(report, settings.debug)
     if not changed:
         return exported_program
     rewritten = captured.graph_module

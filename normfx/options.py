@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -19,8 +20,14 @@ RULE_OPTIONS = {key: values for rule in RULES for key, values in rule.options.it
 FOLDS = ("auto", "live", "cached", "frozen")
 LOWERINGS = ("auto", "triton", "inductor")
 PRODUCTS = ("auto", "aten", "onednn")
-VARIABLES = ("NORMFX_RULES", "NORMFX_DEBUG", "NORMFX_VERIFY", "NORMFX_STRICT")
-KEYS = ("rules", "fold", "lowering", "products", *RULE_OPTIONS, "strict", "verify", "inductor", "mode")
+MALLOCS = ("default", "keep")
+VARIABLES = (
+    "NORMFX_RULES", "NORMFX_DEBUG", "NORMFX_VERIFY", "NORMFX_STRICT", "NORMFX_FOLD_MEMORY", "NORMFX_MALLOC",
+)  # fmt: skip
+KEYS = (
+    "rules", "fold", "fold_memory", "lowering", "products", *RULE_OPTIONS, "malloc", "strict", "verify", "inductor",
+    "mode",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,12 +39,16 @@ class Options:
                is needed and renews them when a parameter changed; "frozen" adds a variant with constants; "auto":
                frozen where Inductor's `freezing` is on, else cached on the CPU where the kernel tells which pages were
                written, and live elsewhere
+    fold_memory: bytes that all kept, packed and frozen weights of the process may take on a device, as a number or as
+               "512MiB", "2 GB"; None ("auto"): a quarter of the device's memory. Never more than half of what is
+               available when a model is compiled
     lowering:  "inductor" hands every norm to Inductor; "triton" runs norms on generated kernels where there are any
                (on CUDA); "auto" where they are predicted to move fewer bytes and were tested
     products:  which library multiplies float32 matrices on the CPU where a weight is not packed, in training above all:
                "aten" is torch's own choice; "onednn" takes oneDNN for all of them; "auto" the one that is faster for
                their shapes on this machine
     rule_options: the rules' own options, by name, all of them (see docs/options.md)
+    malloc:    "keep": the process keeps the memory that it frees, for the next call (glibc only; normfx.allocator)
     strict:    raise when a stage of normfx fails, in place of compiling the untouched graph
     verify:    on the first call also run the original graph and compare
     mode:      Inductor's mode ("reduce-overhead", "max-autotune", …), as torch.compile's `mode=`
@@ -48,9 +59,11 @@ class Options:
 
     rules: tuple[str, ...] = DEFAULT_RULES
     fold: str = "auto"
+    fold_memory: int | None = None
     lowering: str = "auto"
     products: str = "auto"
     rule_options: Mapping[str, str] = field(default_factory=lambda: {key: v[0] for key, v in RULE_OPTIONS.items()})
+    malloc: str = "default"
     strict: bool = False
     verify: bool = False
     mode: str | None = None
@@ -85,9 +98,11 @@ class Options:
         return cls(
             rules=rules,
             fold=_choice(given, "fold", FOLDS),
+            fold_memory=_memory(given, env),
             lowering=_choice(given, "lowering", LOWERINGS),
             products=_choice(given, "products", PRODUCTS),
             rule_options={key: _choice(given, key, values) for key, values in RULE_OPTIONS.items()},
+            malloc=_choice(_overridden(given, "malloc", env, "NORMFX_MALLOC"), "malloc", MALLOCS),
             strict=_flag(given, "strict") or _env_flag(env, "NORMFX_STRICT"),
             verify=_flag(given, "verify"),
             mode=mode or given.get("mode"),
@@ -152,6 +167,35 @@ def _choice(given: Mapping[str, Any], key: str, valid: tuple[str, ...]) -> str:
     if value not in valid:
         raise OptionError.unknown("value", value, valid, f"options[{key!r}]")
     return str(value)
+
+
+UNITS = {"": 1, "b": 1, **{f"{p}b": 1000**i for i, p in enumerate("kmgt", 1)}}
+UNITS |= {f"{p}ib": 1024**i for i, p in enumerate("kmgt", 1)}
+
+
+def parse_bytes(size: int | str, where: str) -> int:
+    """A number of bytes, as a number or as text with a unit.
+
+    >>> parse_bytes("1.5 GiB", "options['fold_memory']"), parse_bytes(4096, "options['fold_memory']")
+    (1610612736, 4096)
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(size).strip().lower())
+    if isinstance(size, bool) or not isinstance(size, (int, str)) or not found or found[2] not in UNITS:
+        raise OptionError(
+            f"normfx: {where} must be 'auto' or a number of bytes, such as 2147483648, '512MiB' or '2 GB', not {size!r}"
+        )
+    return int(float(found[1]) * UNITS[found[2]]) if "." in found[1] else int(found[1]) * UNITS[found[2]]
+
+
+def _memory(given: Mapping[str, Any], env: Mapping[str, str]) -> int | None:
+    where = "NORMFX_FOLD_MEMORY" if env.get("NORMFX_FOLD_MEMORY") else "options['fold_memory']"
+    size = _overridden(given, "fold_memory", env, "NORMFX_FOLD_MEMORY").get("fold_memory", "auto")
+    return None if size is None or size == "auto" else parse_bytes(size, where)
+
+
+def _overridden(given: Mapping[str, Any], key: str, env: Mapping[str, str], variable: str) -> Mapping[str, Any]:
+    """The options, with what the environment variable says where it is set."""
+    return {**given, key: env[variable].strip()} if env.get(variable, "").strip() else given
 
 
 def _flag(given: Mapping[str, Any], key: str) -> bool:

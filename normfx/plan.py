@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import sympy
-import torch
-from torch.fx import Node
 
-from normfx.ir.graph import entries, shape, size_hint, value
 from normfx.ir.sites import Composed, Norm, Sites
 from normfx.rules import RULES
 from normfx.rules.cut import cut
@@ -68,17 +65,18 @@ class Plan:
         return tuple(refusal for d in self.of(norm) for refusal in d.refusals)
 
 
-def make_plan(sites: Sites, enabled: tuple[str, ...], spells: bool = False, kernels: bool = False) -> Plan:
+def make_plan(
+    sites: Sites, enabled: tuple[str, ...], spells: Callable[[Norm], bool] = lambda norm: False, kernels: bool = False
+) -> Plan:
     """Decide every candidate site of every rule; rules that are not enabled refuse.
 
-    spells:  LayerNorms that stay are spelled out on the CPU where that is faster
-    kernels: norms that stay are spelled out on a CUDA device, for a kernel
+    spells:  whether a norm that no rule touches is to become a canonical op, if rules are enabled at all
+    kernels: generated kernels may run
     """
     decisions = _decisions(sites, enabled, kernels)
     touched = {norm for decision in decisions if decision.applied for norm in decision.norms}
-    stays = [norm for norm in sites.norms if norm not in touched and enabled]
-    stay = (norm for norm in stays if (spells and _faster_spelled(norm)) or (kernels and _for_a_kernel(norm)))
-    return Plan(sites.norms, decisions, tuple(stay), sites.composed)
+    stays = (norm for norm in sites.norms if norm not in touched and enabled)
+    return Plan(sites.norms, decisions, tuple(filter(spells, stays)), sites.composed)
 
 
 def _decisions(sites: Sites, enabled: tuple[str, ...], kernels: bool) -> tuple[Decision[Any], ...]:
@@ -103,38 +101,8 @@ def _on_gpu(norms: Iterable[Norm | Composed]) -> bool:
     return any(device_costs(norm.output) is GPU for norm in norms if isinstance(norm, Norm))
 
 
-LARGE = 2**20
-"""Entries from which the spelled form wins without gradients. On a CPU Inductor makes several row loops of
-`aten.layer_norm` and one of its spelled form; while the rows fit in the cache both take the same time."""
-
-
-def faster_spelled(out: Node, records: bool) -> bool:
-    """Whether a LayerNorm is faster in two passes than as `aten.layer_norm`: on a CPU, with gradients recorded (its
-    backward reads the rows less often) or of large float32 activations. Measurements: docs/design-notes.md."""
-    fake = value(out)
-    if fake is None or fake.device.type != "cpu":
-        return False
-    return records or (fake.dtype == torch.float32 and size_hint(entries(shape(out)), (out,)) >= LARGE)
-
-
-def _faster_spelled(norm: Norm) -> bool:
-    return norm.kind == "LayerNorm" and _spellable(norm) and faster_spelled(norm.output, torch.is_grad_enabled())
-
-
-def _for_a_kernel(norm: Norm) -> bool:
-    fake = value(norm.output)
-    return (
-        norm.kind in ("LayerNorm", "RMSNorm") and _spellable(norm) and fake is not None and fake.device.type == "cuda"
-    )
-
-
-def _spellable(norm: Norm) -> bool:
-    """Whether a canonical op says what the norm computes."""
-    return not norm.obstacle and norm.eps_place == "inside" and norm.axis is not None
-
-
 def _disabled(rule: Rule[Any]) -> Refusal:
-    hint = DISABLED.hint.replace("RULE", rule.name)
+    hint = DISABLED.hint.replace("NAME", rule.name)
     return Refusal(rule.name, "disabled", DISABLED.meaning, hint, meaning=DISABLED.meaning)
 
 

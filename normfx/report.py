@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import html
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import sympy
 from rich.text import Text
 from torch.fx import Node
 
 from normfx.ir.graph import size_hint
 from normfx.ir.names import source_line
 from normfx.ir.sites import Composed, Norm
+from normfx.picture import size
 from normfx.plan import Plan
 from normfx.records import FailureReport, FoldReport, GraphBreak, GraphReport, RefusalReport, SiteReport
+from normfx.report_html import page
 from normfx.report_text import lines
 from normfx.rules.rule import Refusal
 
@@ -33,6 +33,8 @@ __all__ = [
     "graph_report",
 ]
 
+VERSION = 1
+"""The version of the JSON form."""
 
 _KINDS = {
     "LayerNorm": "layer_norm",
@@ -49,6 +51,7 @@ class Report:
 
     breaks: places at which Dynamo ended a graph, where they are known
     note:   why there are no graphs, where it is known
+    environment: versions, device and options that it holds for
 
     `str(report)` is plain text of 80 columns, `rich.print(report)` the same with colours where the terminal has them.
     """
@@ -57,6 +60,7 @@ class Report:
     graph_breaks: int = 0
     breaks: tuple[GraphBreak, ...] = ()
     note: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def sites(self) -> tuple[SiteReport, ...]:
@@ -94,13 +98,18 @@ class Report:
         return text
 
     def to_json(self) -> str:
-        """The whole report as JSON text."""
-        graphs, breaks = [asdict(graph) for graph in self.graphs], [asdict(each) for each in self.breaks]
-        return json.dumps({"counts": self.counts, "note": self.note, "breaks": breaks, "graphs": graphs}, indent=2)
+        """The whole report as JSON text. "version" is that of the form: it rises when a name changes its meaning."""
+        return json.dumps(self._data(), indent=2)
 
     def to_html(self, path: str | Path) -> None:
-        """Write the report as one self-contained HTML page."""
-        Path(path).write_text(_html(self), encoding="utf-8")
+        """Write the report as one HTML page that needs nothing outside of itself."""
+        text = page(self.graphs, self.breaks, self.note, self.environment, self._data())
+        Path(path).write_text(text, encoding="utf-8")
+
+    def _data(self) -> dict[str, Any]:
+        graphs, breaks = [asdict(graph) for graph in self.graphs], [asdict(each) for each in self.breaks]
+        own = {"version": VERSION, "counts": self.counts, "note": self.note, "environment": dict(self.environment)}
+        return {**own, "breaks": breaks, "graphs": graphs}
 
 
 def graph_report(
@@ -111,15 +120,19 @@ def graph_report(
     counts: tuple[int, int],
     seconds: Mapping[str, float],
     names: Mapping[Node, str],
+    excess: frozenset[Node] = frozenset(),
 ) -> GraphReport:
-    """The report of one graph. counts: live folds, run-time centrings; names: of the graph's inputs."""
+    """The report of one graph. counts: live folds, run-time centrings; names: of the graph's inputs; excess: weights
+    whose folds could be kept, but do not fit into the memory that they may take."""
 
     def refusals(site: Norm | Composed) -> tuple[RefusalReport, ...]:
         return tuple(refusal(r) for r in plan.refusals(site))
 
     def refusal(r: Refusal) -> RefusalReport:
         source = next(filter(None, map(source_line, r.nodes)), "")
-        return RefusalReport(r.rule, r.code, r.detail, _hint(r, names), tuple(map(place, r.nodes)), r.meaning, source)
+        return RefusalReport(
+            r.rule, r.code, r.detail, _hint(r, names, excess), tuple(map(place, r.nodes)), r.meaning, source
+        )
 
     def place(node: Node) -> str:
         return _place(node, source_of)
@@ -139,14 +152,19 @@ def graph_report(
         SiteReport(place(site.node), "Weight", plan.rules(site), refusals(site), "") for site in plan.composed
     )
     costs = plan.costs()
-    sizes = {rule: (_size(cost.before), _size(cost.after)) for rule, cost in costs.items()}
+    sizes = {rule: (size(cost.before), size(cost.after)) for rule, cost in costs.items()}
     sized = [norm.input for norm in plan.norms] + [site.node for site in plan.composed]
     saved = {rule: size_hint(cost.before - cost.after, sized) for rule, cost in costs.items()}
     return GraphReport(sites, before, after, {}, *counts, dict(seconds), composed=composed, bytes=sizes, saved=saved)
 
 
-def _hint(refusal: Refusal, names: Mapping[Node, str]) -> str:
-    """The refusal's hint, unless what is in the way comes from another graph, or goes to one."""
+def _hint(refusal: Refusal, names: Mapping[Node, str], excess: frozenset[Node]) -> str:
+    """The refusal's hint, unless memory is short, or what is in the way comes from another graph, or goes to one."""
+    if refusal.code in ("live_weights", "live") and any(excess & {n, *n.all_input_nodes} for n in refusal.nodes):
+        return (
+            "folded weights do not fit into the memory that they may take: raise options={'fold_memory': …}, or free "
+            "memory of the machine"
+        )
     if refusal.code == "uncentred_input":
         entering = [names.get(node, node.name) for node in refusal.nodes if node.op == "placeholder"]
         if entering:
@@ -162,39 +180,6 @@ def _hint(refusal: Refusal, names: Mapping[Node, str]) -> str:
     return refusal.hint
 
 
-def _size(size: sympy.Expr) -> str:
-    return f"{int(size):,}" if size.is_Integer else str(sympy.expand(size))
-
-
 def _place(node: Node, source_of: Callable[[Node], str]) -> str:
     where = source_of(node)
     return f"{node.name} in {where}" if where else node.name
-
-
-def _html(report: Report) -> str:
-    rows = "".join(
-        f"<tr><td>{_cell(s.name)}</td><td>{s.kind}</td><td>{_cell(', '.join(s.rules))}</td><td>"
-        + "<br>".join(f"<b>{r.rule}: {r.code}</b> {_cell(r.detail)} <i>{_cell(r.hint)}</i>" for r in s.refusals)
-        + f"</td><td>{_cell(s.source)}</td></tr>"
-        for s in report.sites
-    )
-    graphs = "".join(
-        f"<details><summary>graph {i}: {len(g.sites)} norms</summary><h3>before</h3><pre>{_cell(g.before)}</pre>"
-        f"<h3>after</h3><pre>{_cell(g.after)}</pre></details>"
-        for i, g in enumerate(report.graphs)
-    )
-    counts = ", ".join(f"{name}: {n}" for name, n in report.counts.items())
-    style = "body{font-family:sans-serif}td{vertical-align:top;padding:2px 8px}pre{background:#f4f4f4;padding:8px}"
-    head = _row("th", ("norm", "kind", "applied", "refused", "source"))
-    return (
-        f'<!doctype html><meta charset="utf-8"><title>normfx report</title><style>{style}</style>'
-        f"<h1>normfx</h1><p>{counts}</p><table>{head}{rows}</table>{graphs}"
-    )
-
-
-def _row(tag: str, cells: Iterable[Any]) -> str:
-    return "<tr>" + "".join(f"<{tag}>{_cell(str(c))}</{tag}>" for c in cells) + "</tr>"
-
-
-def _cell(text: str) -> str:
-    return html.escape(text)

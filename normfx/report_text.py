@@ -35,28 +35,46 @@ def lines(graphs: Sequence[GraphReport], breaks: Sequence[GraphBreak], note: str
 
 def summary(graphs: Sequence[GraphReport], breaks: Sequence[GraphBreak], note: str) -> Iterator[Line]:
     """What became of the norms, in sentences, and the two most frequent reasons why not more."""
+    for text, style in sentences(graphs, breaks, note):
+        yield from _wrapped(text, style=style)
+    found = reasons(graphs)
+    if found:
+        yield (("Most frequent reasons why not more:", ""),)
+    for text, hint in found:
+        yield from _wrapped(text, "- ", "  ")
+        yield from _wrapped(f"hint: {hint}", "  ", "    ", "green")
+    refusals = (r for graph in graphs for site in graph.sites for r in site.refusals)
+    if any(graph.gradients for graph in graphs) and any(r.code == "live_weights" for r in refusals):
+        yield from _wrapped(
+            "Gradients are recorded here, as in training. For inference, call the model under torch.no_grad().",
+            style="yellow",
+        )
+
+
+def sentences(graphs: Sequence[GraphReport], breaks: Sequence[GraphBreak], note: str) -> Iterator[tuple[str, str]]:
+    """What became of the norms, each sentence with its style."""
     sites = [site for graph in graphs for site in graph.sites]
     if sites:
-        yield from _wrapped(f"{_became(sites)}{_traffic(graphs)}.", style="bold")
+        yield f"{_became(sites)}{_traffic(graphs)}.", "bold"
     elif graphs:
-        yield from _wrapped(f"No norm was found in {_counted(len(graphs), 'graph')}.", style="bold")
+        yield f"No norm was found in {_counted(len(graphs), 'graph')}.", "bold"
     else:
-        yield from _wrapped("No norm was found, for no graph was captured.", style="bold")
+        yield "No norm was found, for no graph was captured.", "bold"
     failed = [graph.failure for graph in graphs if graph.failure]
     if failed:
         what = "1 graph" if len(failed) == 1 else f"{len(failed)} graphs"
-        yield from _wrapped(
+        yield (
             f"normfx failed on {what}, at stage '{failed[0].stage}' ({failed[0].error}): compiled unchanged.",
-            style="red",
+            "red",
         )
     if note:
-        yield from _wrapped(note)
+        yield note, ""
     if breaks and sites:
-        yield from _wrapped(
+        yield (
             f"{_counted(len(breaks), 'graph break')}: streams that cross one are not followed. Compile the whole model "
             "without them for more.",
+            "",
         )
-    yield from _reasons(sites, any(graph.gradients for graph in graphs))
 
 
 def _became(sites: Sequence[SiteReport]) -> str:
@@ -86,24 +104,18 @@ def _traffic(graphs: Sequence[GraphReport]) -> str:
     return f"; predicted to save {_bytes(saved)} of memory traffic per call" if saved else ""
 
 
-def _reasons(sites: Sequence[SiteReport], gradients: bool) -> Iterator[Line]:
-    """The two most frequent refusals; what few rows in training refuse goes first."""
+def reasons(graphs: Sequence[GraphReport]) -> list[tuple[str, str]]:
+    """The two most frequent refusals, each with its hint; what few rows in training refuse goes first."""
+    sites = [site for graph in graphs for site in graph.sites]
     count = Counter(reason for site in sites for reason in {_reason(r): None for r in site.refusals})
     rules: dict[tuple[str, str, str], dict[str, None]] = {}
     for refusal in (r for site in sites for r in site.refusals):
         rules.setdefault(_reason(refusal), {})[refusal.rule] = None
     ranked = sorted(rules, key=lambda reason: (reason[0] != "live_weights", -count[reason]))
-    if ranked:
-        yield (("Most frequent reasons why not more:", ""),)
-    for reason in ranked[:2]:
-        _, meaning, hint = reason
-        yield from _wrapped(f"{_joined(list(rules[reason]))}, {_counted(count[reason], 'norm')}: {meaning}", "- ", "  ")
-        yield from _wrapped(f"hint: {hint}", "  ", "    ", "green")
-    if gradients and any(code == "live_weights" for code, _, _ in ranked):
-        yield from _wrapped(
-            "Gradients are recorded here, as in training. For inference, call the model under torch.no_grad().",
-            style="yellow",
-        )
+    return [
+        (f"{_joined(list(rules[reason]))}, {_counted(count[reason], 'norm')}: {reason[1]}", reason[2])
+        for reason in ranked[:2]
+    ]
 
 
 def _reason(refusal: RefusalReport) -> tuple[str, str, str]:

@@ -57,12 +57,14 @@ class EagerBackend:
         )
         self.graphs: list[GraphReport] = []
         self.modules: list[GraphModule] = []
+        self.kept = 0  # values that leave the graphs and are kept between calls
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         ready = transform(promote(gm) if self.promoted else gm, example_inputs, self.settings)
         self.graphs.append(ready.report)
         self.modules.append(ready.graph_module)
         run: Callable[..., Any] = ready.graph_module.forward
+        self.kept += len(ready.folding.inputs) if ready.folding else 0
         return fed(run, ready.folding) if ready.folding else run
 
     @property

@@ -30,11 +30,12 @@ from torch._subclasses import FakeTensorMode
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from normfx.backend import _keep_folds, forced, transform_canonical
+from normfx.backend import forced, transform_canonical
 from normfx.capture import Captured
 from normfx.ir.cleanup import drop_dead_code, simplify_constants
 from normfx.ir.sources import Source
 from normfx.lower.folded import fed
+from normfx.lower.outside import keep_folds_outside
 from normfx.options import Options
 from normfx.report import GraphReport, Report
 
@@ -100,7 +101,7 @@ def _check(steps: tuple[Step, ...], options: Mapping[str, str]) -> GraphReport:
     captured = capture_program(model, inputs)
     settings = Options.parse({"strict": True, "fold": "live", **options}, environ={})
     _, report = transform_canonical(captured, settings)
-    folding = _keep_folds(captured, settings, False) if settings.fold == "cached" else None
+    folding = keep_folds_outside(captured, settings, False, {})[0] if settings.fold == "cached" else None
     forward = captured.graph_module.forward
     run = fed(forward, folding) if folding is not None else forward
     flat = list(model.parameters())

@@ -18,6 +18,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +74,15 @@ def main() -> int:
 def _models() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, tuple[Any, ...]]]]]:
     for rule in RULES:
         for example in (rule.example, *rule.counterexamples):
-            yield f"rule {rule.name}/{example.name}", lambda e=example: (e.build(), e.inputs())  # type: ignore[misc]
+            yield f"rule {rule.name}/{example.name}", partial(_made, example.build, example.inputs)
     for case in CASES:
-        yield f"model {case.name}", lambda c=case: (c.make(), c.inputs())  # type: ignore[misc]
+        yield f"model {case.name}", partial(_made, case.make, case.inputs)
     for row in ROWS:
-        yield f"stream {row}", lambda r=row: built(r)  # type: ignore[misc]
+        yield f"stream {row}", partial(built, row)
+
+
+def _made(build: Callable[[], nn.Module], inputs: Callable[[], tuple[Any, ...]]) -> tuple[nn.Module, tuple[Any, ...]]:
+    return build(), inputs()
 
 
 def _texts(name: str, make: Callable[[], tuple[nn.Module, tuple[Any, ...]]]) -> Iterator[tuple[str, str]]:

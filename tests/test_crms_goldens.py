@@ -43,20 +43,20 @@ class Goldens(TestCase):
             """\
 %0 = embedding(table.weight, ids): f32[2, 3, 8]
 %1 = compress(%0, dim=2, basis=orthonormal, channel=2, width=7): f32[2, 3, 7]
-%2 = rms_norm(%3, dim=1, eps=1e-05, correction=-1): f32[6, 7]  # norm
-%4 = fold_shift(up.weight, norm.bias, bias=up.bias, dim=1): f32[6]
-%5 = scale_features(up.weight, norm.weight, dim=1): f32[6, 8]
-%6 = compress_input(%5, dim=1, basis=orthonormal, channel=2, width=7): f32[6, 7]
-%7 = linear(%2, %6, %4): f32[6, 6]
-%8 = compress(down.weight, dim=0, basis=orthonormal, channel=2, width=7): f32[7, 6]
-%9 = compress(down.bias, dim=0, basis=orthonormal, channel=2, width=7): f32[7]
-%10 = linear(%11, %8, %9): f32[6, 7]
-%12 = add_rms_norm(%3, %10, dim=1, eps=1e-05, correction=-1): f32[6, 7]  # final
-%13 = fold_shift(head.weight, final.bias, bias=head.bias, dim=1): f32[3]
-%14 = scale_features(head.weight, final.weight, dim=1): f32[3, 8]
-%15 = compress_input(%14, dim=1, basis=orthonormal, channel=2, width=7): f32[3, 7]
-%16 = linear(%12, %15, %13): f32[6, 3]
-return [%16]
+%2 = rms_norm(<reshape>, dim=1, eps=1e-05, correction=-1): f32[6, 7]  # norm
+%3 = fold_shift(up.weight, norm.bias, bias=up.bias, dim=1): f32[6]
+%4 = scale_features(up.weight, norm.weight, dim=1): f32[6, 8]
+%5 = compress_input(%4, dim=1, basis=orthonormal, channel=2, width=7): f32[6, 7]
+%6 = linear(%2, %5, %3): f32[6, 6]
+%7 = compress(down.weight, dim=0, basis=orthonormal, channel=2, width=7): f32[7, 6]
+%8 = compress(down.bias, dim=0, basis=orthonormal, channel=2, width=7): f32[7]
+%9 = linear(<relu>, %7, %8): f32[6, 7]
+%10 = add_rms_norm(<reshape>, %9, dim=1, eps=1e-05, correction=-1): f32[6, 7]  # final
+%11 = fold_shift(head.weight, final.bias, bias=head.bias, dim=1): f32[3]
+%12 = scale_features(head.weight, final.weight, dim=1): f32[3, 8]
+%13 = compress_input(%12, dim=1, basis=orthonormal, channel=2, width=7): f32[3, 7]
+%14 = linear(%10, %13, %11): f32[6, 3]
+return [%14]
 """,
         )
 
@@ -66,19 +66,19 @@ return [%16]
             """\
 %0 = embedding(table.weight, ids): f32[2, 3, 8]
 %1 = compress(%0, dim=2, basis=drop, channel=5, width=8): f32[2, 3, 8]
-%2 = crms_norm(%3, dim=1, eps=1e-05): f32[6, 8]  # norm
-%4 = fold_shift(up.weight, norm.bias, bias=up.bias, dim=1): f32[6]
-%5 = scale_features(up.weight, norm.weight, dim=1): f32[6, 8]
-%6 = compress_input(%5, dim=1, basis=drop, channel=5, width=8): f32[6, 8]
-%7 = linear(%2, %6, %4): f32[6, 6]
-%8 = compress(down.weight, dim=0, basis=drop, channel=5, width=8): f32[8, 6]
-%9 = compress(down.bias, dim=0, basis=drop, channel=5, width=8): f32[8]
-%10 = linear(%11, %8, %9): f32[6, 8]
-%12 = add_crms_norm(%3, %10, dim=1, eps=1e-05): f32[6, 8]  # final
-%13 = fold_shift(head.weight, final.bias, bias=head.bias, dim=1): f32[3]
-%14 = scale_features(head.weight, final.weight, dim=1): f32[3, 8]
-%15 = compress_input(%14, dim=1, basis=drop, channel=5, width=8): f32[3, 8]
-%16 = linear(%12, %15, %13): f32[6, 3]
-return [%16]
+%2 = crms_norm(<reshape>, dim=1, eps=1e-05): f32[6, 8]  # norm
+%3 = fold_shift(up.weight, norm.bias, bias=up.bias, dim=1): f32[6]
+%4 = scale_features(up.weight, norm.weight, dim=1): f32[6, 8]
+%5 = compress_input(%4, dim=1, basis=drop, channel=5, width=8): f32[6, 8]
+%6 = linear(%2, %5, %3): f32[6, 6]
+%7 = compress(down.weight, dim=0, basis=drop, channel=5, width=8): f32[8, 6]
+%8 = compress(down.bias, dim=0, basis=drop, channel=5, width=8): f32[8]
+%9 = linear(<relu>, %7, %8): f32[6, 8]
+%10 = add_crms_norm(<reshape>, %9, dim=1, eps=1e-05): f32[6, 8]  # final
+%11 = fold_shift(head.weight, final.bias, bias=head.bias, dim=1): f32[3]
+%12 = scale_features(head.weight, final.weight, dim=1): f32[3, 8]
+%13 = compress_input(%12, dim=1, basis=drop, channel=5, width=8): f32[3, 8]
+%14 = linear(%10, %13, %11): f32[6, 3]
+return [%14]
 """,
         )

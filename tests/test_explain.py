@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -50,13 +49,10 @@ def test_explain_takes_options_and_compiled_models() -> None:
         normfx.explain(Blocks(), {"fold": "x"})
 
 
-def test_report_forms(tmp_path: Path) -> None:
+def test_report_forms() -> None:
     report = normfx.explain(Blocks())(_ids())
     data = json.loads(report.to_json())
     assert data["counts"] == report.counts and len(data["graphs"][0]["sites"]) == 3
-    report.to_html(tmp_path / "report.html")
-    page = (tmp_path / "report.html").read_text()
-    assert page.count("<tr>") == 4 and "norms.0" in page
     text = str(report)
     assert "norms.1" in text and "0x" not in text
 

@@ -271,7 +271,7 @@ def test_a_deleted_model_goes_at_once(fold: str) -> None:
     if fold == "frozen":
         assert folding().freezes == 1 and "frozen" in folding().variants
     memory = [weakref.ref(p.untyped_storage()) for p in model.parameters()]
-    assert store.STORE.bytes > 0
+    assert (store.STORE.bytes > 0) == (fold == "cached")  # the constants of a frozen variant are the folds
     del model
     gc.collect()
     assert [reference() for reference in memory] == [None] * len(memory)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from normfx.ir import ops
 
-KINDS = {"rms_norm": (ops.RMS_NORM, ops.rms_norm), "layer_norm": (ops.LAYER_NORM, ops.layer_norm)}
+KINDS = {kind: (ops.NORMS[kind], ops.BODIES[ops.NORMS[kind]]) for kind in ("rms_norm", "layer_norm")}
 FORMS = list(
     itertools.product([-1, 1], [(True, True), (True, False), (False, True), (False, False)], [0, 1], [1.0, 0.3])
 )

@@ -217,13 +217,6 @@ def test_small_weights_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     assert packed_products(Reads(PRODUCTS["linear"][0]), torch.randn(3, 5, 8)) == 0
 
 
-def test_copies_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of weights that are not folded; folded ones are kept in any case."""
-    model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
-    monkeypatch.setattr(packed, "COPIES", 8 * 8 * 4)
-    assert packed_products(model, torch.randn(3, 8)) == 2
-
-
 def test_any_number_of_rows() -> None:
     model = net(dtype=torch.float32)
     call = torch.compile(model, backend="normfx", dynamic=True, options={"fold": "cached", "strict": True})

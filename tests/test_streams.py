@@ -3,7 +3,6 @@ gradients. The decisions are goldens that someone has read: EXPECTTEST_ACCEPT=1 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from equivalence import EagerBackend, assert_same_float64, transformed
+from excerpts import accepted
 from stream_models import ROWS
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -38,6 +38,10 @@ PACKAGES = {
     "transformers": ("",),
 }
 GOLDENS = Path(__file__).parent / "goldens" / "streams"
+
+
+def golden(row: str) -> Path:
+    return GOLDENS / f"{row.replace(' ', '_')}.txt"
 
 
 def built(row: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
@@ -83,7 +87,7 @@ DECIDED = [
 def test_decisions(row: str) -> None:
     model, inputs = built(row)
     _, report = transformed(model, inputs)
-    accepted(row, table(report.sites))
+    accepted(golden(row), table(report.sites))
 
 
 @pytest.mark.parametrize("row", ALL)
@@ -91,7 +95,7 @@ def test_float64(row: str) -> None:
     """With live folds, their gradients, and kept folds."""
     model, inputs = built(row)
     report = assert_same_float64(model, inputs, promoted=row in PROMOTED)
-    accepted(row, table(report.sites))
+    accepted(golden(row), table(report.sites))
 
 
 @pytest.mark.parametrize("row", OF_ANY_LENGTH)
@@ -112,15 +116,6 @@ def test_lengths(row: str) -> None:
 
 def _tensors(outputs: Any) -> list[Tensor]:
     return [o for o in pytree.tree_leaves(outputs) if isinstance(o, Tensor)]
-
-
-def accepted(name: str, text: str) -> None:
-    """Equal to the golden of this name."""
-    path = GOLDENS / f"{name.replace(' ', '_')}.txt"
-    if os.environ.get("EXPECTTEST_ACCEPT") == "1":
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    assert text == path.read_text(encoding="utf-8")
 
 
 def test_every_golden_has_its_row() -> None:

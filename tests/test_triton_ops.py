@@ -11,15 +11,17 @@ from torch import Tensor, library
 
 pytest.importorskip("triton")
 
-from normfx.lower.norm_ops import NORM, Form
-from normfx.lower.two_norms import TWO_NORMS, Forms
+from normfx.ir.form import Form, Kind
+from normfx.lower.norm_ops import NORM
+from normfx.lower.two_norms import TWO_NORMS
 
 
-def form(centre: bool, **other: Any) -> Form:
-    settings = dict(
-        centre=centre, compressed=False, eps=1e-5, scale=1.0, correction=0, alpha=1.0, out_dtype=torch.float64
-    )
-    return Form(**{**settings, **other})
+def form(
+    centre: bool, compressed: bool = False, alpha: float = 1.0, statistics: bool = True, **other: Any
+) -> tuple[Any, ...]:
+    kind: Kind = "layer_norm" if centre else "crms_norm" if compressed else "rms_norm"
+    plain = Form(kind, -1, 1e-5, "inside", 0, 1.0, torch.float64, torch.float64)
+    return (*plain._replace(**other), alpha, statistics, True)
 
 
 def inputs(residual: bool, affine: bool) -> tuple[Tensor | None, ...]:
@@ -115,12 +117,11 @@ def test_bias_of_the_writer(centre: bool, affine: bool) -> None:
     assert torch.autograd.gradcheck(run, (x, r, w, b, x_bias))
 
 
-def sandwich(centred: bool, **other: Any) -> Forms:
-    settings = dict(
-        centre_1=True, eps_1=1e-3, scale_1=0.5, correction_1=0, centre_output_1=centred, centre=not centred, eps=1e-5,
-        scale=1.0, correction=0, alpha=2.0, out_dtype=torch.float64, centre_output=False,
-    )  # fmt: skip
-    return Forms(**{**settings, **other})
+def sandwich(centred: bool, correction_1: int = 0, **other: Any) -> tuple[Any, ...]:
+    inner = Form("layer_norm", -1, 1e-3, "inside", correction_1, 0.5, torch.float64, torch.float64, centred)
+    kind: Kind = "rms_norm" if centred else "layer_norm"
+    outer = Form(kind, -1, 1e-5, "inside", 0, 1.0, torch.float64, torch.float64)
+    return (*inner, *outer._replace(**other), 2.0, True)
 
 
 def rows(affine: bool) -> tuple[Tensor | None, ...]:

@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cold", action="store_true", help="compile without Inductor's caches")
     parser.add_argument("--memory", action="store_true", help="peak memory too, each variant in its own process")
     parser.add_argument("--graphs", action="store_true", help="CUDA: replays of each variant's CUDA graph too")
+    parser.add_argument("--floor", action="store_true", help="the time of the products alone next to each figure")
     parser.add_argument("--overhead", action="store_true", help="only the call overhead: a chain of 300 parameters")
     parser.add_argument("--minutes", type=float, help="begin no cell after so many: the rest is for --resume")
     parser.add_argument("--resume", action="store_true", help="keep the cells of an earlier run of the same settings")
@@ -65,7 +66,9 @@ def main(parsed: argparse.Namespace) -> int:
     cells, variants = _chosen(parsed)
     if parsed.dry_run:
         return _dry_run(cells, variants, console)
-    settings = Settings(parsed.rounds, parsed.cold, parsed.memory, parsed.threads, parsed.base, parsed.graphs)
+    settings = Settings(
+        parsed.rounds, parsed.cold, parsed.memory, parsed.threads, parsed.base, parsed.graphs, parsed.floor
+    )
     settings.apply(parsed.device)
     results = _results(parsed, settings)
     done = {m.cell: m for m in results.cells}
@@ -146,7 +149,7 @@ def _results(parsed: argparse.Namespace, settings: Settings) -> Results:
 
 def _complete(measured: Measured | None, variants: Iterable[str]) -> bool:
     """Whether there is nothing left to measure; cells with failures are measured again."""
-    return measured is not None and not measured.failures and set(variants) <= set(measured.results)
+    return measured is not None and not measured.failures and set(variants) <= {*measured.results, *measured.skipped}
 
 
 def _measured(cell: Cell, variants: list[str], settings: Settings, say: Callable[[str], None]) -> Measured:

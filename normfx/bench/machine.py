@@ -25,6 +25,8 @@ def describe(device: str) -> dict[str, str | int | None]:
         "triton": version("triton"),
         "transformers": version("transformers"),
         "normfx": version("normfx"),
+        "openvino": version("openvino"),
+        "onnxruntime": version("onnxruntime"),
         "cuda": torch.version.cuda if cuda else None,
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
         "driver": _driver() if cuda else None,

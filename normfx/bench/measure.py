@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from normfx.bench import command
 from normfx.bench.clock import Call, Captured, captured
-from normfx.bench.models import make
+from normfx.bench.engines import LARGEST_ERROR, Engine, Skipped
+from normfx.bench.floor import floor_ms
+from normfx.bench.models import DTYPES, make
 from normfx.bench.timing import Quartiles, interleaved, relative_error, seconds, speeds
 from normfx.rules import crms_norm
 
@@ -37,6 +39,7 @@ class Variant:
 
     asked: measured only when it is asked for
     mode:  of torch.compile, which takes no options with it
+    engine: another inference engine that runs the module (engines.py)
     """
 
     backend: str | None
@@ -44,6 +47,7 @@ class Variant:
     trains: bool = True
     asked: bool = False
     mode: str | None = None
+    engine: str = ""
 
     @property
     def replays(self) -> bool:
@@ -51,6 +55,8 @@ class Variant:
         return (self.mode or self.options.get("mode")) in ("reduce-overhead", "max-autotune")
 
     def compile(self, model: nn.Module, name: str) -> Callable[..., Tensor]:
+        if self.engine:
+            return Engine(self.engine, model)
         if self.backend is None:
             return model
 
@@ -92,6 +98,8 @@ VARIANTS = {
     "normfx-max-autotune": Variant("normfx", {"strict": True, "mode": "max-autotune"}, asked=True),
     "normfx-triton": Variant("normfx", _TRITON, asked=True),
     "normfx-triton-reduce-overhead": Variant("normfx", {**_TRITON, "mode": "reduce-overhead"}, asked=True),
+    "openvino": Variant(None, trains=False, asked=True, engine="openvino"),
+    "onnxruntime": Variant(None, trains=False, asked=True, engine="onnxruntime"),
     "normfx-no-rules": Variant("normfx", {"strict": True, "rules": "none"}, asked=True),
     "normfx-live": Variant("normfx", {"strict": True, "fold": "live"}, asked=True),
     "normfx-crms": Variant("normfx", _CRMS, asked=True),
@@ -118,7 +126,7 @@ class Cell:
 @dataclass(frozen=True)
 class Settings:
     """rounds: None for 15, or more where calls are short; cold: compile without caches; memory: peaks too; base: the
-    variant that all ratios are to; graphs: replays of captured CUDA graphs too."""
+    variant that all ratios are to; graphs: replays of captured CUDA graphs too; floor: the time of products alone."""
 
     rounds: int | None = None
     cold: bool = False
@@ -126,6 +134,7 @@ class Settings:
     threads: int | None = None
     base: str = BASE
     graphs: bool = False
+    floor: bool = False
 
     def apply(self, device: str) -> None:
         if self.threads:
@@ -162,11 +171,17 @@ class Result:
 
 @dataclass
 class Measured:
-    """A cell's results by variant; failures by variant (or "cell", "… memory", "… graph") as text."""
+    """A cell's results by variant; failures by variant (or "cell", "… memory", "… graph") as text.
+
+    skipped:  variants that cannot take part, and why
+    floor_ms: milliseconds of the products alone, see floor.py
+    """
 
     cell: Cell
     results: dict[str, Result] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    floor_ms: float | None = None
 
 
 class _Loss(nn.Module):
@@ -244,6 +259,8 @@ def measure(
         eager = _Step.of(cell)
         say("float64")
         exact = eager.double().outcome()
+        if settings.floor:
+            measured.floor_ms = floor_ms(eager, DTYPES[cell.dtype], cell.device)
         for name in variants:
             say(f"compiling {name}")
             try:
@@ -251,7 +268,11 @@ def measure(
                 with VARIANTS[name].compiling(settings.cold):
                     first[name] = seconds(step, device=cell.device)
                 errors[name] = relative_error(step.outcome(), exact)
+                if VARIANTS[name].engine and not errors[name] <= LARGEST_ERROR[DTYPES[cell.dtype]]:
+                    raise RuntimeError(f"wrong: off by {errors[name]:.1e}, relative to float64")
                 steps[name] = step
+            except Skipped as reason:
+                measured.skipped[name] = str(reason)
             except Exception as error:
                 measured.failures[name] = failure_text(error)
         for name in (n for n in steps if settings.graphs and not VARIANTS[n].replays):

@@ -53,7 +53,8 @@ class Results:
 
 def _measured(raw: dict[str, Any]) -> Measured:
     found = {name: Result(**quartiles(r)) for name, r in raw["results"].items()}
-    return Measured(Cell(**raw["cell"]), found, raw["failures"])
+    cell, failures, skipped = Cell(**raw["cell"]), raw["failures"], raw.get("skipped", {})
+    return Measured(cell, found, failures, skipped, raw.get("floor_ms"))
 
 
 def write(results: Results, folder: Path) -> None:
@@ -80,7 +81,18 @@ def markdown(results: Results) -> str:
 
 
 def _rows(cells: Iterable[Measured]) -> tuple[list[str], list[list[str]]]:
-    header = ["cell", "variant", "ms", "speed", "graph ms", "graph speed", "error", "first call s", "peak MB"]
+    header = [
+        "cell",
+        "variant",
+        "ms",
+        "floor ms",
+        "speed",
+        "graph ms",
+        "graph speed",
+        "error",
+        "first call s",
+        "peak MB",
+    ]
     rows = []
     for measured in cells:
         cell = str(measured.cell)
@@ -88,13 +100,18 @@ def _rows(cells: Iterable[Measured]) -> tuple[list[str], list[list[str]]]:
             peak = "" if r.peak_mb is None else f"{r.peak_mb:.0f}"
             replay = "" if r.graph_ms is None else three_digits(r.graph_ms)
             rows.append([
-                cell, name, three_digits(r.ms), spread(r.speed), replay, spread(r.graph_speed),
-                f"{r.error:.1e}", f"{r.first_call_s:.1f}", peak,
+                cell, name, three_digits(r.ms), _floor(measured.floor_ms, r.ms), spread(r.speed), replay,
+                spread(r.graph_speed), f"{r.error:.1e}", f"{r.first_call_s:.1f}", peak,
             ])  # fmt: skip
         rows += [[cell, name, "failed", *[""] * (len(header) - 3)] for name in measured.failures]
-    asked = ("graph ms", "graph speed", "peak MB")  # columns of what is measured only when it is asked for
+    asked = ("floor ms", "graph ms", "graph speed", "peak MB")  # columns of what is measured only when it is asked for
     shown = [i for i, name in enumerate(header) if name not in asked or any(row[i] for row in rows)]
     return [header[i] for i in shown], [[row[i] for i in shown] for row in rows]
+
+
+def _floor(floor: float | None, ms: Quartiles) -> str:
+    """The time of the products alone, and its part of the median."""
+    return "" if floor is None else f"{floor:.3g} ({floor / ms.middle:.0%})"
 
 
 def summary(results: Results) -> tuple[list[str], list[list[str]]]:
@@ -133,6 +150,7 @@ def remarks(results: Results) -> list[str]:
                         f"{extra.middle:.1f} µs ({extra.low:.1f} to {extra.high:.1f})"
                     )
         lines += [f"failed: {measured.cell}, {name}: {text}" for name, text in measured.failures.items()]
+        lines += [f"skipped: {measured.cell}, {name}: {text}" for name, text in measured.skipped.items()]
     if results.left:
         lines.append(f"left: {results.left} cells, for --resume")
     return lines

@@ -18,9 +18,10 @@ from torch.nn import functional
 
 from normfx.bench.measure import failure_text
 from normfx.bench.norms import EPS, Cell, Inputs, definition
+from normfx.ir.form import Form, Kind
 from normfx.kernels import run
 from normfx.kernels.spec import Spec
-from normfx.lower.norm_ops import NORM, Form
+from normfx.lower.norm_ops import NORM
 
 Function = Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None], tuple[Tensor, ...]]  # of Arguments
 Call = Callable[[], tuple[Tensor, ...]]
@@ -70,9 +71,11 @@ def _inductor(mode: str | None = None) -> Callable[[Spec], Function]:
 
 
 def _op(spec: Spec) -> Function:
+    kind: Kind = "crms_norm" if spec.compressed else "layer_norm" if spec.centre else "rms_norm"
+
     def function(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
-        form = Form(spec.centre, spec.compressed, EPS, 1.0, -spec.compressed, 1.0, x.dtype)
-        found = NORM(x, residual, weight, bias, None, *form)
+        form = Form(kind, -1, EPS, "inside", -spec.compressed, 1.0, torch.float32, x.dtype)
+        found = NORM(x, residual, weight, bias, None, *form, 1.0, True, True)
         return (found[0],) if residual is None else (found[0], found[-1])
 
     return function

@@ -9,10 +9,11 @@ import torch
 from torch.fx import Node
 
 from normfx.edit import Edit, NormState
-from normfx.ir import ops
 from normfx.ir.aliasing import may_leave, storages_of
 from normfx.ir.calls import add_call
 from normfx.ir.cleanup import drop_dead_code
+from normfx.ir.form import Kind
+from normfx.ir.fused_ops import NormCall, add_norm
 from normfx.ir.fusion import Fusion
 from normfx.ir.graph import is_row_major, tensor
 from normfx.ir.resize import resize
@@ -50,17 +51,16 @@ def write_norms(edit: Edit) -> Rewritten:
 
 def _write(edit: Edit, norm: Norm, state: NormState) -> Node:
     surgery = edit.surgery
-    centred = state.centred or norm.kind == "RMSNorm"
-    weight = norm.weight if state.affine else None
-    bias = norm.bias if state.affine else None
-    dim = norm.dims[0]
-    op, correction = ops.RMS_NORM if centred else ops.LAYER_NORM, norm.correction
+    form = norm.form._replace(scale=state.scale, out_dtype=state.out_dtype)
+    if state.centred:
+        form = form._replace(kind="rms_norm")
     if state.stored is not None:  # the divisor stays d − c
-        op = ops.CRMS_NORM if state.stored.basis == "drop" else op
-        correction += state.stored.width - state.stored.size
-    args = (surgery.now(state.input), weight, bias, dim, norm.eps, norm.eps_place, correction, state.scale)
-    with surgery.before(norm.output, *args[:3]):  # in the norm's own gradient mode
-        written = new = add_call(surgery.graph, op, (*args, norm.compute_dtype, state.out_dtype, False), norm.output)
+        kind: Kind = "crms_norm" if state.stored.basis == "drop" else form.kind
+        form = form._replace(kind=kind, correction=form.correction + state.stored.width - state.stored.size)
+    weight, bias = (norm.weight, norm.bias) if state.affine else (None, None)
+    call = NormCall(surgery.now(state.input), weight, bias, form)
+    with surgery.before(norm.output, call.x, weight, bias):  # in the norm's own gradient mode
+        written = new = add_norm(surgery.graph, call, norm.output)
         if is_row_major(tensor(state.output)) and not is_row_major(tensor(new)):
             # a view may rely on it
             new = add_call(surgery.graph, torch.ops.aten.contiguous.default, (new,), norm.output)

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Mapping
 
 from torch.fx import Graph, Node
 
-from normfx.ir.regions import is_mode_switch, target_name
+from normfx.ir.regions import is_mode_switch, modes_along, target_name
 
 
 def regions(graph: Graph) -> Mapping[Node, Hashable]:
@@ -16,17 +16,5 @@ def regions(graph: Graph) -> Mapping[Node, Hashable]:
     that is wrong, equal regions merely look different.
     """
     switches = [node for node in graph.nodes if is_mode_switch(node)]
-    grad: object = next((not n.args[0] for n in switches if target_name(n) == "_set_grad_enabled"), None)
-    entered: tuple[Node, ...] = ()
-    result: dict[Node, Hashable] = {}
-    for node in graph.nodes:
-        if is_mode_switch(node):
-            name = target_name(node)
-            if name == "_set_grad_enabled":
-                grad = node.args[0]
-            elif name.startswith("_enter"):
-                entered = (*entered, node)
-            else:
-                entered = tuple(n for n in entered if n is not node.args[0])
-        result[node] = (grad, entered)
-    return result
+    first = next((not n.args[0] for n in switches if target_name(n) == "_set_grad_enabled"), None)
+    return {node: (grad, entered) for node, grad, entered in modes_along(graph, first)}

@@ -1,90 +1,136 @@
-"""Canonical ops of a norm together with the residual add it reads, and with the norm before that add.
+"""Canonical norms with the residual add they read, and with the norm before that add; and all canonical norms as calls.
 
     add_*_norm      s = x + α·residual,  y = norm(s)
     norm_add_norm   s = norm₁(x) + α·residual,  y = norm₂(s)
 
-Each gives (y, s). Their bodies are those of ir/ops.py, one behind the other.
+Each gives (y, s). Their bodies are those of ir/ops.py, one after the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.fx import Graph, Node
 
 from normfx.ir import ops
-from normfx.ir.ops import FORM_ARGS, Form, define, norm_body
+from normfx.ir.calls import add_call
+from normfx.ir.form import FIELDS, Form, schema
+from normfx.ir.ops import define
 
-_ADD_ARGS = f"(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float alpha, {FORM_ARGS}) -> (Tensor, Tensor)"
-_INNER_ARGS = ", ".join(f"{kind} inner_{name}" for kind, name in (arg.split() for arg in FORM_ARGS.split(", ")))
-_KINDS = {"rms_norm": norm_body(), "layer_norm": norm_body(centre=True), "crms_norm": norm_body(compressed=True)}
-
-
-class AddNorm(NamedTuple):
-    """The arguments of add_*_norm before its form."""
-
-    x: Any
-    residual: Any
-    weight: Any
-    bias: Any
-    alpha: float
+Operand: TypeAlias = Any
+"""A node of a graph, or a tensor."""
 
 
-class NormAddNorm(NamedTuple):
-    """The arguments of norm_add_norm before its forms: those of the first norm, then those of the second. inner, outer:
-    "rms_norm", "layer_norm", or for outer "crms_norm"."""
+@dataclass(frozen=True)
+class Inner:
+    """The norm before an add."""
 
-    x: Any
-    residual: Any
-    inner_weight: Any
-    inner_bias: Any
-    weight: Any
-    bias: Any
-    alpha: float
-    inner: str
-    outer: str
+    weight: Operand | None
+    bias: Operand | None
+    form: Form
 
 
-def _add_norm(kind: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    norm = _KINDS[kind]
+@dataclass(frozen=True)
+class NormCall:
+    """A canonical norm: of x, of x + alpha·residual, or of inner(x) + alpha·residual."""
 
-    def run(
-        x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, alpha: float, *form: Any
-    ) -> tuple[Tensor, Tensor]:
-        total = torch.add(x, residual, alpha=alpha)
-        return norm(total, weight, bias, *form), total
+    x: Operand
+    weight: Operand | None
+    bias: Operand | None
+    form: Form
+    residual: Operand | None = None
+    alpha: float = 1.0
+    inner: Inner | None = None
 
-    return run
+    @property
+    def vectors(self) -> tuple[Operand | None, ...]:
+        inner = (self.inner.weight, self.inner.bias) if self.inner else ()
+        return (*inner, self.weight, self.bias)
+
+    @property
+    def forms(self) -> tuple[Form, ...]:
+        return (*((self.inner.form,) if self.inner else ()), self.form)
+
+    @property
+    def op(self) -> torch._ops.OpOverload:
+        if self.inner is not None:
+            return NORM_ADD_NORM
+        plain = ops.NORMS[self.form.kind]
+        return plain if self.residual is None else ADDS[plain]
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """The arguments of the op."""
+        kinds = tuple(form.kind for form in self.forms) if self.inner else ()
+        flat = [field for form in self.forms for field in form.arguments]
+        if self.residual is None:
+            return (self.x, *self.vectors, *flat)
+        return (self.x, self.residual, *self.vectors, self.alpha, *kinds, *flat)
 
 
-def _norm_add_norm(*args: Any) -> tuple[Tensor, Tensor]:
-    count = len(NormAddNorm._fields)
-    given, forms = NormAddNorm(*args[:count]), args[count:]
-    half = len(Form._fields)
-    inner = _KINDS[given.inner](given.x, given.inner_weight, given.inner_bias, *forms[:half])
-    total = torch.add(inner, given.residual, alpha=given.alpha)
-    return _KINDS[given.outer](total, given.weight, given.bias, *forms[half:]), total
+def call_of(op: object, args: Sequence[Any]) -> NormCall:
+    """The call of a canonical norm with these arguments."""
+    if op in KINDS:
+        x, weight, bias, *form = args
+        return NormCall(x, weight, bias, Form(KINDS[op], *form))
+    if op is NORM_ADD_NORM:
+        x, residual, inner_weight, inner_bias, weight, bias, alpha, inner, outer, *forms = args
+        half = len(FIELDS) - 1
+        first = Inner(inner_weight, inner_bias, Form(inner, *forms[:half]))
+        return NormCall(x, weight, bias, Form(outer, *forms[half:]), residual, alpha, first)
+    x, residual, weight, bias, alpha, *form = args
+    return NormCall(x, weight, bias, Form(ADD_KINDS[op], *form), residual, alpha)
 
 
-ADD_RMS_NORM = define("add_rms_norm" + _ADD_ARGS, _add_norm("rms_norm"))
-ADD_LAYER_NORM = define("add_layer_norm" + _ADD_ARGS, _add_norm("layer_norm"))
-ADD_CRMS_NORM = define("add_crms_norm" + _ADD_ARGS, _add_norm("crms_norm"))
-NORM_ADD_NORM = define(
-    "norm_add_norm(Tensor x, Tensor residual, Tensor? inner_weight, Tensor? inner_bias, Tensor? weight, Tensor? bias, "
-    f"float alpha, str inner, str outer, {_INNER_ARGS}, {FORM_ARGS}) -> (Tensor, Tensor)",
-    _norm_add_norm,
-)
+def norm_call(node: Node) -> NormCall:
+    """What a canonical norm computes, with or without an add."""
+    return call_of(node.target, node.args)
+
+
+def add_norm(graph: Graph, call: NormCall, like: Node) -> Node:
+    """Write a canonical norm into a graph."""
+    return add_call(graph, call.op, call.args, like)
+
+
+def _run(call: NormCall) -> tuple[Tensor, Tensor]:
+    """The meaning of a norm with an add."""
+    x, residual = call.x, call.residual
+    assert residual is not None
+    if call.inner is not None:
+        x = ops.differentiated_norm(x, call.inner.weight, call.inner.bias, call.inner.form)
+    total = torch.add(x, residual, alpha=call.alpha)
+    return ops.differentiated_norm(total, call.weight, call.bias, call.form), total
+
+
+def _define(signature: str) -> torch._ops.OpOverload:
+    def run(*args: Any) -> tuple[Tensor, Tensor]:
+        return _run(call_of(op, args))
+
+    op = define(signature, run)
+    BODIES[op] = run
+    return op
+
+
+BODIES: dict[Any, Callable[..., tuple[Tensor, Tensor]]] = {}
+"""Each op of this module and its body."""
 ADDS = {
-    ops.RMS_NORM: ADD_RMS_NORM,
-    ops.LAYER_NORM: ADD_LAYER_NORM,
-    ops.CRMS_NORM: ADD_CRMS_NORM,
+    op: _define(
+        f"add_{kind}(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float alpha, {schema()}) -> "
+        "(Tensor, Tensor)"
+    )
+    for kind, op in ops.NORMS.items()
 }
 """Each norm's op that takes in a residual add."""
-KINDS = {ops.RMS_NORM: "rms_norm", ops.LAYER_NORM: "layer_norm", ops.CRMS_NORM: "crms_norm"}
-BODIES = {
-    **{op: _add_norm(KINDS[plain]) for plain, op in ADDS.items()},
-    NORM_ADD_NORM: _norm_add_norm,
-}
-"""Each op of this module and its body."""
+ADD_RMS_NORM, ADD_LAYER_NORM, ADD_CRMS_NORM = (ADDS[op] for op in (ops.RMS_NORM, ops.LAYER_NORM, ops.CRMS_NORM))
+NORM_ADD_NORM = _define(
+    "norm_add_norm(Tensor x, Tensor residual, Tensor? inner_weight, Tensor? inner_bias, Tensor? weight, Tensor? bias, "
+    f"float alpha, str inner, str outer, {schema('inner_')}, {schema()}) -> (Tensor, Tensor)"
+)
+KINDS: dict[object, Any] = {op: kind for kind, op in ops.NORMS.items()}
+ADD_KINDS: dict[object, Any] = {ADDS[op]: kind for kind, op in ops.NORMS.items()}
+CALLS = frozenset({*KINDS, *BODIES})
+"""All canonical norms."""

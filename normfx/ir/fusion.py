@@ -4,16 +4,16 @@ value, the residual add that a norm reads, the norm before that add."""
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch.fx import Graph, Node
 
 from normfx.ir import ops
 from normfx.ir.calls import add_call
-from normfx.ir.fused_ops import ADDS, BODIES, KINDS, NORM_ADD_NORM, AddNorm, NormAddNorm
+from normfx.ir.fused_ops import ADDS, CALLS, Inner, add_norm, norm_call
 from normfx.ir.graph import SHAPE_READS, arguments, grad_modes, occurrences, op_name, shape
-from normfx.ir.ops import Form
 from normfx.ir.order import Order
 from normfx.ir.recompute import region_of
 from normfx.ir.sites import Norm, Residual
@@ -41,8 +41,8 @@ class Fusion:
             dtype: Any = centrings[0].args[4]
             if any(centring.args[4] != dtype for centring in centrings):
                 continue
-            form = form_of(node)._replace(out_dtype=dtype, centre_output=True)
-            node.args = (*node.args[:3], *form)
+            call = norm_call(node)
+            node.args = replace(call, form=call.form._replace(out_dtype=dtype, centre_output=True)).args
             node.meta["val"] = centrings[0].meta["val"]
             for centring in centrings:
                 centring.replace_all_uses_with(node)
@@ -51,7 +51,8 @@ class Fusion:
     def _centres(self, user: Node, node: Node) -> bool:
         if user.target is not ops.CENTER or node.target is ops.CRMS_NORM:
             return False
-        whole = (node, form_of(node).dim, shape(node)[form_of(node).dim], 1)
+        dim = norm_call(node).form.dim
+        whole = (node, dim, shape(node)[dim], 1)
         same = self.modes[user] == self.modes[node] and region_of(user) == region_of(node)
         return user.args[:4] == whole and same
 
@@ -102,21 +103,11 @@ class Fusion:
             self.written.update(dict.fromkeys(self.norms[node], new))
 
     def _write(self, norm: Node, inner: Node | None, x: Any, residual: Any, alpha: float) -> Node:
-        _, weight, bias, *_ = norm.args
-        op: Any = norm.target
-        if inner is None:
-            return add_call(self.graph, ADDS[op], (*AddNorm(x, residual, weight, bias, alpha), *form_of(norm)), norm)
-        inner_op: Any = inner.target
-        given, inner_weight, inner_bias, *_ = inner.args
-        vectors = (inner_weight, inner_bias, weight, bias)
-        head = NormAddNorm(given, residual, *vectors, alpha, KINDS[inner_op], KINDS[op])
-        return add_call(self.graph, NORM_ADD_NORM, (*head, *form_of(inner), *form_of(norm)), norm)
-
-
-def form_of(node: Node) -> Form:
-    """Of a canonical norm without an add."""
-    given: Iterable[Any] = node.args[3:]
-    return Form(*given)
+        call, first = norm_call(norm), None
+        if inner is not None:
+            before = norm_call(inner)
+            x, first = before.x, Inner(before.weight, before.bias, before.form)
+        return add_norm(self.graph, replace(call, x=x, residual=residual, alpha=alpha, inner=first), norm)
 
 
 def _factor(product: Node) -> float:
@@ -132,7 +123,4 @@ def _source(product: Node) -> Node:
 
 def centres_output(node: Node) -> bool:
     """Whether a canonical norm, or the norm before an add, emits centred rows."""
-    if node.target not in BODIES and node.target not in KINDS:
-        return False
-    given = arguments(node)
-    return bool(given["centre_output"] or given.get("inner_centre_output"))
+    return node.target in CALLS and any(form.centre_output for form in norm_call(node).forms)

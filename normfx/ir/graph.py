@@ -11,6 +11,7 @@ import torch.utils._pytree as pytree
 from torch.fx import Graph, Node
 
 from normfx.ir.aliasing import mutated
+from normfx.ir.regions import modes_along
 
 SHAPE_READS = frozenset(
     {"aten::sym_size.int", "aten::sym_stride.int", "aten::sym_numel", "aten::_assert_tensor_metadata"}
@@ -95,19 +96,8 @@ def _holds_tensors(node: Node) -> bool:
 
 def grad_modes(graph: Graph, entered: bool | None = None) -> dict[Node, bool]:
     """Whether gradients are recorded at each node of a graph that is entered in this, or the present, gradient mode."""
-    modes: dict[Node, bool] = {}
-    mode, outer = torch.is_grad_enabled() if entered is None else entered, []
-    for node in graph.nodes:
-        name = getattr(node.target, "__name__", "")
-        if name == "_set_grad_enabled":
-            mode = bool(node.args[0])
-        elif name == "_enter_inference_mode":
-            outer.append(mode)
-            mode = mode and not (node.args and node.args[0])
-        elif name == "_exit_inference_mode":
-            mode = outer.pop()
-        modes[node] = mode
-    return modes
+    mode = torch.is_grad_enabled() if entered is None else entered
+    return {node: bool(grad) for node, grad, _ in modes_along(graph, mode)}
 
 
 def arguments(node: Node) -> dict[str, Any]:
@@ -162,8 +152,8 @@ def is_one(dim: int | torch.SymInt) -> bool:
 
 
 def entries(dims: Iterable[int | torch.SymInt]) -> sympy.Expr:
-    """Number of entries as a sympy expression."""
-    return sympy.prod([extent(d) for d in dims])
+    """Number of entries as a sympy expression, also of no dimensions."""
+    return sympy.prod([sympy.Integer(1), *(extent(d) for d in dims)])
 
 
 def bytes_of(node: Node) -> sympy.Expr:

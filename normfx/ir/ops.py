@@ -9,18 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, library
 
 from normfx.ir.channels import channel_scale, channel_shift, scale_channels, shift_channels
-
-FORM_ARGS = (
-    "int dim, float eps, str eps_place, int correction, float scale, ScalarType compute_dtype, ScalarType out_dtype, "
-    "bool centre_output"
-)
-_NORM_ARGS = f"(Tensor x, Tensor? weight, Tensor? bias, {FORM_ARGS}=False) -> Tensor"
+from normfx.ir.form import Form, Kind, schema
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -33,55 +28,29 @@ def _wider(a: torch.dtype, b: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in (a, b) else torch.float32
 
 
-class Form(NamedTuple):
-    """The arguments of a norm op behind its tensors, in the order of its schema (see Norm in ir/sites.py).
+def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form) -> Tensor:
+    """k·(weight ⊙ (x − μ)·rstd + bias), rstd = 1/sqrt(Σ(x − μ)²/(d − c) + ε) along one dimension, in the form's kind:
 
-    eps_place: "inside" or "outside" of the root; correction: c of the divisor d − c; scale: k
-    centre_output: the output is P y in place of y (maths M9)
+    rms_norm:   μ = 0 ("Root Mean Square Layer Normalization", eq. 4, with a bias)
+    layer_norm: μ = mean(x), in two passes over a row (one fused loop under Inductor on CPU)
+    crms_norm:  of rows of which one entry, −Σx, is not stored: rstd = 1/sqrt((Σx² + (Σx)²)/(d − c) + ε)
+
+    weight, bias: d entries (any size-1 dimensions around them) or one entry. `form` has the rest: ir/form.py.
     """
-
-    dim: int
-    eps: float
-    eps_place: str
-    correction: int
-    scale: float
-    compute_dtype: torch.dtype
-    out_dtype: torch.dtype
-    centre_output: bool = False
-
-
-def rms_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *form: Any) -> Tensor:
-    """k·(weight ⊙ x·rstd + bias), rstd = 1/sqrt(Σx²/(d − c) + ε) along `dim` ("Root Mean Square Layer Normalization",
-    eq. 4, with a bias). `form`: the fields of Form.
-
-    weight, bias: d entries (any size-1 dimensions around them) or one entry. eps_place "outside" means
-    rstd = 1/(sqrt(Σx²/(d − c)) + ε).
-    """
-    return _normalise(x, weight, bias, Form(*form), centre=False)[0]
-
-
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *form: Any) -> Tensor:
-    """rms_norm of x − mean(x): LayerNorm in two passes over a row (one fused loop under Inductor on CPU)."""
-    return _normalise(x, weight, bias, Form(*form), centre=True)[0]
-
-
-def crms_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *form: Any) -> Tensor:
-    """rms_norm of rows of which one entry, −Σx, is not stored: rstd = 1/sqrt((Σx² + (Σx)²)/(d − c) + ε), where d counts
-    the entries that are ("Pre-RMSNorm and Pre-CRMSNorm Transformers", Jiang et al. 2023, section 3.2)."""
-    return _normalise(x, weight, bias, Form(*form), compressed=True)[0]
+    return _normalise(x, weight, bias, form)[0]
 
 
 def _normalise(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form, centre: bool = False, compressed: bool = False
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """The norm, the mean of each row (if it is subtracted) and rstd."""
     dim, k = form.dim, form.scale
     wide, mean = x.to(form.compute_dtype), None
-    if centre:
+    if form.centres:
         mean = wide.mean(dim, keepdim=True)
         wide = wide - mean
     mean_square = (wide * wide).mean(dim, keepdim=True)
-    if compressed:
+    if form.compressed:
         mean_square = mean_square + wide.mean(dim, keepdim=True).square() * x.shape[dim]
     if form.correction:
         mean_square = mean_square * _unbiased(x, form)
@@ -116,20 +85,20 @@ class _Normalise(torch.autograd.Function):
 
         x̂ = (x − μ)·rstd,  t = γ ⊙ k·dy,  dx = rstd·(t − mean t − x̂·d/(d − c)·mean(t x̂)),  dγ = Σ k·dy ⊙ x̂,  dβ = Σ k·dy
 
-    without the means of x and t for an RMSNorm; in a CRMSNorm dx has x̂ + Σx̂ in place of x̂; with a centred output P dy
-    in place of dy. Source: "Layer
+    without the means of x and t for an RMSNorm; in a CRMSNorm dx has x̂ + Σx̂ instead of x̂; with a centred output P dy
+    instead of dy. Source: "Layer
     Normalization" (Ba et al. 2016), differentiated.
     """
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form, centre: bool, compressed: bool
+        x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        return _normalise(x, weight, bias, form, centre, compressed)
+        return _normalise(x, weight, bias, form)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        *tensors, ctx.form, ctx.centre, ctx.compressed = inputs
+        *tensors, ctx.form = inputs
         statistics = output[1:]
         ctx.save_for_backward(*tensors, *statistics)
         ctx.mark_non_differentiable(*(t for t in statistics if t is not None))
@@ -137,14 +106,14 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        grad, form, centre = grads[0], ctx.form, ctx.centre
+        grad, form = grads[0], ctx.form
         if grad is None:
-            return (None,) * 6
+            return (None,) * 4
         x, weight, bias, mean, rstd = ctx.saved_tensors
         if torch.is_grad_enabled():  # this derivative is to be differentiated: the statistics depend on x
-            _, mean, rstd = _normalise(x, None, None, form, centre, ctx.compressed)
+            _, mean, rstd = _normalise(x, None, None, form)
         wide, dim = x.to(form.compute_dtype), form.dim
-        normal = (wide - mean if centre else wide) * rstd
+        normal = (wide - mean if form.centres else wide) * rstd
         outer = grad.to(form.compute_dtype)
         if form.scale != 1.0:
             outer = outer * form.scale
@@ -156,17 +125,15 @@ class _Normalise(torch.autograd.Function):
         projection = (inner * normal).mean(dim, keepdim=True)
         if form.correction:
             projection = projection * _unbiased(x, form)
-        if ctx.compressed:
+        if form.compressed:
             normal = normal + normal.sum(dim, keepdim=True)
         dx = inner - normal * projection
-        if centre:
+        if form.centres:
             dx = dx - inner.mean(dim, keepdim=True)
         return (
             (dx * rstd).to(x.dtype) if needs_x else None,
             weight_grad,
             _summed(outer, bias, dim) if needs_bias else None,
-            None,
-            None,
             None,
         )
 
@@ -182,16 +149,11 @@ def _summed(rows: Tensor, like: Tensor, dim: int) -> Tensor:
 _differentiated: Callable[..., tuple[Tensor, ...]] = _Normalise.apply
 
 
-def norm_body(centre: bool = False, compressed: bool = False) -> Callable[..., Tensor]:
-    """The body; where gradients are recorded, and functorch does not act, with its derivative written out."""
-
-    def run(x: Tensor, weight: Tensor | None, bias: Tensor | None, *form: Any) -> Tensor:
-        fixed = Form(*form)
-        wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-        plain = not wanted or fixed.eps_place != "inside" or torch._C._are_functorch_transforms_active()
-        return (_normalise if plain else _differentiated)(x, weight, bias, fixed, centre, compressed)[0]
-
-    return run
+def differentiated_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form) -> Tensor:
+    """`norm`; where gradients are recorded, and functorch does not act, with its derivative written out."""
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    plain = not wanted or form.eps_place != "inside" or torch._C._are_functorch_transforms_active()
+    return (_normalise if plain else _differentiated)(x, weight, bias, form)[0]
 
 
 def _along(vector: Tensor, ndim: int, dim: int) -> Tensor:
@@ -311,19 +273,39 @@ def _tile(vector: Tensor, n: int, size: int, inner: int) -> Tensor:
 
 
 def define(
-    schema: str, body: Callable[..., object], runs: str = "CompositeImplicitAutograd", tags: tuple[torch.Tag, ...] = ()
+    call: str,
+    body: Callable[..., object],
+    runs: str = "CompositeImplicitAutograd",
+    tags: tuple[torch.Tag, ...] = (),
 ) -> torch._ops.OpOverload:
-    """The op of a schema, in the namespace normfx. runs: the dispatch key or device that `body` is for."""
-    name, arguments = schema[: schema.index("(")], schema[schema.index("(") :]
+    """The op of a schema (`call`), in the namespace normfx. runs: the dispatch key or device that `body` is for."""
+    name, arguments = call[: call.index("(")], call[call.index("(") :]
     library.define(f"normfx::{name}", arguments, tags=(torch.Tag.pt2_compliant_tag, *tags))
     library.impl(f"normfx::{name}", runs, body)
     op: torch._ops.OpOverload = getattr(torch.ops.normfx, name).default
     return op
 
 
-RMS_NORM = define("rms_norm" + _NORM_ARGS, norm_body())
-LAYER_NORM = define("layer_norm" + _NORM_ARGS, norm_body(centre=True))
-CRMS_NORM = define("crms_norm" + _NORM_ARGS, norm_body(compressed=True))
+def _of_kind(kind: Kind, body: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The body as the op of a kind calls it, with the form field by field."""
+
+    def run(x: Tensor, weight: Tensor | None, bias: Tensor | None, *fields: Any) -> Tensor:
+        return body(x, weight, bias, Form(kind, *fields))
+
+    return run
+
+
+def _define_norm(kind: Kind) -> torch._ops.OpOverload:
+    return define(
+        f"{kind}(Tensor x, Tensor? weight, Tensor? bias, {schema()}=False) -> Tensor",
+        _of_kind(kind, differentiated_norm),
+    )
+
+
+_KINDS: tuple[Kind, ...] = ("rms_norm", "layer_norm", "crms_norm")
+NORMS = {kind: _define_norm(kind) for kind in _KINDS}
+"""The op of each kind of norm."""
+RMS_NORM, LAYER_NORM, CRMS_NORM = (NORMS[kind] for kind in _KINDS)
 CENTER = define("center(Tensor x, int dim, int size, int inner, ScalarType dtype) -> Tensor", center)
 SCALE_FEATURES = define(
     "scale_features(Tensor weight, Tensor gamma, int dim, int size, int inner, ScalarType dtype) -> Tensor",
@@ -354,12 +336,10 @@ CHANNEL_FOLDS = {
 FOLDS = frozenset({CENTER, SCALE_FEATURES, FOLD_SHIFT, COMPRESS, COMPRESS_INPUT, *CHANNEL_FOLDS})
 """Ops that make folded weights, or the centred copies of activations."""
 BODIES = {
-    RMS_NORM: rms_norm,
-    LAYER_NORM: layer_norm,
+    **{op: _of_kind(kind, norm) for kind, op in NORMS.items()},
     CENTER: center,
     SCALE_FEATURES: scale_features,
     FOLD_SHIFT: fold_shift,
-    CRMS_NORM: crms_norm,
     COMPRESS: compress,
     COMPRESS_INPUT: compress_input,
     **CHANNEL_FOLDS,

@@ -29,13 +29,22 @@ def print_graph(
     Inputs that nothing reads are left out, and so are the lines of `weights`: where they are read their names say all.
     Only norms are followed by their module path.
     """
+    return print_lines(graph, names, weights, module_path)[0]
+
+
+def print_lines(
+    graph: Graph, names: Mapping[Node, str], weights: frozenset[Node], module_path: Callable[[Node], str]
+) -> tuple[str, dict[Node, int]]:
+    """The same text, and the line of each node that has one, counted from 0."""
     text: dict[Node, str] = {}
     lines: list[str] = []
+    places: dict[Node, int] = {}
     count = 0
     for node in graph.nodes:
         if node.op in ("placeholder", "get_attr"):
             text[node] = names.get(node, node.name)
             if node.op == "placeholder" and node.users and value(node) is not None and node not in weights:
+                places[node] = len(lines)
                 lines.append(f"{text[node]}: {describe(node.meta.get('val'))}")
         elif node.op == "output":
             lines.append(f"return {_argument(node.args[0], text)}")
@@ -45,8 +54,9 @@ def print_graph(
             count += len(named)
             text[node] = ", ".join(named)
             text.update(zip(parts, named, strict=False))
+            places.update(dict.fromkeys((node, *parts), len(lines)))
             lines.append(_line(node, text, module_path))
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n", places
 
 
 def _parts(node: Node) -> list[Node]:

@@ -66,6 +66,27 @@ def is_mode_switch(node: Node) -> bool:
     return node.op == "call_function" and target_name(node) in MODE_SWITCHES
 
 
+def modes_along(graph: Graph, grad: bool | None) -> Iterator[tuple[Node, bool | None, tuple[Node, ...]]]:
+    """Each node with the gradient mode it runs under and the autocast and inference regions that it is in, each by the
+    node that enters it; a switch counts as what it leads to. grad: the mode around the graph, None if it is unknown."""
+    entered: tuple[Node, ...] = ()
+    outside: dict[Any, bool | None] = {}
+    for node in graph.nodes:
+        if is_mode_switch(node):
+            name = target_name(node)
+            if name == "_set_grad_enabled":
+                grad = bool(node.args[0])
+            elif name.startswith("_enter"):
+                entered, outside[node] = (*entered, node), grad
+                if name == "_enter_inference_mode" and node.args and node.args[0]:
+                    grad = False
+            else:
+                entered = tuple(n for n in entered if n is not node.args[0])
+                if name == "_exit_inference_mode":
+                    grad = outside.get(node.args[0], grad)
+        yield node, grad, entered
+
+
 def is_opaque(node: Node) -> bool:
     """Whether a node calls a function that may do anything: write to its arguments, return one, act on autograd."""
     return calls_unknown(node) and not is_mode_switch(node) and not acts_on_autograd(node)

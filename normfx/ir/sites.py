@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch.fx import Node
 
+from normfx.ir.form import EpsPlace, Form, Kind
+
 NormKind = Literal["LayerNorm", "RMSNorm", "BatchNorm", "GroupNorm", "InstanceNorm"]
 
 
@@ -53,7 +55,7 @@ class Norm:
     dims: tuple[int, ...]
     size: int
     eps: float
-    eps_place: Literal["inside", "outside", "clamped"]
+    eps_place: EpsPlace
     correction: int
     weight: Node | None
     bias: Node | None
@@ -65,6 +67,13 @@ class Norm:
     def axis(self) -> Axis | None:
         """The feature axis, when the norm runs over exactly one dimension of static size ≥ 2."""
         return Axis(self.dims[0], self.size) if len(self.dims) == 1 and self.size >= 2 else None
+
+    @property
+    def form(self) -> Form:
+        """The norm as a canonical op, of one that has an axis."""
+        kind: Kind = "rms_norm" if self.kind == "RMSNorm" else "layer_norm"
+        given = (self.eps, self.eps_place, self.correction)
+        return Form(kind, self.dims[0], *given, 1.0, self.compute_dtype, self.out_dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +108,7 @@ class Leaf:
     centred:   output of a LayerNorm without weight and bias, or zeros: its mean is 0 already
     scaled:    λ ⊙ (Wa + b) with a parameter λ: fold λ, then centre (M11)
     embedding: looked-up rows: centre the rows
-    norm:      output of another norm, which has a mean (T3)
+    norm:      output of another norm, which has a mean
     raw:       a value of the stream whose original is read too ("observer" reads it)
     value:     any other activation or graph input
     path:      of a scaled leaf, the linear and what stands between it and the product, with the feature axis in each
@@ -192,7 +201,7 @@ class Readers:
     path:    the row-preserving nodes between
     axes:    the norm's features inside of its output and of each node between
     others:  readers that are not linears over the feature axis
-    shared:  readers whose weight is also read behind another norm with other γ or β (T7)
+    shared:  readers whose weight is also read after another norm with other γ or β
     live:    values of parameters alone whose folds would be computed in every call
     """
 

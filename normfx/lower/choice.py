@@ -14,13 +14,14 @@ Nothing of this was measured: see docs/kernels.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import sympy
 import torch
 from torch.fx import Node
 
-from normfx.ir.graph import bytes_of, entries, is_getitem, op_name, shape, size_hint, tensor, total
+from normfx.ir.graph import bytes_of, entries, is_getitem, op_name, shape, size_hint, tensor, total, value
+from normfx.ir.sites import Norm
 from normfx.kernels import run
 from normfx.kernels.cost import backward_cost, forward_cost
 from normfx.kernels.launch import backward_launch, sum_rows
@@ -48,9 +49,39 @@ _PRODUCTS = {
 """Ops that Inductor leaves to a library: nothing that reads or feeds them is computed in their kernel."""
 
 
-def is_open() -> bool:
-    """Whether lowering="auto" may run kernels at all."""
-    return bool(TESTED)
+LARGE = 2**20
+"""Entries from which the spelled form wins without gradients. On a CPU Inductor makes several row loops of
+`aten.layer_norm` and one of its spelled form; while the rows fit in the cache both take the same time."""
+
+
+def may_run(lowering: str) -> bool:
+    """Whether generated kernels may run at all under an option `lowering`."""
+    return lowering == "triton" or (lowering == "auto" and bool(TESTED))
+
+
+def spells(lowering: str) -> Callable[[Norm], bool]:
+    """Says whether a norm that no rule touches becomes a canonical op: a LayerNorm in two passes on a CPU where that is
+    faster, or a norm on a GPU for a kernel."""
+
+    def is_spelled(norm: Norm) -> bool:
+        if norm.obstacle or norm.eps_place != "inside" or norm.axis is None:
+            return False  # no canonical op says what it computes
+        fake = value(norm.output)
+        if fake is not None and fake.device.type == "cuda":
+            return may_run(lowering) and norm.kind in ("LayerNorm", "RMSNorm")
+        faster = lowering != "inductor" and norm.kind == "LayerNorm"
+        return faster and faster_spelled(norm.output, torch.is_grad_enabled())
+
+    return is_spelled
+
+
+def faster_spelled(out: Node, records: bool) -> bool:
+    """Whether a LayerNorm is faster in two passes than as `aten.layer_norm`: on a CPU, with gradients recorded (its
+    backward reads the rows less often) or of large float32 activations. Measurements: docs/design-notes.md."""
+    fake = value(out)
+    if fake is None or fake.device.type != "cpu":
+        return False
+    return records or (fake.dtype == torch.float32 and size_hint(entries(shape(out)), (out,)) >= LARGE)
 
 
 def objection(spec: Spec, norm: Node, trains: bool, order: Mapping[Node, int]) -> str:

@@ -15,12 +15,14 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from normfx.errors import OptionError, did_you_mean
-from normfx.ir import channels, fused_ops, ops, recompute
+from normfx.ir import channels, form, fused_ops, ops, recompute
 from normfx.kernels import backward, forward, launch, rows, run, source, spec
 from normfx.lower import norm_ops, stored, two_norms
 from normfx.options import KEYS
 
-MEANING = (ops, channels, fused_ops, norm_ops, two_norms, stored, spec, launch, rows, forward, backward, source, run)
+MEANING = (
+    form, ops, channels, fused_ops, norm_ops, two_norms, stored, spec, launch, rows, forward, backward, source, run,
+)  # fmt: skip
 """The modules that say what a graph with normfx's ops compiles to."""
 
 BODIES: dict[Any, Any] = {**ops.BODIES, **fused_ops.BODIES}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,13 +10,13 @@ from torch.fx import Graph, GraphModule, Node
 
 from normfx.ir import ops
 from normfx.ir.calls import add_call
-from normfx.ir.fused_ops import ADD_LAYER_NORM, ADDS, KINDS, NORM_ADD_NORM, AddNorm, NormAddNorm
+from normfx.ir.form import Form
+from normfx.ir.fused_ops import ADD_LAYER_NORM, NORM_ADD_NORM, NormCall, add_norm, norm_call
 from normfx.ir.graph import grad_modes, shape, tensor
-from normfx.ir.ops import Form, accumulation_dtype
-from normfx.plan import faster_spelled
+from normfx.ir.ops import accumulation_dtype
+from normfx.lower.choice import faster_spelled
 
 aten = torch.ops.aten
-_OPS = {name: op for op, name in KINDS.items()}
 
 
 def use_native_norms(gm: GraphModule) -> None:
@@ -30,23 +30,22 @@ def use_native_norms(gm: GraphModule) -> None:
         if _wins(node, modes[node]):
             modes[_apart(graph, node)] = modes[node]
     for node in graph.find_nodes(op="call_function", target=ADD_LAYER_NORM):
-        count = len(AddNorm._fields)
-        given, form = AddNorm(*node.args[:count]), Form(*node.args[count:])
-        if not _wins(node, modes[node]) or not _is_native(given.x, given.weight, given.bias, form):
+        call = norm_call(node)
+        if not _wins(node, modes[node]) or not _is_native(call.x, call.weight, call.bias, call.form):
             continue
         with graph.inserting_before(node):
-            total = add_call(graph, aten.add.Tensor, (given.x, given.residual), node, alpha=given.alpha)
-            out = _native(graph, total, given.weight, given.bias, form, node)
+            total = add_call(graph, aten.add.Tensor, (call.x, call.residual), node, alpha=call.alpha)
+            out = _native(graph, total, call.weight, call.bias, call.form, node)
         for part in list(node.users):
-            part.replace_all_uses_with((out, total)[part.args[1]])
+            index: Any = part.args[1]
+            part.replace_all_uses_with((out, total)[index])
             graph.erase_node(part)
         graph.erase_node(node)
     for node in graph.find_nodes(op="call_function", target=ops.LAYER_NORM):
-        x, weight, bias, *rest = node.args
-        form = Form(*rest)
-        if tensor(node).device.type != "cpu" and _is_native(x, weight, bias, form):
+        call = norm_call(node)
+        if tensor(node).device.type != "cpu" and _is_native(call.x, call.weight, call.bias, call.form):
             with graph.inserting_before(node):
-                node.replace_all_uses_with(_native(graph, x, weight, bias, form, node))
+                node.replace_all_uses_with(_native(graph, call.x, call.weight, call.bias, call.form, node))
             graph.erase_node(node)
     gm.recompile()
 
@@ -58,21 +57,18 @@ def _wins(node: Node, records: bool) -> bool:
 
 def _apart(graph: Graph, node: Node) -> Node:
     """Write norm_add_norm as its first norm and an op for the rest, if either norm is an `aten.layer_norm`."""
-    count, half = len(NormAddNorm._fields), len(Form._fields)
-    args: Sequence[Any] = node.args
-    given, forms = NormAddNorm(*args[:count]), args[count:]
-    inner, outer = Form(*forms[:half]), Form(*forms[half:])
-    first = given.inner == "layer_norm" and _is_native(given.x, given.inner_weight, given.inner_bias, inner)
-    last = given.outer == "layer_norm" and _is_native(given.x, given.weight, given.bias, outer)
-    if not first and not last:
+    call = norm_call(node)
+    inner = call.inner
+    assert inner is not None
+    first = _is_native(call.x, inner.weight, inner.bias, inner.form)
+    if not first and not _is_native(call.x, call.weight, call.bias, call.form):
         return node
     with graph.inserting_before(node):
         if first:
-            x = _native(graph, given.x, given.inner_weight, given.inner_bias, inner, node)
+            x = _native(graph, call.x, inner.weight, inner.bias, inner.form, node)
         else:
-            x = add_call(graph, _OPS[given.inner], (given.x, given.inner_weight, given.inner_bias, *inner), node)
-        rest = AddNorm(x, given.residual, given.weight, given.bias, given.alpha)
-        new = add_call(graph, ADDS[_OPS[given.outer]], (*rest, *outer), node)
+            x = add_norm(graph, NormCall(call.x, inner.weight, inner.bias, inner.form), node)
+        new = add_norm(graph, replace(call, x=x, inner=None), node)
     node.replace_all_uses_with(new)
     graph.erase_node(node)
     return new
@@ -83,10 +79,10 @@ def _native(graph: Graph, x: Node, weight: Node | None, bias: Node | None, form:
 
 
 def _is_native(x: Node, weight: Node | None, bias: Node | None, form: Form) -> bool:
-    """Whether `aten.layer_norm` says what a LayerNorm of values like x computes."""
+    """Whether `aten.layer_norm` says what a norm of values like x computes."""
     like = tensor(x)
     vectors = [tensor(v) for v in (weight, bias) if v is not None]
     whole = all((v.dtype, tuple(v.shape)) == (like.dtype, tuple(like.shape[-1:])) for v in vectors)
     last = form.dim % like.ndim == like.ndim - 1
-    plain = Form(form.dim, form.eps, "inside", 0, 1.0, accumulation_dtype(like.dtype), like.dtype, False)
+    plain = Form("layer_norm", form.dim, form.eps, "inside", 0, 1.0, accumulation_dtype(like.dtype), like.dtype)
     return last and whole and form == plain

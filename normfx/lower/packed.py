@@ -30,10 +30,6 @@ ROWS = 128
 LEAST = {torch.float32: 2**16, torch.bfloat16: 2**15}
 """Entries of the smallest weights worth packing: the call itself costs 10 µs more than a plain product."""
 
-COPIES = 2**29
-"""Bytes of a graph's weights that may be packed without being folded. A folded weight is kept in any case, packed or
-not; of another one the packed form is a second copy."""
-
 
 @functools.cache
 def _multiply() -> Any:
@@ -87,17 +83,12 @@ def pack_linears(gm: GraphModule, free: frozenset[Node]) -> None:
     storages = storages_of(graph)
     outside, kept = escaping(graph, storages), folded(known)
     packs: dict[tuple[Node, int], Node] = {}
-    copied = 0
     for node, (x, weight, bias, out) in products.items():
         fake = value(weight)
         assert fake is not None
         if storages[weight] & outside or not (weight in free or weight in kept) or not packed_is_faster(fake.dtype):
             continue
         if (weight, out) not in packs:
-            copy = 0 if weight in kept else fake.nbytes
-            if copied + copy > COPIES:
-                continue
-            copied += copy
             with graph.inserting_before(node):
                 packs[weight, out] = add_call(graph, PACK, (weight, out), node)
             packs[weight, out].meta[BAKED] = True
@@ -105,6 +96,23 @@ def pack_linears(gm: GraphModule, free: frozenset[Node]) -> None:
             new = add_call(graph, PACKED_LINEAR, (x, packs[weight, out], bias, int(fake.shape[out])), node)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
+
+
+def unpack(gm: GraphModule, node: Node) -> None:
+    """Let the products by a packed weight multiply by the weight itself again, in place; other nodes stay."""
+    if node.target is not PACK:
+        return
+    weight, out = node.args
+    for product in list(node.users):
+        x, _, bias, _ = product.args
+        with gm.graph.inserting_before(product):
+            if out:
+                new = add_call(gm.graph, torch.ops.aten.addmm.default, (bias, x, weight), product)
+            else:
+                new = add_call(gm.graph, torch.ops.aten.linear.default, (x, weight, bias), product)
+        product.replace_all_uses_with(new)
+        gm.graph.erase_node(product)
+    gm.graph.erase_node(node)
 
 
 def _product(node: Node) -> Product | None:

@@ -15,16 +15,15 @@ from torch.fx import GraphModule, Node
 from normfx.ir.aliasing import mutated
 from normfx.ir.calls import add_call
 from normfx.ir.cleanup import drop_dead_code
-from normfx.ir.fused_ops import ADDS, BODIES, KINDS, NORM_ADD_NORM, AddNorm, NormAddNorm
+from normfx.ir.fused_ops import CALLS, KINDS, NORM_ADD_NORM, NormCall, norm_call
 from normfx.ir.graph import entries, grad_modes, shape, tensor, total, value
-from normfx.ir.ops import Form as Canonical
 from normfx.kernels.cost import backward_cost, forward_cost
 from normfx.kernels.launch import BACKWARD_IN_REGISTERS, backward_launch, forward_launch
 from normfx.kernels.source import Source, backward_source, forward_source
 from normfx.kernels.spec import DTYPES, Spec
 from normfx.lower.choice import objection
-from normfx.lower.norm_ops import NORM, Form
-from normfx.lower.two_norms import TWO_NORMS, Forms
+from normfx.lower.norm_ops import NORM, kernel_spec
+from normfx.lower.two_norms import TWO_NORMS
 from normfx.lower.writer_bias import WriterBiases, Written, without_bias
 
 _FLOATS = {getattr(torch, name) for name in DTYPES}
@@ -55,8 +54,8 @@ def lower_norms(gm: GraphModule, everywhere: bool, trained: Container[Node]) -> 
     biases = WriterBiases(modes, mutated(graph), trained)
     kernels: dict[str, str] = {}
     found: dict[Node | None, str] = {}
-    for node in [n for n in graph.nodes if n.target in KINDS or n.target in BODIES]:
-        call = parse(node)
+    for node in [n for n in graph.nodes if n.target in CALLS]:
+        call = norm_call(node)
         why = _objection(node, call)
         if why:
             if everywhere:
@@ -99,45 +98,7 @@ def _bytes(spec: Spec, rows: sympy.Expr, trains: bool) -> str:
     return f"{forward} bytes forward, {sympy.simplify(backward)} backward"
 
 
-@dataclass(frozen=True)
-class Call:
-    """A canonical norm. first: weight, bias, kind and form of the norm before the add."""
-
-    kind: str
-    x: Node
-    residual: Node | None
-    weight: Node | None
-    bias: Node | None
-    alpha: float
-    form: Canonical
-    first: tuple[Node | None, Node | None, str, Canonical] | None = None
-
-    @property
-    def vectors(self) -> tuple[Node | None, ...]:
-        return (self.weight, self.bias, *(self.first[:2] if self.first else ()))
-
-    @property
-    def forms(self) -> tuple[Canonical, ...]:
-        return (self.form, *(self.first[3:] if self.first else ()))
-
-
-def parse(node: Node) -> Call:
-    """What a canonical norm computes, with or without an add."""
-    args: tuple[Any, ...] = node.args
-    if node.target in KINDS:
-        return Call(KINDS[node.target], args[0], None, args[1], args[2], 1.0, Canonical(*args[3:]))
-    if node.target is NORM_ADD_NORM:
-        count, half = len(NormAddNorm._fields), len(Canonical._fields)
-        given, forms = NormAddNorm(*args[:count]), args[count:]
-        first = (given.inner_weight, given.inner_bias, given.inner, Canonical(*forms[:half]))
-        own = (given.weight, given.bias, given.alpha, Canonical(*forms[half:]))
-        return Call(given.outer, given.x, given.residual, *own, first)
-    plain = next(op for op, added in ADDS.items() if added is node.target)
-    count = len(AddNorm._fields)
-    return Call(KINDS[plain], *AddNorm(*args[:count]), Canonical(*args[count:]))
-
-
-def _objection(node: Node, call: Call) -> str:
+def _objection(node: Node, call: NormCall) -> str:
     """Why there is no kernel for a canonical norm; "" when there is one."""
     x = tensor(call.x)
     if not has_kernels(x):
@@ -155,9 +116,9 @@ def _objection(node: Node, call: Call) -> str:
     for vector in (value(v) for v in call.vectors):
         if vector is not None and (tuple(vector.shape) != (width,) or not _has_kernel(x, vector.dtype)):
             return f"its weight or bias is {vector.dtype} of shape {list(vector.shape)}"
-    if (call.first or any(form.centre_output for form in call.forms)) and width > BACKWARD_IN_REGISTERS:
+    if (call.inner or any(form.centre_output for form in call.forms)) and width > BACKWARD_IN_REGISTERS:
         return f"a row of {width} does not fit into registers, as it must to be centred or normalised twice"
-    if call.first and (call.first[3].out_dtype != x.dtype or "crms_norm" in (call.kind, call.first[2])):
+    if call.inner and (call.inner.form.out_dtype != x.dtype or any(form.compressed for form in call.forms)):
         return "the norm before the add changes the dtype, or rows are compressed"
     return ""
 
@@ -166,23 +127,10 @@ def _has_kernel(x: torch.Tensor, dtype: torch.dtype) -> bool:
     return dtype in _FLOATS or dtype == x.dtype
 
 
-def _operands(call: Call, writer: Written | None) -> tuple[tuple[Node | None, ...], Form | Forms]:
-    """Tensors and other arguments of the op. writer: of x or the residual, its bias still in it."""
-    f = call.form
-    centre, compressed = call.kind == "layer_norm", call.kind == "crms_norm"
-    own: tuple[Any, ...] = (f.eps, f.scale, f.correction, call.alpha, f.out_dtype, f.centre_output)
-    if call.first is None:
-        x_bias = None if writer is None else writer.bias
-        return (call.x, call.residual, call.weight, call.bias, x_bias), Form(centre, compressed, *own)
-    weight, bias, kind, g = call.first
-    first = (kind == "layer_norm", g.eps, g.scale, g.correction, g.centre_output)
-    return (call.x, call.residual, weight, bias, call.weight, call.bias), Forms(*first, centre, *own)
-
-
-def _writer(call: Call, biases: WriterBiases) -> Written | None:
+def _writer(call: NormCall, biases: WriterBiases) -> Written | None:
     """The linear layer whose bias the kernel of an add and norm adds, so that backward sums its gradient with the
     others: that of either operand that is not scaled, where programs of backward keep sums over rows."""
-    if call.residual is None or call.first is not None or call.kind == "crms_norm" or call.x is call.residual:
+    if call.residual is None or call.inner is not None or call.form.compressed or call.x is call.residual:
         return None
     for operand in (call.x, *([call.residual] if call.alpha == 1.0 else [])):
         found = biases.of(operand)
@@ -191,21 +139,28 @@ def _writer(call: Call, biases: WriterBiases) -> Written | None:
     return None
 
 
-def _spec(call: Call, keeps_sum: bool, writer: Written | None) -> Spec:
+def _tensors(call: NormCall, writer: Written | None) -> tuple[Node | None, ...]:
+    """The tensors of the op, with what a writer writes as it is."""
+    x_bias = () if call.inner else (writer.bias if writer else None,)
+    return (call.x, call.residual, *call.vectors, *x_bias)
+
+
+def _spec(call: NormCall, keeps_sum: bool, writer: Written | None) -> Spec:
     """What the kernel of a norm computes. float64, which has none, is shown as float32: only in tests, where the op
-    runs as ATen. keeps_sum: the sum of an add is stored."""
-    operands, form = _operands(call, writer)
+    runs as ATen. keeps_sum: the sum of an add is stored; writer: of x or the residual, its bias in the kernel."""
     shown = {torch.float64: torch.float32}
-    tensors: list[Any] = [
+    x, residual, *vectors = (
         None if t is None else torch.empty_like(t, dtype=shown.get(t.dtype, t.dtype), device="meta")
-        for t in map(value, operands)
-    ]
-    form = form._replace(out_dtype=shown.get(form.out_dtype, form.out_dtype))
-    return _with_sum(form, keeps_sum).spec(*tensors)
-
-
-def _with_sum(form: Form | Forms, keeps_sum: bool) -> Form | Forms:
-    return form._replace(keeps_sum=keeps_sum) if isinstance(form, Form) else form
+        for t in map(value, _tensors(call, writer))
+    )
+    assert x is not None
+    forms = [form._replace(out_dtype=shown.get(form.out_dtype, form.out_dtype)) for form in call.forms]
+    if call.inner:
+        inner_weight, inner_bias, weight, bias = vectors
+        inner = (forms[0], inner_weight, inner_bias)
+        return kernel_spec(x, residual, weight, bias, forms[-1], call.alpha, keeps_sum, inner)
+    weight, bias, x_bias = vectors
+    return kernel_spec(x, residual, weight, bias, forms[-1], call.alpha, keeps_sum, x_bias=x_bias)
 
 
 def _is_sum_read(node: Node) -> bool:
@@ -215,16 +170,21 @@ def _is_sum_read(node: Node) -> bool:
     return node.target is NORM_ADD_NORM or any(part.args[1] == 1 and part.users for part in node.users)
 
 
-def _replace(gm: GraphModule, node: Node, call: Call, trains: bool, keeps_sum: bool, writer: Written | None) -> Node:
+def _replace(
+    gm: GraphModule, node: Node, call: NormCall, trains: bool, keeps_sum: bool, writer: Written | None
+) -> Node:
     """Write the op; parts of its result replace those of the canonical one. trains: its statistics are kept."""
-    operands, form = _operands(call, writer)
+    forms = [field for form in call.forms for field in form]
+    tensors = _tensors(call, writer)
     if writer is not None:
         unbiased = without_bias(writer)
-        operands = tuple(unbiased if operand is writer.value else operand for operand in operands)
-    form = _with_sum(form._replace(statistics=trains), keeps_sum)
+        tensors = tuple(unbiased if operand is writer.value else operand for operand in tensors)
     with gm.graph.inserting_before(node):
-        new = add_call(gm.graph, NORM if call.first is None else TWO_NORMS, (*operands, *form), node)
-        place = 1 if call.first else len(new.meta["val"]) - 1  # of the sum
+        if call.inner is None:
+            new = add_call(gm.graph, NORM, (*tensors, *forms, call.alpha, trains, keeps_sum), node)
+        else:
+            new = add_call(gm.graph, TWO_NORMS, (*tensors, *forms, call.alpha, trains), node)
+        place = 1 if call.inner else len(new.meta["val"]) - 1  # of the sum
         kept = (0, place) if keeps_sum else (0,)
         parts = [add_call(gm.graph, operator.getitem, (new, i), node) for i in kept]
     if node.target in KINDS:

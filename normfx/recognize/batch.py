@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from normfx.ir.aliasing import may_leave, storages_of
+from normfx.ir.facts import Facts
 from normfx.ir.graph import arguments, entry_readers, occurrences, op_name, shape, tensor, value
 from normfx.ir.order import Order
 from normfx.ir.sites import Axis, BatchNorm, Linear, Norm, Readers
@@ -16,50 +17,37 @@ from normfx.recognize.norms import BATCH_NORMS, takes_batch_statistics
 from normfx.recognize.readers import convolution, find_readers, of_parameters, passes_rows
 
 
-def find_batch_norms(
-    graph: Graph,
-    norms: Iterable[Norm],
-    parameters: frozenset[Node],
-    barred: frozenset[Node],
-    modes: Mapping[Node, bool],
-    order: Order,
-    live: frozenset[Node],
-) -> Iterator[BatchNorm]:
-    """One for each BatchNorm, whether or not it can be folded.
-
-    barred: values that are written in place somewhere; nothing is assumed of them
-    """
+def find_batch_norms(facts: Facts, norms: Iterable[Norm]) -> Iterator[BatchNorm]:
+    """One for each BatchNorm, whether or not it can be folded."""
     found = [norm for norm in norms if norm.kind == "BatchNorm"]
-    storages = storages_of(graph) if found else {}
+    storages = storages_of(facts.graph) if found else {}
     for norm in found:
         call = next(node for node in norm.nodes if op_name(node) in BATCH_NORMS)
         args = arguments(call)
         mean, var = args.get("running_mean"), args.get("running_var")
-        obstacle, nodes = _obstacle(norm, call, args, parameters, barred)
+        obstacle, nodes = _obstacle(norm, call, args, facts)
         if obstacle:
             yield BatchNorm(norm, mean, var, Readers(norm, (), (), ()), obstacle=obstacle, nodes=nodes)
             continue
-        axis, constants = Axis(1, int(shape(norm.input)[1])), Constants(barred)
-        readers = find_readers(norm, parameters, constants, modes, live, axis)
-        writer, others, apart = _writer(norm, call, axis, parameters, constants, modes)
-        if writer is not None and not apart and not _takes(writer, (mean, var, norm.weight, norm.bias), order):
+        axis, constants = Axis(1, int(shape(norm.input)[1])), Constants(facts.written)
+        readers = find_readers(norm, facts, constants, axis)
+        writer, others, apart = _writer(norm, call, axis, facts, constants)
+        if writer is not None and not apart and not _takes(writer, (mean, var, norm.weight, norm.bias), facts.order):
             apart = "its weight, or the statistics, cannot be read where it runs"
         views = writer is not None and bool(storages[norm.input] & storages[writer.node]) and norm.input != writer.node
         copies = views and may_leave(norm.output, storages)
         yield BatchNorm(norm, mean, var, readers, writer, others, apart, copies)
 
 
-def _obstacle(
-    norm: Norm, call: Node, args: Mapping[str, Any], parameters: frozenset[Node], barred: frozenset[Node]
-) -> tuple[str, tuple[Node, ...]]:
+def _obstacle(norm: Norm, call: Node, args: Mapping[str, Any], facts: Facts) -> tuple[str, tuple[Node, ...]]:
     """What forbids treating a BatchNorm as an affine map of its channels, and the nodes in the way."""
     if takes_batch_statistics(op_name(call), dict(args)):
         return "batch_statistics", (call,)
     given = [args.get(name) for name in ("running_mean", "running_var", "weight", "bias")]
-    computed = tuple(node for node in given if isinstance(node, Node) and node not in parameters)
+    computed = tuple(node for node in given if isinstance(node, Node) and node not in facts.parameters)
     if computed:
         return "computed", computed
-    written = tuple(node for node in (norm.input, norm.output) if node in barred)
+    written = tuple(node for node in (norm.input, norm.output) if node in facts.written)
     if written:
         return "mutated", written
     results = tuple(user for user in call.users if call is not norm.output and user is not norm.output)
@@ -70,20 +58,16 @@ def _obstacle(
 
 
 def _writer(
-    norm: Norm,
-    call: Node,
-    axis: Axis,
-    parameters: frozenset[Node],
-    constants: Constants,
-    modes: Mapping[Node, bool],
+    norm: Norm, call: Node, axis: Axis, facts: Facts, constants: Constants
 ) -> tuple[Linear | None, tuple[Node, ...], str]:
     """Walk backwards from a BatchNorm's input: its writer, other readers on the way, and what sets the writer apart."""
+    modes = facts.modes
     node, reader, others = norm.input, call, dict[Node, None]()
     while True:
         others.update(dict.fromkeys(user for user in entry_readers(node) if user is not reader))
-        if node in parameters or node in constants.barred or occurrences(reader, node) != 1:
+        if node in facts.parameters or node in constants.barred or occurrences(reader, node) != 1:
             return None, (), ""
-        linear = _written_by(node, axis, parameters)
+        linear = _written_by(node, axis, facts.parameters)
         if linear is not None:
             apart = "" if modes[node] == modes[norm.output] else "it runs in another gradient mode"
             return linear, tuple(others), apart

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from normfx.ir.aliasing import escaping, read_outside, storages_of
+from normfx.ir.facts import Facts
 from normfx.ir.graph import op_name
 from normfx.ir.packing import packed_sources
 from normfx.ir.regions import is_autocast
@@ -20,15 +21,13 @@ AUTOCAST_NEUTRAL = frozenset(
 """ATen ops that do the same under autocast and without."""
 
 
-def find_composed(graph: Graph, parameters: frozenset[Node], live: frozenset[Node]) -> Iterator[Composed]:
-    """The values of parameters alone that something else reads, views left aside.
-
-    parameters: values of parameters alone; `live`: those that must be computed in every call
-    """
+def find_composed(facts: Facts) -> Iterator[Composed]:
+    """The values of parameters alone that something else reads, views left aside."""
+    graph = facts.graph
     storages = storages_of(graph)
     outside = escaping(graph, storages)
     autocast = is_autocast(graph)
-    for node in read_outside(graph, parameters, storages):
+    for node in read_outside(graph, facts.parameters, storages):
         if node.op != "call_function":
             continue
         nodes = tuple(_behind(node, storages))
@@ -38,7 +37,7 @@ def find_composed(graph: Graph, parameters: frozenset[Node], live: frozenset[Nod
         obstacle = "leaves" if storages[node] & outside else "packed_weight" if packed_sources(node) else ""
         if autocast and not all(is_autocast_neutral(n) for n in nodes):
             obstacle = obstacle or "autocast"
-        yield Composed(node, nodes, tuple(n for n in sources if n in live), obstacle)
+        yield Composed(node, nodes, tuple(n for n in sources if n in facts.composed_live), obstacle)
 
 
 def is_autocast_neutral(node: Node) -> bool:

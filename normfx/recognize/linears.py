@@ -72,7 +72,7 @@ def _grouped_mm(call: Call) -> Flow | None:
     "conv_transpose1d", "conv_transpose2d.input", "conv_transpose3d.input",
 )  # fmt: skip
 def _convolution(call: Call) -> Flow | None:
-    """Along the channels, dense convolutions only: P would mix the groups of a grouped one (T1)."""
+    """Along the channels, dense convolutions only: P would mix the groups of a grouped one."""
     args, axis = call.args, call.axis
     spatial = len(shape(args["weight"])) - 2
     if args["groups"] != 1 or axis.dim != call.ndim - spatial - 1:

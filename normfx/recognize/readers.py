@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 
 from torch.fx import Node
 
+from normfx.ir.facts import Facts
 from normfx.ir.graph import SHAPE_READS, arguments, entry_readers, is_getitem, occurrences, op_name, shape, value
 from normfx.ir.sites import Axis, Linear, Norm, Readers, Scaled
 from normfx.recognize.axes import reshape_axis
@@ -31,16 +32,10 @@ token scales."""
 NUMBER_SCALES = frozenset({"aten::mul.Tensor", "aten::mul.Scalar", "aten::div.Tensor", "aten::div.Scalar"})
 
 
-def find_all_readers(
-    norms: Iterable[Norm],
-    parameters: frozenset[Node],
-    barred: frozenset[Node],
-    modes: Mapping[Node, bool],
-    live: frozenset[Node] = frozenset(),
-) -> dict[Norm, Readers]:
+def find_all_readers(facts: Facts, norms: Iterable[Norm]) -> dict[Norm, Readers]:
     """Readers of each norm, with the weights that norms of different γ or β share."""
-    constants = Constants(barred)
-    found = {norm: find_readers(norm, parameters, constants, modes, live) for norm in norms}
+    constants = Constants(facts.written)
+    found = {norm: find_readers(norm, facts, constants) for norm in norms}
     affines: dict[Node, set[tuple[Node | None, Node | None]]] = {}
     for norm, readers in found.items():
         for linear, _, _ in readers.linears:
@@ -67,28 +62,21 @@ def number_factor(node: Node, operand: Node) -> float | None:
     return 1.0 / other if divides else float(other)
 
 
-def find_scaled(norm: Norm, modes: Mapping[Node, bool]) -> Scaled | None:
-    """norm(x)·k, when the multiplication is the norm's only reader and in the same gradient mode."""
+def find_scaled(norm: Norm, facts: Facts) -> Scaled | None:
+    """norm(x)·k, when the multiplication is the norm's only reader, in the same gradient mode, and never written."""
     users = [u for u in norm.output.users if op_name(u) not in SHAPE_READS]
-    if norm.obstacle or len(users) != 1 or modes[users[0]] != modes[norm.output]:
+    if norm.obstacle or len(users) != 1 or facts.modes[users[0]] != facts.modes[norm.output]:
         return None
     factor = number_factor(users[0], norm.output)
-    return None if factor is None else Scaled(norm, users[0], factor)
+    return None if factor is None or users[0] in facts.written else Scaled(norm, users[0], factor)
 
 
-def find_readers(
-    norm: Norm,
-    parameters: frozenset[Node],
-    constants: Constants,
-    modes: Mapping[Node, bool],
-    live: frozenset[Node] = frozenset(),
-    channels: Axis | None = None,
-) -> Readers:
+def find_readers(norm: Norm, facts: Facts, constants: Constants, channels: Axis | None = None) -> Readers:
     """Walk forwards from a norm's output along its feature axis, or along its channels, which convolutions read too.
 
     Nothing in another gradient mode than the norm can take γ and β on: they would gain or lose gradients.
     """
-    barred = constants.barred
+    barred, modes = facts.written, facts.modes
     linears: list[tuple[Linear, Axis, float]] = []
     path: list[Node] = []
     others: list[Node] = []
@@ -102,9 +90,9 @@ def find_readers(
         node, axis, factor = work.pop()
         for user in entry_readers(node):
             same_mode = modes[user] == modes[norm.output]
-            linear = linear_reader(user, node, axis, parameters, shifted)
+            linear = linear_reader(user, node, axis, facts.parameters, shifted)
             if channels is not None:
-                linear = linear or convolution_reader(user, node, axis, parameters)
+                linear = linear or convolution_reader(user, node, axis, facts.parameters)
             factor_here = number_factor(user, node)
             onward = _forward(user, node, axis, constants) if passes_rows(user) else None
             if not same_mode:
@@ -123,7 +111,7 @@ def find_readers(
                 work.append((user, onward, factor))
             else:
                 others.append(user)
-    return Readers(norm, tuple(linears), tuple(path), tuple(others), live=live, axes=axes)
+    return Readers(norm, tuple(linears), tuple(path), tuple(others), live=facts.live, axes=axes)
 
 
 def passes_rows(user: Node) -> bool:

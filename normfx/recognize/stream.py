@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import networkx
 from torch.fx import Graph, Node
 
+from normfx.ir.facts import Facts
 from normfx.ir.graph import (
     arguments,
     bytes_of,
@@ -26,7 +27,6 @@ from normfx.ir.graph import (
     size_hint,
     value,
 )  # fmt: skip
-from normfx.ir.order import Order
 from normfx.ir.packing import packed_sources
 from normfx.ir.sites import Axis, Leaf, LeafKind, Norm, Stream
 from normfx.recognize.flow import LINEARS, Constants, Flow, flow, scales_rows
@@ -36,14 +36,10 @@ from normfx.recognize.flow import LINEARS, Constants, Flow, flow, scales_rows
 class _Region:
     """Candidates of a graph with their axis, and what reads raw ones."""
 
+    facts: Facts
     norms: dict[Node, list[Norm]]
-    parameters: frozenset[Node]
-    barred: frozenset[Node]
     outputs: Mapping[Node, Norm]
-    modes: Mapping[Node, bool]
     constants: Constants
-    order: Order
-    live: frozenset[Node]
     axes: dict[Node, Axis] = field(default_factory=dict)
     flows: dict[Node, Flow] = field(default_factory=dict)
     conflicts: set[Node] = field(default_factory=set)
@@ -53,22 +49,9 @@ class _Region:
         return node in self.flows and node not in self.witness
 
 
-def find_streams(
-    graph: Graph,
-    norms: Iterable[Norm],
-    parameters: frozenset[Node],
-    barred: frozenset[Node],
-    modes: Mapping[Node, bool],
-    order: Order,
-    live: frozenset[Node] = frozenset(),
-) -> tuple[Stream, ...]:
-    """All streams of a graph, in the order of their first norm; each LayerNorm is in exactly one.
-
-    barred: values that are written in place somewhere; nothing is assumed of them
-    modes:  whether gradients are recorded at each node
-    order:  says what may be computed earlier
-    live:   values of parameters alone whose folds would be computed in every call
-    """
+def find_streams(facts: Facts, norms: Iterable[Norm]) -> tuple[Stream, ...]:
+    """All streams of a graph, in the order of their first norm; each LayerNorm is in exactly one."""
+    graph = facts.graph
     seeds: dict[Node, list[Norm]] = {}
     outputs = {norm.output: norm for norm in norms}
     alone: list[Stream] = []
@@ -83,7 +66,7 @@ def find_streams(
             alone.append(Stream((norm,), (), obstacle="several_axes", detail=detail))
         else:
             seeds.setdefault(norm.input, []).append(norm)
-    region = _Region(seeds, parameters, barred, outputs, modes, Constants(barred), order, live)
+    region = _Region(facts, seeds, outputs, Constants(facts.written))
     _collect(region)
     _mark_raw(graph, region)
     _enter_late(graph, region)
@@ -104,7 +87,7 @@ def _collect(region: _Region) -> None:
             if region.axes[node] != axis:
                 region.conflicts.add(node)
             continue
-        if node in region.parameters or node in region.barred or node in region.outputs:
+        if node in region.facts.parameters or node in region.facts.written or node in region.outputs:
             continue
         step = flow(node, axis, region.constants)
         if step is None or any(_also_coefficient(node, operand, step) for operand, _ in step.carried):
@@ -162,7 +145,9 @@ def _origin(node: Node, region: _Region) -> tuple[Node | None, list[Node]]:
         if operand in region.norms or any(u is not node and region.blind(u) for u in operand.users):
             break
         if operand not in region.flows:
-            known = operand in region.parameters or operand in region.outputs or op_name(operand) == "aten::embedding"
+            known = (
+                operand in region.facts.parameters or operand in region.outputs or op_name(operand) == "aten::embedding"
+            )
             return (None if known or value(operand) is None else operand), chain
         if entry_readers(operand) != [node]:
             break
@@ -193,7 +178,7 @@ def _streams(graph: Graph, region: _Region, order: Mapping[Node, int]) -> list[S
         for operand, axis in carried:
             if _inside(operand, axis, region):
                 links.add_edge(reader, operand)
-            elif operand not in region.parameters:
+            elif operand not in region.facts.parameters:
                 links.add_edge(reader, (operand, axis))  # one centred copy serves all: they are decided together
     streams = []
     for component in networkx.connected_components(links):
@@ -225,7 +210,7 @@ def _stream(
     dropped = tuple((node, name) for node in nodes for name in region.flows[node].dropped)
     joins = not any(op_name(n) in LINEARS for n in nodes) or any(_joins(node, region) for node in nodes)
     axes = {node: region.axes[node] for node in nodes}
-    return Stream(tuple(norms), tuple(leaves.values()), reads, dropped, joins, region.live, axes)
+    return Stream(tuple(norms), tuple(leaves.values()), reads, dropped, joins, region.facts.live, axes)
 
 
 def _joins(node: Node, region: _Region) -> bool:
@@ -238,7 +223,7 @@ def _leaf(key: tuple[Node, Axis], users: list[Node | Norm], region: _Region) -> 
     kind: LeafKind = "value"
     scale = linear = None
     path: tuple[tuple[Node, Axis], ...] = ()
-    if node in region.parameters:
+    if node in region.facts.parameters:
         kind = "parameter"
     elif op_name(node) == "aten::embedding":
         kind = "embedding"
@@ -262,13 +247,13 @@ def _leaf(key: tuple[Node, Axis], users: list[Node | Norm], region: _Region) -> 
 
 def _leaf_obstacle(node: Node, kind: LeafKind, linear: Node | None, region: _Region) -> str:
     fake = value(node)
-    if node in region.barred:
+    if node in region.facts.written:
         return "mutated"
     if fake is None or not fake.is_floating_point():
         return "uncentred_input"
     written = [node] if kind == "parameter" else []
     if linear is not None:  # whose weight would take λ, and be centred
-        written += [operand for operand in linear.all_input_nodes if operand in region.parameters]
+        written += [operand for operand in linear.all_input_nodes if operand in region.facts.parameters]
     return "packed_weight" if any(map(packed_sources, written)) else ""
 
 
@@ -281,7 +266,7 @@ def _scaled_writer(
         return None
     args = arguments(node)
     for scale, source in ((args["self"], args["other"]), (args["other"], args["self"])):
-        if scale not in region.parameters or source in region.parameters or value(source) is None:
+        if scale not in region.facts.parameters or source in region.facts.parameters or value(source) is None:
             continue
         fake = value(scale)
         ndim = len(shape(node))
@@ -290,17 +275,17 @@ def _scaled_writer(
         if shape(source) != shape(node):
             continue
         inside, path = axis, []
-        mode = region.modes[node]
-        while len(entry_readers(source)) == 1 and source not in region.barred and source not in region.outputs:
-            if op_name(source) == "aten::detach" or region.modes[source] != mode:
+        mode = region.facts.modes[node]
+        while len(entry_readers(source)) == 1 and source not in region.facts.written and source not in region.outputs:
+            if op_name(source) == "aten::detach" or region.facts.modes[source] != mode:
                 break  # λ would lose or gain a gradient
             step = flow(source, inside, region.constants)
             if step is None or inside.inner != 1 or shape(source)[inside.dim] != axis.size:
                 break
             path.append((source, inside))
             if op_name(source) in LINEARS:
-                whole = all(o in region.parameters for o, _ in step.carried) and not step.dropped
-                whole = whole and region.order.can_lift(scale, source)
+                whole = all(o in region.facts.parameters for o, _ in step.carried) and not step.dropped
+                whole = whole and region.facts.order.can_lift(scale, source)
                 return (tuple(path), scale) if whole and scales_rows(source, inside, step) else None
             if len(step.carried) != 1 or step.dropped:
                 break

@@ -108,6 +108,7 @@ RULE = Rule(
     guard=guard,
     cost=cost,
     rewrite=rewrite,
+    exported=False,  # a program has no store of folds
     example=Example("weight norm", _Normed, _input, fold="auto"),
     counterexamples=(
         Example("trained", lambda: _Normed("trained"), _input, "live", fold="auto"),

@@ -178,9 +178,12 @@ def rewrite(site: Compressed, edit: Edit) -> None:
 class _Block(nn.Module):
     """Two pre-LN residual branches over an embedding, read through a final norm."""
 
+    packed: torch.Tensor
+
     def __init__(self, tap: str = "", width: int = 8) -> None:
         super().__init__()
         self.tap = tap
+        self.register_buffer("packed", torch.arange(3 * width, dtype=torch.int8).reshape(3, width))
         self.table = nn.Embedding(10, width)
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.up1, self.down1, self.head = nn.Linear(width, 6), nn.Linear(6, width), nn.Linear(width, 3)
@@ -195,7 +198,8 @@ class _Block(nn.Module):
         y = self.norm2(x)
         if self.tap == "shared":
             return self.head(y), self.head(self.norm1(x))
-        out = self.head(y)
+        weight = self.packed.to(y.dtype) * 0.1 if self.tap == "packed" else self.head.weight
+        out = nn.functional.linear(y, weight, self.head.bias)
         return {"activation": (out, torch.tanh(y)), "observed": (out, x)}.get(self.tap, out)
 
 
@@ -257,6 +261,7 @@ RULE = Rule(
         Example("heads", _Heads, lambda: (torch.randn(3, 6),), "split_features"),
         Example("nonlinear reader", lambda: _Block("activation"), _ids, "reader_not_linear"),
         Example("shared reader", lambda: _Block("shared"), _ids, "affine_stays"),
+        Example("packed reader", lambda: _Block("packed"), _ids, "packed_weight"),
         Example("half precision", lambda: _half(_Block()), _ids, "rounded_weight"),
         Example("unflatten", lambda: _Block("fixed"), _ids, "fixed_width"),
     ),

@@ -49,7 +49,7 @@ class Part:
 
 
 def cut(streams: Iterable[Stream]) -> tuple[Part, ...]:
-    """Of each stream the part that pays to centre, and the rest."""
+    """Cuts each stream into the part that pays to centre, and the rest."""
     return tuple(part for stream in streams for part in _cut(stream))
 
 

@@ -162,6 +162,18 @@ class _Read(nn.Module):
         return {"output": (out, y), "activation": (out, torch.tanh(y))}.get(self.tap, out)
 
 
+class _Statistics(nn.Module):
+    """A norm read by a linear, whose mean is returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain, self.read = nn.Parameter(torch.linspace(0.5, 1.5, 6)), nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        y, mean, _ = torch.native_layer_norm(x, [6], self.gain, None, 1e-5)
+        return self.read(y), mean
+
+
 class _Shared(nn.Module):
     """One linear behind two norms with their own γ and β (WideNet-like)."""
 
@@ -232,5 +244,7 @@ RULE = Rule(
         Example("float16", lambda: _Read("float16", nn.LayerNorm(6, bias=False)), _input, "short_range"),
         Example("no affine", lambda: _Read(norm=nn.LayerNorm(6, elementwise_affine=False)), _input, "no_affine"),
         Example("two axes", lambda: _Read(norm=nn.LayerNorm((5, 6))), _input, "several_axes"),
+        Example("statistics returned", _Statistics, _input, "opaque_norm"),
+        Example("few rows in training", _Read, _input, "live_weights", fold="auto"),
     ),
 )

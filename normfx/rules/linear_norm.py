@@ -35,16 +35,27 @@ class _Heads(nn.Module):
     """A projection, split into heads, each normalised."""
 
     codes: torch.Tensor
+    shift: torch.Tensor
 
-    def __init__(self, packed: bool = False) -> None:
+    def __init__(self, case: str = "") -> None:
         super().__init__()
-        self.packed = packed
+        self.case = case
         self.register_buffer("codes", torch.arange(72, dtype=torch.int8).reshape(12, 6))
+        self.register_buffer("shift", torch.linspace(-1.0, 1.0, 12))
         self.project, self.norm = nn.Linear(6, 12), nn.LayerNorm(4)
+        self.tokens = nn.Linear(5, 5, bias=False)
 
     def forward(self, x: torch.Tensor) -> Any:
-        weight = self.codes.to(x.dtype) * 0.01 if self.packed else self.project.weight
-        return self.norm(nn.functional.linear(x, weight, self.project.bias).view(2, 5, 3, 4))
+        weight = self.codes.to(x.dtype) * 0.01 if self.case == "packed" else self.project.weight
+        projected = nn.functional.linear(x, weight, self.shift if self.case == "written" else self.project.bias)
+        if self.case == "written":
+            self.shift.mul_(1.0)
+        mixed = projected
+        if self.case in ("activation", "returned"):  # a linear that mixes tokens: the stream passes through it
+            entered = torch.tanh(projected) if self.case == "activation" else projected
+            mixed = self.tokens(entered.transpose(1, 2)).transpose(1, 2).contiguous()
+        heads = self.norm(mixed.view(2, 5, 3, 4))
+        return (heads, projected) if self.case == "returned" else heads
 
 
 def _input() -> tuple[torch.Tensor, ...]:
@@ -55,7 +66,7 @@ RULE = Rule(
     name="linear_norm",
     formula="LN(Wa + b) == RMS(PW a + Pb)",
     source="Jiang et al. 2023, equation 5 applied to a single linear",
-    codes=centring.CODES,
+    codes={code: text for code, text in centring.CODES.items() if code not in ("opaque_norm", "several_axes")},
     identity=identity,
     candidates=candidates,
     guard=centring.guard,
@@ -64,7 +75,11 @@ RULE = Rule(
     makes_rms_norms=True,
     example=Example("heads", _Heads, _input),
     counterexamples=(
-        Example("packed weight", lambda: _Heads(packed=True), _input, "packed_weight"),
+        Example("packed weight", lambda: _Heads("packed"), _input, "packed_weight"),
+        Example("written in place", lambda: _Heads("written"), _input, "mutated"),
+        Example("activation", lambda: _Heads("activation"), _input, "uncentred_input"),
+        Example("returned", lambda: _Heads("returned"), _input, "observed"),
+        Example("few rows in training", _Heads, _input, "live_weights", fold="auto"),
         Example("half precision", lambda: _Heads().bfloat16(), lambda: (_input()[0].bfloat16(),), "rounded_weight"),
     ),
 )

@@ -74,7 +74,7 @@ class _Packed(nn.Module):
 
 
 class _PostNorm(nn.Module):
-    """LN(x + f(x)) on a normalised stream: the skip carries γ⊙z + β, which has a mean (T3)."""
+    """LN(x + f(x)) on a normalised stream: the skip carries γ⊙z + β, which has a mean."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,6 +99,19 @@ class _Statistics(nn.Module):
         return out, mean
 
 
+class _Joined(nn.Module):
+    """Tokens of two projections, one after the other: nothing is added on the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.left, self.right = nn.Embedding(10, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        x = torch.tanh(self.table(ids))
+        return self.norm(torch.cat([self.left(x), self.right(x)], 1))
+
+
 RULE = Rule(
     name="pre_rms_norm",
     formula="LN(Σ w) == RMS(Σ P w)",
@@ -118,6 +131,7 @@ RULE = Rule(
         Example("post-norm", _PostNorm, _ids, "uncentred_input"),
         Example("statistics returned", _Statistics, _ids, "opaque_norm"),
         Example("packed weight", _Packed, _ids, "packed_weight"),
+        Example("half precision", lambda: _Joined().bfloat16(), _ids, "rounded_weight"),
         Example("few rows in training", _Block, _ids, "live_weights", fold="auto"),
     ),
 )

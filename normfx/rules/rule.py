@@ -37,7 +37,7 @@ class Code:
     hint: str
 
 
-DISABLED = Code("the rule is switched off", "enable it with options={'rules': 'default,+RULE'} or NORMFX_RULES")
+DISABLED = Code("the rule is switched off", "enable it with options={'rules': 'default,+NAME'} or NORMFX_RULES")
 
 
 @dataclass(frozen=True)

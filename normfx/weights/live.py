@@ -1,4 +1,4 @@
-"""Folded weights. Today every fold is live: an expression on the parameters, computed where it is used (normfx/edit).
+"""Finds live folds: expressions on the parameters that stay in the graph and are computed where they are used.
 
 Live folds cannot go stale: whatever writes a parameter, the next call reads it. They give the original parameters'
 gradients (maths M14) and leave the state dict, optimisers and checkpoints untouched.

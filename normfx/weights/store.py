@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from operator import itemgetter
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils._python_dispatch import _disable_current_modes  # private; torch 2.11 to 2.15
 
+from normfx.allocator import release_memory
 from normfx.weights.expression import Expression
 from normfx.weights.handles import set_value, size_in_bytes
 from normfx.weights.samples import is_recording, wait_for
@@ -33,6 +35,10 @@ _register_hook: Callable[[Callable[..., None]], Any] = register_optimizer_step_p
 PARAMETER_SETS = 256
 """Parameter sets that one compiled graph keeps values of: as many as the layers of the largest models. The set that was
 used longest ago makes room."""
+
+
+TRIM = 2**24
+"""Bytes of values computed at once, from which on the memory that computing them took is given back to the system."""
 
 
 @dataclass(eq=False)
@@ -90,10 +96,22 @@ class Store:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def known(self, key: Any) -> bool:
+        """Whether there is a value of (expression, identities, rebinds), or its memory."""
+        found = self._entries.get(key)
+        return found is not None and found.value is not None
+
     @property
     def bytes(self) -> int:
         """Bytes of all kept values."""
-        return sum(size_in_bytes(entry.value) for entry in self.entries() if entry.value is not None)
+        return sum(size_in_bytes(value) for value in self._values())
+
+    def bytes_on(self, kind: str) -> int:
+        """Bytes of the values on devices of a type. Handles are on the CPU, as what they stand for."""
+        return sum(size_in_bytes(value) for value in self._values() if value.device.type == kind)
+
+    def _values(self) -> list[Tensor]:
+        return [entry.value for entry in self.entries() if entry.value is not None]
 
 
 STORE = Store()
@@ -131,6 +149,7 @@ class Fold:
     """One value that a graph takes as an input: an expression on some of the watched sources.
 
     sources: positions among the sources of all folds of the graph
+    bytes:   of the value, or of what its handle stands for
     """
 
     expression: Expression
@@ -139,6 +158,7 @@ class Fold:
     stride: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    bytes: int = 0
 
     def compute(self, sources: Sequence[Tensor]) -> Tensor:
         return self.expression(*(sources[i] for i in self.sources))
@@ -168,12 +188,22 @@ class Folds:
     picks:     positions of the sources among the arguments
     rebinds:   a changed value gets new memory instead of being overwritten: needed where a backward pass may still
                hold the old one
+    fits:      whether so many bytes more may be kept. Asked for each further parameter set (the graph was compiled for
+               the first one); the values of one that does not fit are computed in each call and dropped
     refreshes: values computed so far, the first time included
+    unkept:    calls whose values did not fit
     """
 
-    def __init__(self, folds: Sequence[Fold], picks: Sequence[int], rebinds: bool = False) -> None:
+    def __init__(
+        self,
+        folds: Sequence[Fold],
+        picks: Sequence[int],
+        rebinds: bool = False,
+        fits: Callable[[int], bool] = lambda more: True,
+    ) -> None:
         self.folds = tuple(folds)
-        self.refreshes = 0
+        self.refreshes = self.unkept = 0
+        self._fits = fits
         self._rebinds = rebinds
         self._pick = picker(picks)
         self._devices = {fold.device for fold in folds if fold.device.type != "cpu"}
@@ -201,10 +231,24 @@ class Folds:
         if not all(map(is_ordinary, sources)):
             return tuple(fold.compute(sources) for fold in self.folds)
         with STORE.lock, _disable_current_modes():  # whoever looks at the caller's operations must not see these
-            return self._refreshed(sources)
+            binding = self._find(sources)
+            if binding is not None:
+                return self._refreshed(binding, sources)
+            self.unkept += 1
+            _check_memory(sources)
+            return tuple(map(self._passing, self.folds, repeat(sources)))
 
-    def _refreshed(self, sources: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        binding = self._find(sources)
+    def _passing(self, fold: Fold, sources: Sequence[Tensor]) -> Tensor:
+        """A value, or a handle of one, that nothing keeps after the call."""
+        fresh = fold.compute(sources)
+        if not fresh.is_mkldnn:
+            return fresh
+        handle = fold.memory()
+        set_value(handle, fresh)
+        return handle
+
+    def _refreshed(self, binding: _Binding, sources: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        first = not binding.values
         if not binding.current(sources):
             _check_memory(sources)
             stamps = binding.watch.read(sources)
@@ -224,6 +268,8 @@ class Folds:
             binding.values = tuple(entry.value for entry in binding.entries if entry.value is not None)
             binding.watch.accept(sources, stamps)
             binding.generation = STORE.generation
+            if first and sum(self.folds[k].bytes for k in stale) >= TRIM:
+                release_memory()  # what the values were computed from: the same size again, and twice where packed
         self._latest = binding
         return binding.values
 
@@ -243,14 +289,24 @@ class Folds:
                 entry.value.copy_(fresh)
         self.refreshes += 1
 
-    def _find(self, sources: tuple[Tensor, ...]) -> _Binding:
-        """The binding of these tensors, made when they come for the first time."""
+    def _find(self, sources: tuple[Tensor, ...]) -> _Binding | None:
+        """The binding of these tensors, made when they come for the first time; None where their values do not fit."""
         identities = tuple(map(identity, sources))
         binding = self._bindings.pop(identities, None)
         if binding is None:
+            if self._bindings and not self._fits(self._missing(identities)):
+                return None
             binding = self._bind(sources)
         self._bindings[identities] = binding  # the last one is the one used last
         return binding
+
+    def _missing(self, identities: Sequence[Identity]) -> int:
+        """Bytes of the values of these sources that are not there yet, less those of sets that can never come again."""
+        keys = [(fold.expression, tuple(identities[i] for i in fold.sources), self._rebinds) for fold in self.folds]
+        gone = sum(b.watch.expired for b in self._bindings.values())
+        whole = sum(fold.bytes for fold in self.folds)
+        new = sum(fold.bytes for fold, key in zip(self.folds, keys, strict=True) if not STORE.known(key))
+        return max(0, new - gone * whole)
 
     def _bind(self, sources: tuple[Tensor, ...]) -> _Binding:
         binding = _Binding(Watch(sources))
@@ -278,6 +334,12 @@ class Folds:
             return entry
 
         return STORE.entry((fold.expression, identities, self._rebinds), make)
+
+    def let_go(self) -> None:
+        """Drop all values: they are computed again when they are asked for. What other graphs share stays with them."""
+        with STORE.lock:
+            for binding in list(self._bindings.values()):
+                self.retire(binding)
 
     def retire(self, binding: _Binding) -> None:
         """Let go of a parameter set that no one can come with again."""

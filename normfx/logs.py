@@ -1,0 +1,62 @@
+"""What is said while models compile: through torch's logging, its structured traces, and NORMFX_DEBUG.
+
+TORCH_LOGS is read while torch is imported, before a backend could register names of its own; what it takes then is the
+name of a module of any package. So the loggers are named after modules: `normfx.plan` has the plan of each graph
+(INFO), `normfx.ir.printer` the graphs (DEBUG), `normfx.kernels` the generated kernels (DEBUG). Tried on torch 2.11,
+2.13 and 2.14.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+
+from normfx.records import GraphReport
+from normfx.report import Report
+
+PLAN, GRAPHS, KERNELS = (logging.getLogger(f"normfx.{name}") for name in ("plan", "ir.printer", "kernels"))
+
+
+def say(report: GraphReport, debug: int) -> None:
+    """Say what became of a graph, to whom it is asked for. debug: the level of NORMFX_DEBUG."""
+    if PLAN.isEnabledFor(logging.INFO):
+        PLAN.info("%s", _plan(report))
+    if GRAPHS.isEnabledFor(logging.DEBUG):
+        GRAPHS.debug("before:\n%s\nafter:\n%s", report.before, report.after)
+    if KERNELS.isEnabledFor(logging.DEBUG):
+        KERNELS.debug("%s", "\n".join(_kernels(report)))
+    if debug >= 1:
+        print(f"normfx: {_plan(report)}")
+    if debug >= 2:
+        print(f"normfx: before\n{report.before}\nnormfx: after\n{report.after}")
+    if debug >= 3:
+        print("\n".join(f"normfx: {text}" for text in _kernels(report)))
+    _trace("normfx_plan", "string", lambda: _plan(report))
+    _trace("normfx_report", "json", lambda: Report((report,)).to_json())
+    _trace("normfx_graph_before", "string", lambda: report.before)
+    _trace("normfx_graph_after", "string", lambda: report.after)
+    for name, source in report.kernels.items():
+        _trace(f"normfx_kernel_{name}", "string", partial(str, source))
+
+
+def _plan(report: GraphReport) -> str:
+    stages = ", ".join(f"{name} {1e3 * s:.1f} ms" for name, s in report.seconds.items())
+    return f"{Report((report,))}\nstages: {stages}" if stages else str(Report((report,)))
+
+
+def _kernels(report: GraphReport) -> Iterator[str]:
+    """What each norm runs on, and the sources."""
+    for site in report.sites:
+        yield f"{site.name} runs on {site.lowering}"
+    for name, source in report.kernels.items():
+        yield f"kernel {name}\n{source}"
+    if report.sites and not report.kernels:
+        yield "no kernel was generated: Inductor runs these norms, and TORCH_LOGS=output_code shows its code"
+
+
+def _trace(name: str, encoding: str, text: Callable[[], str]) -> None:
+    """An entry of the trace that TORCH_TRACE asks for; tlparse keeps it as a file of this name."""
+    torch._logging.trace_structured("artifact", lambda: {"name": name, "encoding": encoding}, payload_fn=text)

@@ -1,0 +1,107 @@
+"""Memory that the process keeps: page faults and glibc's own counts, each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from normfx import allocator
+from normfx.errors import OptionError
+from normfx.options import Options
+
+glibc = pytest.mark.skipif(bool(allocator.obstacle()), reason=f"glibc only: {allocator.obstacle()}")
+
+FAULTS = """
+import resource
+import torch
+from normfx import allocator
+
+def faults(calls):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(calls):
+        torch.empty(10 * 2**20).fill_(1.0)  # 40 MiB: above the largest threshold from which glibc maps
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+PAGES = 40 * 2**20 // 4096
+torch.set_num_threads(1)
+faults(1)
+fresh = faults(5)
+allocator.keep_freed_memory()
+faults(10)  # blocks are cut and joined until they fit
+kept = faults(5)
+free = allocator.free_bytes()
+gone = allocator.release_memory()
+again = faults(1)
+print(fresh / PAGES, kept / PAGES, free >> 20, gone >> 20, again / PAGES)
+"""
+
+
+def run(code: str, **environ: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environ})
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@glibc
+def test_memory_stays_and_goes() -> None:
+    """Without transparent huge pages a fault is 4 KiB; with them there are up to 512 times fewer."""
+    fresh, kept, free, gone, again = map(float, run(FAULTS).split())
+    assert fresh > 5 / 600, "each call has its memory filled again"
+    assert kept < 0.01 * fresh
+    assert free >= 40 and gone >= 39
+    assert again > 1 / 600, "what was given back is filled again"
+
+
+@glibc
+@pytest.mark.parametrize("how", ["option", "variable"])
+def test_it_is_set_where_a_model_is_compiled(how: str) -> None:
+    code = f"""
+import torch
+from normfx import allocator
+from normfx.lower import inductor
+import normfx.lower.folded
+import normfx.backend
+normfx.backend.compile_graph = lambda gm, inputs, patches: gm.forward
+options = {{"malloc": "keep"}} if {how == "option"} else {{}}
+assert not allocator.keeps_freed_memory()
+torch.compile(torch.sin, backend="normfx", options=options)(torch.ones(2))
+print(allocator.keeps_freed_memory())
+"""
+    assert run(code, **({"NORMFX_MALLOC": "keep"} if how == "variable" else {})).split()[-1] == "True"
+
+
+def test_off_by_default() -> None:
+    assert Options.parse({}, environ={}).malloc == "default"
+    assert Options.parse({}, environ={"NORMFX_MALLOC": "keep"}).malloc == "keep"
+    with pytest.raises(OptionError, match="default, keep"):
+        Options.parse({"malloc": "hold"}, environ={})
+    assert not allocator.keeps_freed_memory()
+
+
+@pytest.mark.parametrize("other", ["musl has no such setting", "malloc is that of jemalloc"])
+def test_refused_elsewhere(other: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allocator, "obstacle", lambda: other)
+    with pytest.raises(OptionError, match=other):
+        allocator.keep_freed_memory()
+    assert allocator.release_memory() == allocator.free_bytes() == 0
+
+
+@glibc
+def test_another_malloc_is_noticed(tmp_path: object) -> None:
+    """One that is loaded before the C library's, as LD_PRELOAD does with jemalloc."""
+    import shutil
+
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    assert compiler is not None, "Inductor needs a compiler on a CPU, and so does this test"
+    source, library = f"{tmp_path}/other.c", f"{tmp_path}/libother.so"
+    with open(source, "w") as file:
+        file.write(
+            "#include <stddef.h>\nvoid *__libc_malloc(size_t);\nvoid *malloc(size_t n) { return __libc_malloc(n); }\n"
+        )
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], check=True)
+    code = "from normfx import allocator; print(allocator.obstacle()); print(allocator.allocator())"
+    refused, name = run(code, LD_PRELOAD=library).splitlines()
+    assert "libother.so" in refused and name == "libother.so"
