@@ -47,6 +47,32 @@ device() {
     if [ "$DRY_RUN" = 1 ]; then say "dry run, not run: $2: timeout $1 ${*:3}"; else step "$@"; fi
 }
 
+# beside SECONDS WHAT COMMAND…: a step that needs a device but not alone, begun now; `together` waits for these
+beside() {
+    if [ "$DRY_RUN" = 1 ]; then say "dry run, not run: $2: timeout $1 ${*:3}"; return; fi
+    local limit=$1 what=$2 part=$OUT/$NAME-${#begun[@]}.log
+    shift 2
+    say "begun: $what: $*"
+    timeout --kill-after=10 "$limit" "$@" >"$part" 2>&1 &
+    begun+=("$! $part $what")
+}
+begun=()
+
+# together: waits for what was begun, says how each ended, and takes its output into the log
+together() {
+    local each process part what status
+    for each in ${begun[@]+"${begun[@]}"}; do
+        read -r process part what <<<"$each"
+        wait "$process"
+        status=$?
+        if [ "$status" = 0 ]; then passed+=("$what"); else failed+=("$what (exit status $status)"); fi
+        say "$what: exit status $status, $SECONDS s after the start"
+        tail -n "${LINES_SHOWN:-25}" "$part"
+        cat "$part" >>"$LOG"
+    done
+    begun=()
+}
+
 # has MODULE: whether Python finds it
 has() { "$PYTHON" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$1') is None)"; }
 
