@@ -194,7 +194,7 @@ def answer(case: dict[str, Any]) -> dict[str, float]:
     for name, tensor in found.items():
         assert torch.equal(tensor.view(torch.uint8), again[name].view(torch.uint8)), f"{name} differs from run to run"
     if kind == "not finite":
-        return compare_with_eager(spec, eps, tensors["x"], found["out"])
+        return compare_with_definition(spec, eps, tensors["x"], found["out"])
     wanted = exact(spec, case.get("exact_eps", eps), tensors, out_grad, sum_grad, found.get("sum"))
     between = wanted.pop("between")
     assert found.keys() == (wanted.keys() if trains(spec) else {"out"})
@@ -247,15 +247,15 @@ def carried_on(inner: Inner, error: float, tensors: dict[str, Tensor], name: str
     return error * (x.numel() // x.shape[-1]) * (normal if name == "inner_weight_grad" else 1.0)
 
 
-def compare_with_eager(spec: Spec, eps: float, x: Tensor, out: Tensor) -> dict[str, float]:
-    """NaN and infinities where eager has them."""
-    shape = (spec.width,)
-    eager = (
-        torch.nn.functional.layer_norm(x, shape, eps=eps)
-        if spec.centre
-        else torch.nn.functional.rms_norm(x, shape, eps=eps)
-    )
-    assert torch.equal(out.isnan(), eager.isnan()) and torch.equal(out.isinf(), eager.isinf())
+def compare_with_definition(spec: Spec, eps: float, x: Tensor, out: Tensor) -> dict[str, float]:
+    """NaN and infinities where the definition has them.
+
+    Not where eager has them: on CUDA its RMSNorm makes a whole row NaN for one infinity where the width is no multiple
+    of 4 (torch 2.11), and NaN only that entry elsewhere.
+    """
+    wanted = normalised(spec, x.double(), eps, None, None)
+    assert torch.equal(out.isnan(), wanted.isnan()), "NaN elsewhere than in the definition"
+    assert torch.equal(out.isinf(), wanted.isinf()), "infinite elsewhere than in the definition"
     return {}
 
 
