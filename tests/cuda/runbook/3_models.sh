@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
 # Models end to end, forward and a training step, also replayed from CUDA graphs; single inputs with mode="reduce-overhead".
+#     TASK         of "training forward one", all by default
+#     MODELS       models and the inputs in a batch, one pair a line
+#     TRAINED      variants of a training step
 . "$(dirname "$0")/prelude.sh"
 export PYTHONPATH="$ROOT/tests/cuda/runbook:$PYTHONPATH"
 
 bench=("$PYTHON" -m normfx.cli bench --device cuda --dtypes bfloat16)
-trained=(--task training --graphs --variants "inductor,normfx,normfx-triton,normfx-live")
+trained=(--task training --graphs --variants "${TRAINED:-inductor,normfx,normfx-triton,normfx-live}")
 called=(--task forward --graphs --variants "inductor,normfx,normfx-triton,normfx-cached")
 one=(--models gpt2_small,vit_small --batches 1 --base inductor-reduce-overhead
     --variants "inductor,normfx,normfx-reduce-overhead,normfx-cached-reduce-overhead")
 
-# what the models are called and how many inputs a batch has, one pair a line; one alone is TASK="training forward one"
-batches() { printf '%s\n' "gpt2_small 64" "vit_small 64" "wide:gpt2 8"; }
+batches() { echo "${MODELS:-$'gpt2_small 64\nvit_small 64\nwide:gpt2 8'}"; }
 TASK=${TASK:-training forward one}
 asked() { [[ " $TASK " == *" $1 "* ]]; }
 

@@ -52,7 +52,7 @@ device() {
 
 # beside SECONDS WHAT COMMAND…: a step that needs a device but not alone, begun now; `together` waits for these
 beside() {
-    if [ "$DRY_RUN" = 1 ]; then say "dry run, not run: $2: timeout $1 ${*:3}"; return; fi
+    if [ "$DRY_RUN" = 1 ]; then say "dry run, not run, beside others: $2: timeout $1 ${*:3}"; return; fi
     local limit=$1 what=$2 part=${LOG%.log}-${#begun[@]}.log
     shift 2
     say "begun: $what: $*"

@@ -1,6 +1,6 @@
 """Runs some kernels of every form under compute-sanitizer and judges it and their answers.
 
-python tests/cuda/runbook/sanitized.py memcheck sanitizer-memcheck.log [--every 9] [--dry-run]
+python tests/cuda/runbook/sanitized.py memcheck sanitizer-memcheck.log [--every 9] [--from 1] [--dry-run]
 """
 
 from __future__ import annotations
@@ -36,11 +36,14 @@ def main() -> int:
     parser.add_argument("tool", help="memcheck, racecheck, …")
     parser.add_argument("log", type=Path)
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only each Nth case")
+    parser.add_argument(
+        "--from", type=int, default=0, metavar="K", dest="first", help="from the Kth on, counted from 0"
+    )
     parser.add_argument("--dry-run", action="store_true", help="only say what would be run")
     given = parser.parse_args()
     sanitizer = ["compute-sanitizer", "--tool", given.tool, "--error-exitcode", str(FOUND), "--log-file", given.log]
     command = [*map(str, sanitizer), sys.executable, str(PROGRAM)]
-    chosen = cases()[:: given.every]
+    chosen = cases()[given.first :: given.every]
     print(len(chosen), "cases for", shlex.join(command), flush=True)
     if given.dry_run:
         return 0

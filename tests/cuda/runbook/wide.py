@@ -13,7 +13,13 @@ def gpt2(batch: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
     import transformers
 
     config = transformers.GPT2Config(
-        n_layer=2, n_embd=4096, n_head=32, vocab_size=4096, n_positions=1024, use_cache=False, attn_implementation="sdpa"
+        n_layer=2,
+        n_embd=4096,
+        n_head=32,
+        vocab_size=4096,
+        n_positions=1024,
+        use_cache=False,
+        attn_implementation="sdpa",
     )
     model = Logits(transformers.GPT2LMHeadModel(config), ("input_ids",))
     return perturbed(model), (torch.randint(4096, (batch, 1024)),)
