@@ -204,6 +204,26 @@ def test_what_was_measured_decides(
     assert text.startswith("triton: " if kernel else "inductor: predicted "), text
 
 
+@pytest.mark.parametrize("around", ["producer", "reader", "two readers"])
+def test_what_was_measured_is_of_norms_between_products(around: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(choice.MEASURED, DEVICE, choice.MEASURED["sm_90"])
+    assert lowering(8192, 768, nn.LayerNorm, around).startswith("inductor: predicted ")
+
+
+def test_a_cast_of_autocast_is_a_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph does not show it: a product of float32 rows that returns bfloat16. Beside a kernel the rows are written
+    in float32 and read again, and so is their gradient."""
+    monkeypatch.setitem(choice.MEASURED, DEVICE, choice.MEASURED["sm_90"])
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        text = lowering(8192, 768, nn.LayerNorm)
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    inductor, kernel = (int(n.replace(",", "")) for n in re.findall(r"[\d,]{5,}", text))
+    assert text.startswith("inductor: predicted ") and kernel - inductor > 2 * 2 * 8192 * 768 * 4, text
+
+
 def test_what_was_measured_is_of_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(choice.MEASURED, DEVICE, choice.MEASURED["sm_90"])
     assert lowering(8192, 768, nn.LayerNorm, training=False).startswith("inductor: predicted ")

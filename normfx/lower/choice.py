@@ -122,9 +122,10 @@ def objection(spec: Spec, norm: Node, trains: bool, order: Mapping[Node, int]) -
     rows = entries(shape(sized[0])[:-1])
     seen, device = size_hint(rows, sized), tensor(sized[0]).device
     here = architecture(device)
-    beside = MEASURED.get(here, Beside()) if seen >= MEASURED_ROWS else Beside()
     both = forward_cost(spec, rows, statistics=trains).bytes
     alone, fused = (1 + trains) * total(_hidden(norm, spec, order)), 0
+    # measured between products, with no neighbour in Inductor's kernel
+    beside = MEASURED.get(here, Beside()) if seen >= MEASURED_ROWS and alone == 0 else Beside()
     for part in () if not trains else (spec,) if spec.inner is None else (spec.last, spec.first):
         floor = backward_cost(part, rows, part.sum is not None, sympy.Integer(0)).bytes
         both += floor
@@ -176,9 +177,15 @@ def _hidden(norm: Node, spec: Spec, order: Mapping[Node, int]) -> Iterator[sympy
             yield bytes_of(producer) * (2 if len(source.users) == 1 else 1)
     out = next((user for user in norm.users if user.args[1] == 0), None) if spec.residual else norm
     readers = [] if out is None else readers_of(out)
-    fusible = [reader for reader in readers if is_fusible(reader)]
+    fusible = [reader for reader in readers if is_fusible(reader) or _casts(reader, out)]
     if out is not None and fusible:
         yield bytes_of(out) * (2 if len(fusible) == len(readers) else 1)
+
+
+def _casts(reader: Node, out: Node) -> bool:
+    """Whether autocast casts what a product reads: none returns another dtype than it reads."""
+    result = value(reader)
+    return result is not None and result.dtype != tensor(out).dtype
 
 
 def product_between(source: Node, last: Node, order: Mapping[Node, int]) -> bool:
