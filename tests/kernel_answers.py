@@ -295,4 +295,6 @@ if __name__ == "__main__":
             reply = {"errors": answer(json.loads(line))}
         except Exception as error:
             reply = {"failure": f"{type(error).__name__}: {error}"}
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()  # other processes have cases on the same device
         print(json.dumps(reply), flush=True)

@@ -38,10 +38,11 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def processes() -> Iterator[Processes]:
-    """Each needs a core, and up to 3 GB of the device. Next to other workers a few more than its part of the cores:
+    """Each needs a core, and up to 6 GB of the device. Next to other workers a few more than its part of the cores:
     not all tests end at the same time."""
     cores, workers = len(os.sched_getaffinity(0)), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    with Processes(min(16, cores if workers == 1 else -(-3 * cores // (2 * workers))), "cuda") as found:
+    room = torch.cuda.mem_get_info()[0] // (workers * 6 * 10**9)
+    with Processes(max(1, min(16, room, cores if workers == 1 else -(-3 * cores // (2 * workers)))), "cuda") as found:
         yield found
 
 

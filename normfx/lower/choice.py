@@ -177,7 +177,7 @@ def _hidden(norm: Node, spec: Spec, order: Mapping[Node, int]) -> Iterator[sympy
             yield bytes_of(producer) * (2 if len(source.users) == 1 else 1)
     out = next((user for user in norm.users if user.args[1] == 0), None) if spec.residual else norm
     readers = [] if out is None else readers_of(out)
-    fusible = [reader for reader in readers if is_fusible(reader) or _casts(reader, out)]
+    fusible = [r for r in readers if out is not None and (is_fusible(r) or _casts(r, out))]
     if out is not None and fusible:
         yield bytes_of(out) * (2 if len(fusible) == len(readers) else 1)
 

@@ -22,18 +22,18 @@ fi
 if phase compile; then
     while read -r model batch; do
         size=(--models "$model" --batches "$batch" --rounds 2)
-        if asked training; then beside 240 "compiling $model, training" "${bench[@]}" "${size[@]}" "${trained[@]}" --output "$OUT/check-$model-t"; fi
-        if asked forward; then beside 240 "compiling $model, forward" "${bench[@]}" "${size[@]}" "${called[@]}" --output "$OUT/check-$model-f"; fi
+        if asked training; then beside 220 "compiling $model, training" "${bench[@]}" "${size[@]}" "${trained[@]}" --output "$OUT/check-$model-t"; fi
+        if asked forward; then beside 220 "compiling $model, forward" "${bench[@]}" "${size[@]}" "${called[@]}" --output "$OUT/check-$model-f"; fi
     done < <(batches)
-    if asked one; then beside 240 "compiling for single inputs" "${bench[@]}" "${one[@]}" --rounds 2 --output "$OUT/check-one"; fi
+    if asked one; then beside 220 "compiling for single inputs" "${bench[@]}" "${one[@]}" --rounds 2 --output "$OUT/check-one"; fi
     together
 fi
 if phase measure; then
     while read -r model batch; do
         size=(--models "$model" --batches "$batch")
-        if asked training; then device 70 "$model, training" "${bench[@]}" "${size[@]}" "${trained[@]}" --output "$OUT/$model-training"; fi
-        if asked forward; then device 60 "$model, forward" "${bench[@]}" "${size[@]}" "${called[@]}" --output "$OUT/$model-forward"; fi
+        if asked training; then device 55 "$model, training" "${bench[@]}" "${size[@]}" "${trained[@]}" --output "$OUT/$model-training"; fi
+        if asked forward; then device 45 "$model, forward" "${bench[@]}" "${size[@]}" "${called[@]}" --output "$OUT/$model-forward"; fi
     done < <(batches)
-    if asked one; then device 90 "single inputs" "${bench[@]}" "${one[@]}" --output "$OUT/one"; fi
+    if asked one; then device 50 "single inputs" "${bench[@]}" "${one[@]}" --output "$OUT/one"; fi
 fi
 finish
