@@ -76,7 +76,7 @@ def _device() -> Finding:
     if version("triton") is None:
         return Finding("device", f"{name}, without triton", "install the triton that belongs to this torch", fatal=True)
     if choice.architecture(torch.device("cuda")) in choice.TESTED:
-        return Finding("device", f"{name}: generated kernels where predicted to move fewer bytes, else Inductor")
+        return Finding("device", f"{name}: generated kernels where predicted to be faster, else Inductor")
     return Finding("device", f"{name}: Inductor runs the norms, for the generated kernels were not tested on it")
 
 

@@ -43,7 +43,7 @@ class Options:
                "512MiB", "2 GB"; None ("auto"): a quarter of the device's memory. Never more than half of what is
                available when a model is compiled
     lowering:  "inductor" hands every norm to Inductor; "triton" runs norms on generated kernels where there are any
-               (on CUDA); "auto" where they are predicted to move fewer bytes and were tested
+               (on CUDA); "auto" where they are predicted to take less time and were tested
     products:  which library multiplies float32 matrices on the CPU where a weight is not packed, in training above all:
                "aten" is torch's own choice; "onednn" takes oneDNN for all of them; "auto" the one that is faster for
                their shapes on this machine

@@ -70,10 +70,8 @@ class Budget:
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         if self.exceeded or self.minutes > MINUTES:
-            what = "FAILED" if self.exceeded else "OVER BUDGET"
-            terminalreporter.section(
-                f"{what}: more than {self.limit or MINUTES} minutes; the most expensive, for tests/costly.txt", "="
-            )
+            what, most = ("FAILED", self.limit) if self.exceeded else ("OVER BUDGET", MINUTES)
+            terminalreporter.section(f"{what}: more than {most} minutes; the most expensive, for tests/costly.txt", "=")
             for name, seconds in self.tests.most_common(SHOWN):
                 terminalreporter.write_line(f"{seconds:7.1f} s  {name}")
         terminalreporter.write_line(

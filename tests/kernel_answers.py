@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -169,7 +170,8 @@ def results(
     return {name: t for name, t in found.items() if t is not None}, forward.rstd
 
 
-def without_statistics(spec: Spec, eps: float, tensors: dict[str, Tensor]) -> Tensor:
+def without_statistics(spec: Spec, eps: float, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Another kernel, whose compiler may contract other products and sums: equal up to rounding only."""
     names = ("x", "residual", "weight", "bias", "inner_weight", "inner_bias")
     x, residual, weight, bias, *inner = (tensors.get(name) for name in names)
     assert x is not None
@@ -177,7 +179,7 @@ def without_statistics(spec: Spec, eps: float, tensors: dict[str, Tensor]) -> Te
     x_bias = tensors.get("x_bias")
     found = run.forward(spec, x, eps, residual, weight, bias, statistics=False, inner=vectors, x_bias=x_bias)
     assert found.rstd is found.mean is found.inner_rstd is found.inner_mean is None
-    return found.out
+    return {name: t for name, t in (("out", found.out), ("sum", found.sum)) if t is not None}
 
 
 def answer(case: dict[str, Any]) -> dict[str, float]:
@@ -187,41 +189,69 @@ def answer(case: dict[str, Any]) -> dict[str, float]:
     shift, kind = case.get("shift", 0.0), case.get("kind", "")
     tensors, out_grad, sum_grad = inputs(spec, case["shape"], shift, kind)
     found, rstd = results(spec, eps, tensors, out_grad, sum_grad)
-    again = found
-    if case.get("twice"):
-        again, _ = results(spec, eps, tensors, out_grad, sum_grad)
-        assert torch.equal(found["out"], without_statistics(spec, eps, tensors)), "out differs without statistics"
+    again = results(spec, eps, tensors, out_grad, sum_grad)[0] if case.get("twice") else found
     for name, tensor in found.items():
         assert torch.equal(tensor.view(torch.uint8), again[name].view(torch.uint8)), f"{name} differs from run to run"
     if kind == "not finite":
-        return compare_with_eager(spec, eps, tensors["x"], found["out"])
-    wanted = exact(spec, case.get("exact_eps", eps), tensors, out_grad, sum_grad, found.get("sum"))
-    between = wanted.pop("between")
-    assert found.keys() == (wanted.keys() if trains(spec) else {"out"})
-    cancelled = cancellation(found.get("sum", tensors["x"]), eps) if spec.centre else 0.0
-    errors = {}
-    for name, got in found.items():
-        want = wanted[name]
-        assert got.shape == want.shape, f"{name} has shape {tuple(got.shape)}"
-        dtype = dtype_of(spec, name)
-        assert got.dtype == getattr(torch, dtype), f"{name} is {got.dtype}"
-        if want.numel():
-            unit = UNIT[got.dtype] + OPERATIONS * UNIT[torch.float32] * (1 + cancelled / 8)
-            scale = largest(want)
-            if name == "x_grad":  # a difference of terms of this size, which may cancel
-                scale = max(scale, terms(spec, tensors, out_grad, rstd))
-            elif name == "weight_grad":  # a sum of these over rows
-                scale = max(scale, spec.scale * largest(out_grad))
-            elif name == "x_bias_grad":  # a sum over rows of dx, in a kernel of its own of dx as it is stored
-                scale = max(scale, terms(spec, tensors, out_grad, rstd))
-                unit += 0.0 if backward_launch(spec).persistent else UNIT[tensors["x"].dtype]
-            allowed = unit * scale
-            if spec.inner is not None and spec.sum is not None:
-                own = UNIT[getattr(torch, spec.sum)] + OPERATIONS * UNIT[torch.float32] * (1 + cancelled / 8)
-                most = max(largest(between), terms(spec, tensors, out_grad, rstd))
-                allowed += carried_on(spec.inner, own * most, tensors, name)
-            errors[name] = largest(got.double() - want) / (allowed + 1e-300)
+        return compare_with_definition(spec, eps, tensors["x"], found["out"])
+
+    def wanted(stored: Tensor | None) -> dict[str, Tensor]:
+        return exact(spec, case.get("exact_eps", eps), tensors, out_grad, sum_grad, stored)
+
+    right = wanted(found.get("sum"))
+    between = right.pop("between")
+    assert found.keys() == (right.keys() if trains(spec) else {"out"})
+    judge = Judge(spec, eps, tensors, out_grad, rstd, between)
+    errors = judge.errors(found, right)
+    if case.get("twice"):
+        lean = without_statistics(spec, eps, tensors)
+        more = judge.errors(lean, wanted(lean.get("sum")))
+        errors |= {f"{name} without statistics": error for name, error in more.items()}
     return errors
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Knows how far results of these inputs may be off. between: the gradient of the sum, of two norms in a row."""
+
+    spec: Spec
+    eps: float
+    tensors: dict[str, Tensor]
+    out_grad: Tensor
+    rstd: Tensor
+    between: Tensor
+
+    def errors(self, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
+        """The largest of every result, as a part of what its dtype allows."""
+        spec, tensors = self.spec, self.tensors
+        cancelled = cancellation(found.get("sum", tensors["x"]), self.eps) if spec.centre else 0.0
+        errors = {}
+        for name, got in found.items():
+            want = wanted[name]
+            assert got.shape == want.shape, f"{name} has shape {tuple(got.shape)}"
+            dtype = dtype_of(spec, name)
+            assert got.dtype == getattr(torch, dtype), f"{name} is {got.dtype}"
+            if want.numel():
+                errors[name] = largest(got.double() - want) / (self.allowed(name, got, want, cancelled) + 1e-300)
+        return errors
+
+    def allowed(self, name: str, got: Tensor, want: Tensor, cancelled: float) -> float:
+        spec, tensors = self.spec, self.tensors
+        unit = UNIT[got.dtype] + OPERATIONS * UNIT[torch.float32] * (1 + cancelled / 8)
+        scale = largest(want)
+        if name == "x_grad":  # a difference of terms of this size, which may cancel
+            scale = max(scale, terms(spec, tensors, self.out_grad, self.rstd))
+        elif name == "weight_grad":  # a sum of these over rows
+            scale = max(scale, spec.scale * largest(self.out_grad))
+        elif name == "x_bias_grad":  # a sum over rows of dx, in a kernel of its own of dx as it is stored
+            scale = max(scale, terms(spec, tensors, self.out_grad, self.rstd))
+            unit += 0.0 if backward_launch(spec).persistent else UNIT[tensors["x"].dtype]
+        allowed = unit * scale
+        if spec.inner is not None and spec.sum is not None:
+            own = UNIT[getattr(torch, spec.sum)] + OPERATIONS * UNIT[torch.float32] * (1 + cancelled / 8)
+            most = max(largest(self.between), terms(spec, tensors, self.out_grad, self.rstd))
+            allowed += carried_on(spec.inner, own * most, tensors, name)
+        return allowed
 
 
 def dtype_of(spec: Spec, name: str) -> str:
@@ -247,15 +277,15 @@ def carried_on(inner: Inner, error: float, tensors: dict[str, Tensor], name: str
     return error * (x.numel() // x.shape[-1]) * (normal if name == "inner_weight_grad" else 1.0)
 
 
-def compare_with_eager(spec: Spec, eps: float, x: Tensor, out: Tensor) -> dict[str, float]:
-    """NaN and infinities where eager has them."""
-    shape = (spec.width,)
-    eager = (
-        torch.nn.functional.layer_norm(x, shape, eps=eps)
-        if spec.centre
-        else torch.nn.functional.rms_norm(x, shape, eps=eps)
-    )
-    assert torch.equal(out.isnan(), eager.isnan()) and torch.equal(out.isinf(), eager.isinf())
+def compare_with_definition(spec: Spec, eps: float, x: Tensor, out: Tensor) -> dict[str, float]:
+    """NaN and infinities where the definition has them.
+
+    Not where eager has them: on CUDA its RMSNorm makes a whole row NaN for one infinity where the width is no multiple
+    of 4 (torch 2.11), and NaN only that entry elsewhere.
+    """
+    wanted = normalised(spec, x.double(), eps, None, None)
+    assert torch.equal(out.isnan(), wanted.isnan()), "NaN elsewhere than in the definition"
+    assert torch.equal(out.isinf(), wanted.isinf()), "infinite elsewhere than in the definition"
     return {}
 
 
@@ -265,4 +295,6 @@ if __name__ == "__main__":
             reply = {"errors": answer(json.loads(line))}
         except Exception as error:
             reply = {"failure": f"{type(error).__name__}: {error}"}
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()  # other processes have cases on the same device
         print(json.dumps(reply), flush=True)

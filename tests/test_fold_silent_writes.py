@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from folding import KEPT, X, check, compiled, folding, net
-from torch import library as torch_library
-from torch import nn
+from torch import library, nn
 
 WIDE = 80
 """Weights of this width are watched by pages where the kernel helps."""
@@ -50,12 +49,10 @@ def second_parameter(model: nn.Module) -> None:
 
 def custom_op(model: nn.Module) -> None:
     """Torch believes the schema, and hands out no version."""
-    library = torch_library.Library("normfx_tests", "FRAGMENT")
     if not hasattr(torch.ops.normfx_tests, "bump"):
-        library.define("bump(Tensor w) -> ()")
-        library.impl("bump", lambda w: w.data.numpy().__setitem__(0, 9.0), "CPU")
+        library.define("normfx_tests::bump", "(Tensor w) -> ()")
+        library.impl("normfx_tests::bump", "CPU", lambda w: w.data.numpy().__setitem__(0, 9.0))
     torch.ops.normfx_tests.bump(model.up.weight.detach()[5])
-    library._destroy()
 
 
 def block(model: nn.Module) -> None:

@@ -122,7 +122,7 @@ def test_predicted_bytes() -> None:
     n, d = 8192, 1024
     moved = (2 * n * d * 2 + 4 * n + 2 * d) + (3 * n * d * 2 + 4 * n + 2 * d + 2 * d)
     partial = 2 * 4 * 132 * d * 4
-    assert lowering(n, d) == f"inductor: predicted {moved:,} bytes, {moved + partial:,} on a kernel"
+    assert lowering(n, d) == f"inductor: predicted as long as {moved:,} bytes take, on a kernel {moved + partial:,}"
 
 
 @pytest.mark.parametrize(
@@ -171,16 +171,62 @@ def test_without_inductors_fusion() -> None:
 
 
 def test_on_an_untested_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A norm that no rule touches is left as it is; of another one is said why it has no kernel."""
     monkeypatch.setattr(choice, "TESTED", frozenset({"sm_90"}))
-    text = lowering(2048, 4096)
-    assert text.endswith("but the kernels were not tested on this cuda device: lowering='triton' uses them")
+    assert lowering(2048, 4096) == "inductor"
     assert lowering(2048, 4096, lowering="triton").startswith("triton: ")
 
+    def make() -> tuple[nn.Module, Tensor]:
+        return Stream(4096), torch.randn(2048, 8)
 
-def test_nothing_is_tested_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then a norm that no rule touches is left as it is."""
-    monkeypatch.undo()
-    assert lowering(2048, 4096) == "inductor"
+    *_, last = report(make, rules="fuse_residual_norm").sites
+    assert last.lowering.endswith("but the kernels were not tested on this cuda device: lowering='triton' uses them")
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "norm", "around", "kernel"),
+    [
+        (8192, 768, nn.LayerNorm, "", True),
+        (8192, 768, nn.RMSNorm, "residual", True),
+        (12608, 384, nn.LayerNorm, "", True),
+        (16384, 4096, nn.RMSNorm, "", True),
+        (16384, 4096, plain, "", False),  # no sums: level
+        (1024, 768, nn.LayerNorm, "", False),  # fewer rows than were measured
+        (8192, 4096, nn.LayerNorm, "reader", False),  # what the neighbour costs is more
+    ],
+)
+def test_what_was_measured_decides(
+    rows: int, width: int, norm: Callable[[int], nn.Module], around: str, kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inside Inductor's window, where bytes speak for Inductor."""
+    monkeypatch.setitem(choice.MEASURED, DEVICE, choice.MEASURED["sm_90"])
+    text = lowering(rows, width, norm, around)
+    assert text.startswith("triton: " if kernel else "inductor: predicted "), text
+
+
+@pytest.mark.parametrize("around", ["producer", "reader", "two readers"])
+def test_what_was_measured_is_of_norms_between_products(around: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(choice.MEASURED, DEVICE, choice.MEASURED["sm_90"])
+    assert lowering(8192, 768, nn.LayerNorm, around).startswith("inductor: predicted ")
+
+
+def test_a_cast_of_autocast_is_a_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph does not show it: a product of float32 rows that returns bfloat16. Beside a kernel the rows are written
+    in float32 and read again, and so is their gradient."""
+    monkeypatch.setitem(choice.MEASURED, DEVICE, choice.MEASURED["sm_90"])
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        text = lowering(8192, 768, nn.LayerNorm)
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    inductor, kernel = (int(n.replace(",", "")) for n in re.findall(r"[\d,]{5,}", text))
+    assert text.startswith("inductor: predicted ") and kernel - inductor > 2 * 2 * 8192 * 768 * 4, text
+
+
+def test_what_was_measured_is_of_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(choice.MEASURED, DEVICE, choice.MEASURED["sm_90"])
+    assert lowering(8192, 768, nn.LayerNorm, training=False).startswith("inductor: predicted ")
 
 
 def test_symbolic_rows() -> None:

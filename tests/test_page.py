@@ -7,6 +7,7 @@ import re
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -180,7 +181,8 @@ def test_names_stay_text(tmp_path: Path) -> None:
     tags = [tag for tag, _ in page.elements]
     assert tags.count("script") == 2 and "img" not in tags
     assert all(not name.startswith("on") for _, attrs in page.elements for name in attrs)
-    assert RUNS in page.inside["td"] and page.data["graphs"][0]["sites"][0]["name"] == RUNS  # type: ignore[index]
+    graphs: Any = page.data["graphs"]
+    assert RUNS in page.inside["td"] and graphs[0]["sites"][0]["name"] == RUNS
 
 
 def test_empty_reports_have_pages(tmp_path: Path) -> None:

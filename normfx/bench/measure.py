@@ -101,6 +101,11 @@ VARIANTS = {
     "openvino": Variant(None, trains=False, asked=True, engine="openvino"),
     "onnxruntime": Variant(None, trains=False, asked=True, engine="onnxruntime"),
     "normfx-no-rules": Variant("normfx", {"strict": True, "rules": "none"}, asked=True),
+    "normfx-cached": Variant("normfx", {"strict": True, "fold": "cached"}, asked=True),
+    "normfx-cached-reduce-overhead": Variant(
+        "normfx", {"strict": True, "fold": "cached", "mode": "reduce-overhead"}, asked=True
+    ),
+    "normfx-no-kernels": Variant("normfx", {"strict": True, "lowering": "inductor"}, asked=True),
     "normfx-live": Variant("normfx", {"strict": True, "fold": "live"}, asked=True),
     "normfx-crms": Variant("normfx", _CRMS, asked=True),
     "normfx-crms-drop": Variant("normfx", {**_CRMS, "crms_basis": "drop"}, asked=True),

@@ -15,7 +15,7 @@ from torch.fx import Graph, Node
 
 from normfx.ir import ops
 from normfx.ir.calls import add_call, fake_result
-from normfx.ir.graph import arguments, shape, tensor, value
+from normfx.ir.graph import arguments, op_name, shape, tensor, value
 from normfx.ir.order import Order
 
 
@@ -81,8 +81,7 @@ def set_argument(node: Node, name: str, new: Any) -> None:
     if name in node.kwargs:
         node.update_kwarg(name, new)
         return
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]  # an ATen call
-    index = names.index(name)
+    index = list(arguments(node)).index(name)
     args = [*node.args, *[None] * (index + 1 - len(node.args))]
     args[index] = new
     node.args = tuple(args)
@@ -95,7 +94,6 @@ def output_dims(linear: Node) -> dict[str, int]:
         return {"mat2": 1, "self": len(shape(args["self"])) - 1}
     if "weight" not in args:
         return {"mat2" if "mat2" in args else "other": 1}
-    target = linear.target.name()  # type: ignore[union-attr]
-    transposed = args.get("transposed", "transpose" in target)
+    transposed = args.get("transposed", "transpose" in op_name(linear))
     dims = {"weight": 1 if transposed else 0}
     return {**dims, "bias": 0} if args["bias"] is not None else dims

@@ -242,7 +242,8 @@ class Folds:
         """A value, or a handle of one, that nothing keeps after the call."""
         fresh = fold.compute(sources)
         if not fresh.is_mkldnn:
-            return fresh
+            # the graph was compiled for this layout
+            return fresh if fresh.stride() == fold.stride else fold.memory().copy_(fresh)
         handle = fold.memory()
         set_value(handle, fresh)
         return handle

@@ -25,7 +25,7 @@ def ran(script: Path, folder: Path, *arguments: str, python: str = sys.executabl
 
 
 def test_there_are_scripts() -> None:
-    assert [script.name[0] for script in SCRIPTS] == ["1", "2", "3", "4", "5"]
+    assert [script.name[0] for script in SCRIPTS] == ["0", "1", "2", "3", "4", "5"]
     page = (Path(__file__).parents[2] / "docs/gpu-runbook.md").read_text()
     assert all(script.name in page for script in SCRIPTS)
 
@@ -40,8 +40,12 @@ def test_dry_run(script: Path, tmp_path: Path) -> None:
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stdout + done.stderr
     assert "this was a dry run" in lines[-1] and any(line.startswith("== passed: ") for line in lines)
-    limits = [int(n) for n in re.findall(r"^== dry run, not run: .*: timeout (\d+) ", done.stdout, re.MULTILINE)]
-    assert limits and sum(limits) + 20 <= LIMIT
+    said = r"^== dry run, not run{}: .*: timeout (\d+) "
+    alone, beside = (
+        [int(n) for n in re.findall(said.format(how), done.stdout, re.MULTILINE)] for how in ("", ", beside others")
+    )
+    assert alone or beside
+    assert sum(alone) + max(beside, default=0) + 20 <= LIMIT
     assert (tmp_path / "results" / f"{script.stem}.log").read_text() == done.stdout
     if script.name.startswith("1"):
         collected = [line for line in lines if line.startswith("tests/test_gpu.py::")]

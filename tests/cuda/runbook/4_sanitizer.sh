@@ -3,10 +3,15 @@
 . "$(dirname "$0")/prelude.sh"
 
 sanitized=("$PYTHON" tests/cuda/runbook/sanitized.py)
+PARTS=${PARTS:-4} # side by side
 
 if [ "$DRY_RUN" = 1 ]; then
     step 120 "cases" "${sanitized[@]}" memcheck "$OUT/sanitizer-memcheck.log" --dry-run
 fi
-device 250 "memcheck" "${sanitized[@]}" memcheck "$OUT/sanitizer-memcheck.log"
-device 300 "racecheck" "${sanitized[@]}" racecheck "$OUT/sanitizer-racecheck.log"
+for tool in memcheck racecheck; do
+    for ((part = 0; part < PARTS; part++)); do
+        beside 560 "$tool, part $part of $PARTS" "${sanitized[@]}" $tool "$OUT/sanitizer-$tool-$part.log" --every "$PARTS" --from $part
+    done
+done
+together
 finish

@@ -3,18 +3,21 @@
 #     OUT          folder of the results, by default ./gpu-results
 #     PYTHON       the interpreter that has torch, by default python3
 #     DRY_RUN=1    or --dry-run: everything but the device's part
+#     --compile    only compile what is to be timed, side by side, which other scripts may run next to
+#     --measure    only measure, after --compile
 
 set -uo pipefail
 case "${1:-}" in
     "") ;;
     --dry-run) DRY_RUN=1 ;;
-    *) echo "usage: $0 [--dry-run]" >&2; exit 2 ;;
+    --compile | --measure | --kernels | --models) PHASE=${1#--} ;;
+    *) echo "usage: $0 [--dry-run | --compile | --measure | --kernels | --models]" >&2; exit 2 ;;
 esac
-DRY_RUN=${DRY_RUN:-0} PYTHON=${PYTHON:-python3} NAME=$(basename "$0" .sh)
+PHASE=${PHASE:-} DRY_RUN=${DRY_RUN:-0} PYTHON=${PYTHON:-python3} NAME=$(basename "$0" .sh)
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
 mkdir -p "${OUT:=gpu-results}"
 OUT=$(cd "$OUT" && pwd)
-LOG=$OUT/$NAME.log
+LOG=$OUT/$NAME${PHASE:+-$PHASE}.log
 : >"$LOG"
 passed=() failed=()
 
@@ -45,6 +48,41 @@ step() {
 # device SECONDS WHAT COMMAND…: a step that needs a device; a dry run only names it
 device() {
     if [ "$DRY_RUN" = 1 ]; then say "dry run, not run: $2: timeout $1 ${*:3}"; else step "$@"; fi
+}
+
+# beside SECONDS WHAT COMMAND…: a step that needs a device but not alone, begun now; `together` waits for these
+beside() {
+    if [ "$DRY_RUN" = 1 ]; then say "dry run, not run, beside others: $2: timeout $1 ${*:3}"; return; fi
+    local limit=$1 what=$2 part=${LOG%.log}-${#begun[@]}.log
+    shift 2
+    say "begun: $what: $*"
+    (
+        begin=$SECONDS
+        timeout --kill-after=10 "$limit" "$@"
+        status=$?
+        echo "exit status $status after $((SECONDS - begin)) s"
+        exit $status
+    ) >"$part" 2>&1 &
+    begun+=("$! $part $what")
+}
+begun=()
+
+# phase NAME: whether this part of the script is to be run
+phase() { [ -z "$PHASE" ] || [ "$PHASE" = "$1" ]; }
+
+# together: waits for what was begun, says how each ended, and takes its output into the log
+together() {
+    local each process part what status
+    for each in ${begun[@]+"${begun[@]}"}; do
+        read -r process part what <<<"$each"
+        wait "$process"
+        status=$?
+        if [ "$status" = 0 ]; then passed+=("$what"); else failed+=("$what (exit status $status)"); fi
+        say "$what:"
+        tail -n "${LINES_SHOWN:-25}" "$part"
+        cat "$part" >>"$LOG"
+    done
+    begun=()
 }
 
 # has MODULE: whether Python finds it
