@@ -17,7 +17,7 @@ from normfx import rules
 from normfx.export import rewrite
 from normfx.ir import ops
 from normfx.plan import refusal_codes
-from normfx.rules import RULES, fold_affine
+from normfx.rules import RULES, fold_affine, fold_batch_norm
 from normfx.rules.rule import Example, Rule
 
 CASES = [
@@ -58,6 +58,7 @@ WRONG: dict[str, tuple[str, Any]] = {
     "fold_scale": ("algebra.rms_norm", lambda x, eps: x),
     "fold_affine": ("fold_affine.fold", lambda w, c, gamma, beta, k: (w * gamma, c)),
     "fuse_residual_norm": ("fuse_residual_norm.centred_output", lambda z, gamma, beta: gamma * z + beta),
+    "fold_batch_norm": ("fold_batch_norm.fold", lambda w, b, scale, mean, beta: (scale[:, None] * w, scale * b + beta)),
     "crms_norm": ("algebra.compress_input", lambda w, basis, channel: np.delete(w, channel)),
 }
 """A wrong formula for each rule that has one of its own, and where to put it: the projection left out, β lost, …"""
@@ -98,6 +99,21 @@ def test_fold_formula_is_what_the_op_computes() -> None:
     )
     torch.testing.assert_close(
         ops.fold_shift(weight, beta, bias, 0.5, 1, 6, 1, torch.float64), new_bias, rtol=1e-14, atol=1e-14
+    )
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1), (1, 4)])
+def test_batch_norm_formula_is_what_the_ops_compute(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    weight, bias, gamma, beta, mean = (torch.randn(s, dtype=torch.float64) for s in ((4, 6), 4, 4, 4, 4))
+    var = torch.rand(4, dtype=torch.float64)
+    scale = ops.channel_scale(var, gamma.reshape(shape), 1e-5)
+    torch.testing.assert_close(scale, gamma / (var + 1e-5).sqrt(), rtol=1e-14, atol=1e-14)
+    new_weight, new_bias = fold_batch_norm.fold(weight, bias, scale, mean, beta)
+    shift = ops.channel_shift(mean, scale, beta.reshape(shape), bias, torch.float64)
+    torch.testing.assert_close(shift, new_bias, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(
+        ops.scale_channels(weight, scale, 0, 0, torch.float64), new_weight, rtol=1e-14, atol=1e-14
     )
 
 

@@ -13,7 +13,6 @@ from normfx.edit.surgery import Surgery, output_dims, set_argument
 from normfx.ir import ops
 from normfx.ir.calls import add_call, fake_result
 from normfx.ir.graph import BAKED, arguments, grad_modes, is_row_major, op_name, tensor, value
-from normfx.ir.ops import accumulation_dtype
 from normfx.ir.sites import Axis, BatchNorm, Leaf, Linear, Norm, Readers, Residual, Stream
 from normfx.recognize.flow import LINEARS
 
@@ -44,8 +43,8 @@ class Stored:
 class Edit:
     """What a rule may ask for, on one graph.
 
-    norm, center, drop_term, fold_reader, absorb, fuse, compress, bake, fold_into_writer and fold_into_readers are the
-    edits; a rule may also read
+    norm, center, drop_term, fold_reader, absorb, fuse, compress, bake and fold_into_writer are the edits; a rule may
+    also read
 
     values:  present values of parameters, as far as they are known: they decide between forms that are all exact
     options: of the rules, by name
@@ -182,41 +181,14 @@ class Edit:
         weight, bias = now[linear.weight_arg], now[linear.bias_arg or ""]
         operands = (site.mean, site.var, norm.weight, norm.bias)
         with self.surgery.before(linear.node, weight, bias, *operands):
-            scale, shift = self._channel_map(site, bias, tensor(linear.weight).dtype, linear.node)
+            scale = add_call(self.surgery.graph, ops.CHANNEL_SCALE, (site.var, norm.weight, norm.eps), linear.node)
+            map_of_bias = (site.mean, scale, norm.bias, bias, tensor(linear.weight).dtype)
+            shift = add_call(self.surgery.graph, ops.CHANNEL_SHIFT, map_of_bias, linear.node)
             sizes = (1 - linear.in_dim, linear.groups)
             weight = self.surgery.fold(ops.SCALE_CHANNELS, (weight, scale, *sizes), linear.node)
         set_argument(linear.node, linear.weight_arg, weight)
         set_argument(linear.node, linear.bias_arg or "", shift)
         self._drop_batch_norm(site)
-
-    def fold_into_readers(self, site: BatchNorm) -> None:
-        """The linears and convolutions that read a BatchNorm read its input: W·s and b + W t."""
-        for linear, axis, factor in site.readers.linears:
-            now = arguments(linear.node)
-            weight, bias = now[linear.weight_arg], linear.bias_arg and now[linear.bias_arg]
-            operands, dtype = (site.mean, site.var, site.norm.weight, site.norm.bias), tensor(linear.weight).dtype
-            with self.surgery.before(linear.node, weight, bias, *operands):
-                scale, shift = self._channel_map(site, None, accumulation_dtype(dtype), linear.node)
-            if not linear.groups:
-                self.fold_reader(linear, axis, scale, shift, factor)
-                continue
-            with self.surgery.before(linear.node):
-                if factor != 1.0:
-                    shift = add_call(self.surgery.graph, torch.ops.aten.mul.Tensor, (shift, factor), linear.node)
-                sizes = (linear.in_dim, linear.groups)
-                shift = add_call(
-                    self.surgery.graph, ops.SHIFT_CHANNELS, (weight, shift, bias, *sizes, dtype), linear.node
-                )
-                weight = self.surgery.fold(ops.SCALE_CHANNELS, (weight, scale, *sizes), linear.node)
-            set_argument(linear.node, linear.weight_arg, weight)
-            set_argument(linear.node, linear.bias_arg or "", shift)
-        self._drop_batch_norm(site)
-
-    def _channel_map(self, site: BatchNorm, before: Node | None, dtype: torch.dtype, like: Node) -> tuple[Node, Node]:
-        """s, and s·(b − mean) + β for a bias b before it, where the graph inserts."""
-        norm, graph = site.norm, self.surgery.graph
-        scale = add_call(graph, ops.CHANNEL_SCALE, (site.var, norm.weight, norm.eps), like)
-        return scale, add_call(graph, ops.CHANNEL_SHIFT, (site.mean, scale, norm.bias, before, dtype), like)
 
     def _drop_batch_norm(self, site: BatchNorm) -> None:
         """What reads a BatchNorm reads its input; in the same layout, and in memory of its own if it leaves."""

@@ -1,8 +1,9 @@
-"""The folds of a BatchNorm with running statistics, which is an affine map of each channel: s ⊙ x + t with
-s = γ/sqrt(var + ε) and t = β − s·mean (maths M16).
+"""The folds of a BatchNorm with running statistics, which is an affine map of each channel: s·(x − mean) + β with
+s = γ/sqrt(var + ε) (maths M16).
 
 Bodies of canonical ops (ir/ops.py): products and sums in float32 or better, rounded once. Running statistics have no
-gradient, in eager mode neither.
+gradient, in eager mode neither. γ and β count as rows of numbers, whatever dimensions of size 1 they have: torch takes
+a γ of shape (C, 1), and a product with it would broadcast.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ from torch import Tensor
 
 def channel_scale(var: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """s = γ/sqrt(var + ε), in float32 or better."""
-    scale = torch.rsqrt(_wide(var.detach()) + eps)
-    return scale if weight is None else scale * _wide(weight)
+    scale = torch.rsqrt(_wide(var.detach()).flatten() + eps)
+    return scale if weight is None else scale * _wide(weight).flatten()
 
 
 def channel_shift(
     mean: Tensor, scale: Tensor, bias: Tensor | None, before: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """s·(b − mean) + β: the bias after the map, of what had the bias b before it; without b it is t."""
-    shift = -_wide(mean.detach()) if before is None else _wide(before) - _wide(mean.detach())
-    shift = shift * scale
-    return (shift if bias is None else shift + _wide(bias)).to(dtype)
+    """s·(b − mean) + β: the bias after the map, of what had the bias b before it."""
+    centre = _wide(mean.detach()).flatten()
+    shift = (-centre if before is None else _wide(before) - centre) * scale
+    return (shift if bias is None else shift + _wide(bias).flatten()).to(dtype)
 
 
 def scale_channels(weight: Tensor, scale: Tensor, dim: int, groups: int, dtype: torch.dtype) -> Tensor:
@@ -33,15 +34,6 @@ def scale_channels(weight: Tensor, scale: Tensor, dim: int, groups: int, dtype: 
     entries has its own part of s.
     """
     return (_wide(weight) * _spread(scale, weight, dim, groups)).to(dtype)
-
-
-def shift_channels(
-    weight: Tensor, shift: Tensor, bias: Tensor | None, dim: int, groups: int, dtype: torch.dtype
-) -> Tensor:
-    """c + Σ W ⊙ t over the input channels, dimension 1 of a convolution's weight, and all taps of its kernel."""
-    others = [d for d in range(weight.ndim) if d != 1 - dim]
-    total = (_wide(weight) * _spread(shift, weight, dim, groups)).sum(others)
-    return (total if bias is None else total + _wide(bias)).to(dtype)
 
 
 def _spread(vector: Tensor, weight: Tensor, dim: int, groups: int) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from normfx.ir.channels import channel_scale, channel_shift, scale_channels, shift_channels
+from normfx.ir.channels import channel_scale, channel_shift, scale_channels
 from normfx.ir.form import Form, Kind, schema
 
 
@@ -323,14 +323,13 @@ CHANNEL_SCALE = define("channel_scale(Tensor var, Tensor? weight, float eps) -> 
 CHANNEL_SHIFT = define(
     "channel_shift(Tensor mean, Tensor scale, Tensor? bias, Tensor? before, ScalarType dtype) -> Tensor", channel_shift
 )
-_CHANNEL_ARGS = "int dim, int groups, ScalarType dtype) -> Tensor"
-SCALE_CHANNELS = define(f"scale_channels(Tensor weight, Tensor scale, {_CHANNEL_ARGS}", scale_channels)
-SHIFT_CHANNELS = define(f"shift_channels(Tensor weight, Tensor shift, Tensor? bias, {_CHANNEL_ARGS}", shift_channels)
+SCALE_CHANNELS = define(
+    "scale_channels(Tensor weight, Tensor scale, int dim, int groups, ScalarType dtype) -> Tensor", scale_channels
+)
 CHANNEL_FOLDS = {
     CHANNEL_SCALE: channel_scale,
     CHANNEL_SHIFT: channel_shift,
     SCALE_CHANNELS: scale_channels,
-    SHIFT_CHANNELS: shift_channels,
 }
 """Those of a BatchNorm, and their bodies."""
 FOLDS = frozenset({CENTER, SCALE_FEATURES, FOLD_SHIFT, COMPRESS, COMPRESS_INPUT, *CHANNEL_FOLDS})

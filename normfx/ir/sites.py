@@ -83,7 +83,6 @@ class Linear:
     weight_arg, bias_arg: names of schema arguments (bias_arg None: the op has no bias slot)
     in_dim:               dimension of the weight that runs over the input features
     groups:               of a convolution (0: it is none)
-    border:               why a convolution adds up another part of its weight at some positions ("" where it does not)
     """
 
     node: Node
@@ -94,7 +93,6 @@ class Linear:
     bias_arg: str | None
     in_dim: int
     groups: int = 0
-    border: str = ""
 
 
 LeafKind = Literal["parameter", "centred", "scaled", "embedding", "norm", "raw", "value"]
@@ -245,7 +243,7 @@ class Residual:
 
 @dataclass(frozen=True, eq=False)
 class BatchNorm:
-    """A BatchNorm, the linear or convolution that it reads, and what reads it.
+    """A BatchNorm and the linear or convolution that it reads.
 
     mean, var: the statistics that it is given; None: it takes those of the batch
     writer:    the linear or convolution whose output features are its channels, with nothing but row-preserving ops
@@ -253,18 +251,18 @@ class BatchNorm:
     others:    readers, other than the BatchNorm, of the writer or of what lies between
     apart:     why the writer cannot take the map on ("" when nothing speaks against it)
     copies:    the BatchNorm's output leaves the graph and, without it, would be a view
-    readers:   what reads it
+    live:      whether the folded weight is computed in every call, at a price
     obstacle:  code of what forbids touching it at all ("" when nothing does), with the nodes in the way
     """
 
     norm: Norm
     mean: Node | None
     var: Node | None
-    readers: Readers
     writer: Linear | None = None
     others: tuple[Node, ...] = ()
     apart: str = ""
     copies: bool = False
+    live: bool = False
     obstacle: str = ""
     nodes: tuple[Node, ...] = ()
 

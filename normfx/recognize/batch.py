@@ -1,20 +1,21 @@
-"""BatchNorms, with the linear or convolution that each reads and those that read it."""
+"""BatchNorms, with the linear or convolution that each reads."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from normfx.ir.aliasing import may_leave, storages_of
 from normfx.ir.facts import Facts
 from normfx.ir.graph import arguments, entry_readers, occurrences, op_name, shape, tensor, value
 from normfx.ir.order import Order
-from normfx.ir.sites import Axis, BatchNorm, Linear, Norm, Readers
+from normfx.ir.sites import Axis, BatchNorm, Linear, Norm
 from normfx.recognize.flow import Constants, flow
 from normfx.recognize.norms import BATCH_NORMS, takes_batch_statistics
-from normfx.recognize.readers import convolution, find_readers, of_parameters, passes_rows
+from normfx.recognize.readers import convolution, of_parameters, passes_rows
 
 
 def find_batch_norms(facts: Facts, norms: Iterable[Norm]) -> Iterator[BatchNorm]:
@@ -27,16 +28,17 @@ def find_batch_norms(facts: Facts, norms: Iterable[Norm]) -> Iterator[BatchNorm]
         mean, var = args.get("running_mean"), args.get("running_var")
         obstacle, nodes = _obstacle(norm, call, args, facts)
         if obstacle:
-            yield BatchNorm(norm, mean, var, Readers(norm, (), (), ()), obstacle=obstacle, nodes=nodes)
+            yield BatchNorm(norm, mean, var, obstacle=obstacle, nodes=nodes)
             continue
         axis, constants = Axis(1, int(shape(norm.input)[1])), Constants(facts.written)
-        readers = find_readers(norm, facts, constants, axis)
         writer, others, apart = _writer(norm, call, axis, facts, constants)
-        if writer is not None and not apart and not _takes(writer, (mean, var, norm.weight, norm.bias), facts.order):
+        operands = [node for node in (mean, var, norm.weight, norm.bias) if node is not None]
+        if writer is not None and not apart and not _takes(writer, operands, facts.order):
             apart = "its weight, or the statistics, cannot be read where it runs"
         views = writer is not None and bool(storages[norm.input] & storages[writer.node]) and norm.input != writer.node
         copies = views and may_leave(norm.output, storages)
-        yield BatchNorm(norm, mean, var, readers, writer, others, apart, copies)
+        live = writer is not None and not facts.live.isdisjoint((writer.weight, *operands))
+        yield BatchNorm(norm, mean, var, writer, others, apart, copies, live)
 
 
 def _obstacle(norm: Norm, call: Node, args: Mapping[str, Any], facts: Facts) -> tuple[str, tuple[Node, ...]]:
@@ -54,7 +56,16 @@ def _obstacle(norm: Norm, call: Node, args: Mapping[str, Any], facts: Facts) -> 
     features = shape(norm.input)[1]
     if results or not isinstance(features, int) or features < 2 or tensor(norm.input).dtype != norm.out_dtype:
         return "opaque_norm", results or (call,)
-    return "", ()
+    if norm.eps is None or not norm.eps >= torch.finfo(torch.float32).tiny:
+        return "no_epsilon", (call,)
+    folded = tuple(node for node in given if isinstance(node, Node) and not _is_row(node, features))
+    return ("vectors", folded) if folded else ("", ())
+
+
+def _is_row(node: Node, features: int) -> bool:
+    """Whether a vector has a number for each channel and, but for dimensions of size 1, one dimension."""
+    sizes = shape(node)
+    return all(isinstance(size, int) for size in sizes) and [size for size in sizes if size != 1] == [features]
 
 
 def _writer(
@@ -93,8 +104,7 @@ def _written_by(node: Node, axis: Axis, parameters: frozenset[Node]) -> Linear |
     return written if of_parameters(written, parameters) else None
 
 
-def _takes(writer: Linear, operands: Iterable[Node | None], order: Order) -> bool:
+def _takes(writer: Linear, operands: Iterable[Node], order: Order) -> bool:
     """Whether what the map is made of can be read at the writer, on its device."""
-    parts = [part for part in operands if part is not None]
-    near = all(tensor(part).device == tensor(writer.weight).device for part in parts)
-    return near and all(order.can_lift(part, writer.node) for part in parts)
+    near = (tensor(part).device == tensor(writer.weight).device for part in operands)
+    return all(near) and all(order.can_lift(part, writer.node) for part in operands)

@@ -71,8 +71,8 @@ def find_scaled(norm: Norm, facts: Facts) -> Scaled | None:
     return None if factor is None or users[0] in facts.written else Scaled(norm, users[0], factor)
 
 
-def find_readers(norm: Norm, facts: Facts, constants: Constants, channels: Axis | None = None) -> Readers:
-    """Walk forwards from a norm's output along its feature axis, or along its channels, which convolutions read too.
+def find_readers(norm: Norm, facts: Facts, constants: Constants) -> Readers:
+    """Walk forwards from a norm's output along its feature axis.
 
     Nothing in another gradient mode than the norm can take γ and β on: they would gain or lose gradients.
     """
@@ -80,8 +80,7 @@ def find_readers(norm: Norm, facts: Facts, constants: Constants, channels: Axis 
     linears: list[tuple[Linear, Axis, float]] = []
     path: list[Node] = []
     others: list[Node] = []
-    axis = norm.axis if channels is None else channels
-    shifted = norm.bias is not None or channels is not None
+    axis = norm.axis
     axes = {norm.output: axis} if axis is not None else {}
     work = [(norm.output, axis, 1.0)] if axis is not None else []
     if axis is None:
@@ -90,9 +89,7 @@ def find_readers(norm: Norm, facts: Facts, constants: Constants, channels: Axis 
         node, axis, factor = work.pop()
         for user in entry_readers(node):
             same_mode = modes[user] == modes[norm.output]
-            linear = linear_reader(user, node, axis, facts.parameters, shifted)
-            if channels is not None:
-                linear = linear or convolution_reader(user, node, axis, facts.parameters)
+            linear = linear_reader(user, node, axis, facts.parameters, norm.bias is not None)
             factor_here = number_factor(user, node)
             onward = _forward(user, node, axis, constants) if passes_rows(user) else None
             if not same_mode:
@@ -163,30 +160,14 @@ def linear_reader(user: Node, node: Node, axis: Axis, parameters: frozenset[Node
     return None if shifted and op_name(user) == "aten::_grouped_mm" else found
 
 
-def convolution_reader(user: Node, node: Node, axis: Axis, parameters: frozenset[Node]) -> Linear | None:
-    """The convolution through which `user` reads `node`, whose channels lie along the axis."""
-    found = convolution(user)
-    if found is None or found.value is not node or occurrences(user, node) != 1 or axis.inner != 1:
-        return None
-    spatial = len(shape(found.weight)) - 2
-    whole = axis.dim == len(shape(node)) - spatial - 1 and axis.size == shape(node)[axis.dim]
-    return found if whole and of_parameters(found, parameters) else None
-
-
 def convolution(node: Node) -> Linear | None:
-    """A convolution as a linear: its operands, its groups, and where its kernel reaches beyond its input.
-
-    Of a transposed one each output position has its own part of the kernel.
-    """
+    """A convolution as a linear: its operands, and its groups."""
     if op_name(node) not in CONVOLUTIONS:
         return None
     args = arguments(node)
     transposed = args.get("transposed", "transpose" in op_name(node))
-    padding, kernel = args["padding"], shape(args["weight"])[2:]
-    padded = any(padding) if not isinstance(padding, str) else padding == "same" and any(k != 1 for k in kernel)
-    border = "it is transposed" if transposed else "it pads with zeros" if padded else ""
     in_dim = 0 if transposed else 1
-    return Linear(node, args["input"], args["weight"], args["bias"], "weight", "bias", in_dim, args["groups"], border)
+    return Linear(node, args["input"], args["weight"], args["bias"], "weight", "bias", in_dim, args["groups"])
 
 
 def of_parameters(linear: Linear, parameters: frozenset[Node]) -> bool:

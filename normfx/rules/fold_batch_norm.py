@@ -1,12 +1,15 @@
-"""fold_batch_norm: a BatchNorm with running statistics is folded into a linear or convolution next to it.
+"""fold_batch_norm: a BatchNorm with running statistics is folded into the linear or convolution that it reads.
 
-    BN(x) = s ⊙ x + t          s = γ/sqrt(var + ε),  t = β − s·mean          for each channel
+    BN(x) = s·(x − mean) + β              s = γ/sqrt(var + ε), for each channel
 
-    BN(W a + b)   ==  (s ⊙ W) a + (s·(b − mean) + β)       into what it reads; W over its output channels
-    W BN(x) + c   ==  (W·s) x + (W t + c)                  else into all that read it; W over its input channels
+    BN(W a + b)  ==  (s ⊙ W) a + (s·(b − mean) + β)          W over its output channels
 
-Of the two the first is free of conditions on the convolution: groups, strides, padding and transposition leave output
-channels alone. Against the second, t would have to be in what a convolution pads with, which is zeros.
+Groups, strides, padding, dilation and transposition of a convolution leave output channels alone.
+
+It is not folded into what reads it: W BN(x) + c == (W·s) x + (W t + c) with t = β − s·mean is the same equation on
+real numbers, but there products of x are summed and most of the sum is taken away again, where |mean| is larger than
+the deviation: measured 7 to 14 times eager's error in float32, and hundreds of times it in TF32. A fold into the
+writer has eager's own bound on the error: x is a sum of products there and here (docs/design-notes.md).
 
 That the module is in eval says nothing of its statistics: test-time adaptation writes them between calls. They are
 sources of the fold as the weights are (weights/store.py), and with gradients γ, β and W get their own.
@@ -28,31 +31,29 @@ from normfx.edit import Edit
 from normfx.ir.graph import bytes_of, entries, shape, size_hint, tensor, total
 from normfx.ir.packing import packed_sources
 from normfx.ir.sites import BatchNorm, Linear, Sites
-from normfx.rules import centring, fold_affine
+from normfx.rules import centring
 from normfx.rules.device import device_costs
 from normfx.rules.rule import Code, Cost, Example, Objection, Rule, SoFar, Symbols
 
 LIVE_PASSES = 5
-"""Passes over a writer's weight that is folded in every call: W is read and s·W written; for dW and dγ the gradient of
-s·W and W are read, and dW is written. A reader's also gives W t: as many as in fold_affine."""
+"""Passes over a weight that is folded in every call: W is read and s·W written; for dW and dγ the gradient of s·W and
+W are read, and dW is written."""
+
+
+def fold(weight: Any, bias: Any, scale: Any, mean: Any, beta: Any) -> tuple[Any, Any]:
+    """Weight and bias of the map s·(W a + b − mean) + β; for sympy arrays and torch tensors alike."""
+    return scale[:, None] * weight, scale * (bias - mean) + beta
 
 
 def identity(symbols: Symbols, d: int) -> Iterable[tuple[Any, Any]]:
-    """Both directions, for a matrix; a convolution is one for each tap of its kernel."""
-    x, a, eps = symbols("x", d), symbols("a", 2), symbols("eps", 1)[0]
+    """The equation for a matrix; a convolution is one for each tap of its kernel."""
+    a, eps = symbols("a", 2), symbols("eps", 1)[0]
     gamma, beta, mean, var = symbols("gamma", d), symbols("beta", d), symbols("mean", d), symbols("var", d)
     scale = gamma / _roots(var + eps)
-
-    def batch_norm(value: Any) -> Any:
-        return (value - mean) / _roots(var + eps) * gamma + beta
-
     weight, bias = symbols("W", d, 2), symbols("b", d)
-    yield from zip(
-        batch_norm(weight @ a + bias), (scale[:, None] * weight) @ a + (scale * (bias - mean) + beta), strict=True
-    )
-    reader, c = symbols("V", 2, d), symbols("c", 2)
-    shift = beta - scale * mean
-    yield from zip(reader @ batch_norm(x) + c, (reader * scale) @ x + (reader @ shift + c), strict=True)
+    normalised = (weight @ a + bias - mean) / _roots(var + eps) * gamma + beta
+    new_weight, new_bias = fold(weight, bias, scale, mean, beta)
+    yield from zip(normalised, new_weight @ a + new_bias, strict=True)
 
 
 def _roots(values: Any) -> Any:
@@ -66,17 +67,9 @@ def candidates(sites: Sites, so_far: SoFar) -> Iterable[BatchNorm]:
 
 
 def guard(site: BatchNorm, so_far: SoFar) -> Iterator[Objection]:
-    """It is folded into what it reads, else into what reads it; where neither takes it, both say why."""
     if site.obstacle:
         yield site.obstacle, ", ".join(node.name for node in site.nodes), site.nodes
         return
-    before = list(_writer_objections(site))
-    after = list(_reader_objections(site)) if before else []
-    if before and after:
-        yield from dict.fromkeys((*before, *after))
-
-
-def _writer_objections(site: BatchNorm) -> Iterator[Objection]:
     if site.writer is None:
         yield "no_writer", site.norm.input.name, (site.norm.input,)
         return
@@ -84,80 +77,34 @@ def _writer_objections(site: BatchNorm) -> Iterator[Objection]:
         yield "writer_read", ", ".join(node.name for node in site.others), (site.writer.node, *site.others)
     if site.apart:
         yield "apart", site.apart, (site.writer.node,)
-    yield from _weight_objections((site.writer,), site)
+    yield from _weight_objections(site, site.writer)
 
 
-def _reader_objections(site: BatchNorm) -> Iterator[Objection]:
-    others = site.readers.others
-    linears = tuple(linear for linear, _, _ in site.readers.linears)
-    if others or not linears:
-        yield "reader_not_linear", ", ".join(node.name for node in others), others or (site.norm.output,)
-    for linear in linears:
-        if tensor(linear.weight).device != tensor(site.norm.output).device:
-            yield "apart", f"{linear.node.name} is on another device", (linear.node,)
-        if linear.border:
-            yield "border", f"{linear.node.name}: {linear.border}", (linear.node,)
-    yield from _weight_objections(linears, site)
-
-
-def _weight_objections(linears: tuple[Linear, ...], site: BatchNorm) -> Iterator[Objection]:
+def _weight_objections(site: BatchNorm, writer: Linear) -> Iterator[Objection]:
     """What speaks against another weight: how it is stored, what it would be rounded to, what it would cost."""
-    packed = tuple(linear.node for linear in linears if packed_sources(linear.weight))
-    if packed:
-        yield "packed_weight", ", ".join(node.name for node in packed), packed
-    narrow = tuple(linear.node for linear in linears if tensor(linear.weight).dtype in centring.NARROW)
-    half = tuple(linear.node for linear in linears if tensor(linear.node).dtype in centring.NARROW)
-    if narrow or half:
-        code = "rounded_weight" if narrow else "rounded_shift"
-        yield code, ", ".join(node.name for node in narrow or half), narrow or half
-    price = _cost(linears, site)
-    sizes = (site.norm.output, *(linear.weight for linear in linears))
+    if packed_sources(writer.weight):
+        yield "packed_weight", writer.node.name, (writer.node,)
+    if tensor(writer.weight).dtype in centring.NARROW:
+        yield "rounded_weight", writer.node.name, (writer.node,)
+    elif tensor(writer.node).dtype in centring.NARROW:
+        yield "rounded_shift", writer.node.name, (writer.node,)
+    price, sizes = cost(site), (site.norm.output, writer.weight)
     if size_hint(price.after, sizes) > size_hint(price.before, sizes):
-        live = _live(linears, site)
-        weights = size_hint(total(entries(shape(linear.weight)) for linear in live), sizes)
-        detail = f"{weights} entries of weights, {size_hint(entries(shape(site.norm.output)), sizes)} normalised"
-        yield "live_weights", detail, tuple(linear.node for linear in live)
+        weights, normalised = (size_hint(entries(shape(node)), sizes) for node in (writer.weight, site.norm.output))
+        yield "live_weights", f"{weights} entries of weights, {normalised} normalised", (writer.node,)
 
 
 def cost(site: BatchNorm) -> Cost:
-    """A pass over its output, and those for the gradients of γ and β; afterwards none, but for live weights."""
-    return _cost(_targets(site), site)
-
-
-def _cost(linears: tuple[Linear, ...], site: BatchNorm) -> Cost:
-    live = _live(linears, site)
+    """A pass over its output, and those for the gradients of γ and β; afterwards none, but for a live weight."""
     costs = device_costs(site.norm.output)
-    trained = bool(live) and torch.is_grad_enabled()
+    trained = site.live and torch.is_grad_enabled()
     before = (costs.affine + (costs.affine_grad if trained else 0)) * bytes_of(site.norm.output)
-    passes = LIVE_PASSES if linears == (site.writer,) else fold_affine.LIVE_PASSES
-    after = total(passes * bytes_of(linear.weight) + costs.launch for linear in live)
-    return Cost(before, after)
-
-
-def _live(linears: tuple[Linear, ...], site: BatchNorm) -> tuple[Linear, ...]:
-    own = (site.norm.weight, site.norm.bias, site.mean, site.var)
-    return tuple(
-        linear
-        for linear in linears
-        if not site.readers.live.isdisjoint(node for node in (*own, linear.weight) if node is not None)
-    )
-
-
-def _into_writer(site: BatchNorm) -> bool:
-    return not site.obstacle and not any(_writer_objections(site))
-
-
-def _targets(site: BatchNorm) -> tuple[Linear, ...]:
-    if _into_writer(site) and site.writer is not None:
-        return (site.writer,)
-    return tuple(linear for linear, _, _ in site.readers.linears)
+    live = (site.writer.weight,) if site.writer is not None and site.live else ()
+    return Cost(before, total(LIVE_PASSES * bytes_of(weight) + costs.launch for weight in live))
 
 
 def rewrite(site: BatchNorm, edit: Edit) -> None:
-    if _into_writer(site):
-        edit.fold_into_writer(site)
-    else:
-        edit.fold_into_readers(site)
+    edit.fold_into_writer(site)
 
 
 class _Block(nn.Module):
@@ -169,8 +116,8 @@ class _Block(nn.Module):
         super().__init__()
         self.tap = tap
         self.write = nn.Conv2d(3, channels, 3, bias=False)
-        self.read = nn.Conv2d(channels, 6, 3, padding=int(tap == "padded"))
-        self.norm = nn.BatchNorm2d(channels, track_running_stats=tap != "no statistics")
+        eps = 0.0 if tap == "no epsilon" else 1e-5
+        self.norm = nn.BatchNorm2d(channels, eps, track_running_stats=tap != "no statistics")
         self.register_buffer("codes", torch.arange(108, dtype=torch.int8).reshape(4, 3, 3, 3))
         moved(self.norm)
 
@@ -186,16 +133,16 @@ class _Block(nn.Module):
             written = nn.functional.conv2d(x, self.codes.to(x.dtype) * 0.01)
             return torch.relu(self.norm(written))
         written = self.write(x)
-        if self.tap == "computed":
-            norm, mean = self.norm, x.detach().mean().expand(4)
-            return torch.relu(nn.functional.batch_norm(written, mean, norm.running_var, norm.weight, norm.bias))
+        if self.tap in ("computed", "two dimensions"):
+            norm, computed = self.norm, self.tap == "computed"
+            mean = x.detach().mean().expand(4) if computed else norm.running_mean
+            bias = norm.bias if computed else norm.bias.detach().view(2, 2)  # torch has no gradient for such a one
+            return torch.relu(nn.functional.batch_norm(written, mean, norm.running_var, norm.weight, bias))
         if self.tap == "written":
             out = self.norm(written)
             out[0].add_(1.0)
             return torch.view_as_real(torch.complex(out, out)), out
-        out = self.norm(torch.relu(written) if self.tap in ("padded", "activation", "read") else written)
-        if self.tap in ("padded", "read"):
-            return self.read(out)
+        out = self.norm(torch.relu(written) if self.tap == "activation" else written)
         return (torch.relu(out), written) if self.tap == "observed" else torch.relu(out)
 
 
@@ -219,7 +166,7 @@ def _refused(name: str, code: str, tap: str = "", build: Callable[[], nn.Module]
 
 RULE = Rule(
     name="fold_batch_norm",
-    formula="BN(Wa + b) == (s ⊙ W)a + (s·(b − mean) + β);  W BN(x) + c == (W·s)x + (W t + c)",
+    formula="BN(Wa + b) == (s ⊙ W)a + (s·(b − mean) + β)",
     source="Jacob et al. 2018, section 3.2",
     codes={
         "batch_statistics": Code(
@@ -235,6 +182,13 @@ RULE = Rule(
             "its own statistics are read, its number of channels is symbolic or 1, or it changes the dtype",
             "none needed",
         ),
+        "vectors": Code(
+            "its statistics, weight or bias are not one number for each channel along a single dimension",
+            "give them the shape (C,)",
+        ),
+        "no_epsilon": Code(
+            "with so small an ε a channel of variance 0 is infinite, and s·W too", "give it an ε like the usual 1e-5"
+        ),
         "no_writer": Code(
             "what it reads is not the output of a linear or convolution over its channels, with a weight of parameters",
             "none needed: it stays as it is",
@@ -244,16 +198,8 @@ RULE = Rule(
             "none needed: it stays as it is",
         ),
         "apart": Code(
-            "the linear or convolution next to it runs in another mode or on another device",
+            "the linear or convolution that it reads runs in another mode or on another device",
             "run both in one torch.no_grad() region, or outside of it",
-        ),
-        "reader_not_linear": Code(
-            "something other than a linear or convolution over its channels reads its output, or nothing does",
-            "none needed: it stays as it is",
-        ),
-        "border": Code(
-            "a convolution reads it whose sum has fewer terms at some positions: t is not the same there",
-            "put the BatchNorm after a convolution, or pad before it",
         ),
         "packed_weight": Code(
             "the weight is stored packed, as integers or floats of 8 bits", "none needed: it stays as it is"
@@ -263,7 +209,7 @@ RULE = Rule(
             "keep the weights in float32",
         ),
         "rounded_shift": Code(
-            "the linear or convolution computes in half precision, which rounds t: it may be longer than the output",
+            "the linear or convolution computes in half precision, which rounds the new bias and weight once more",
             "none needed: it stays as it is",
         ),
         "live_weights": centring.CODES["live_weights"],
@@ -280,11 +226,11 @@ RULE = Rule(
         _refused("computed", "computed"),
         _refused("written", "mutated"),
         _refused("one channel", "opaque_norm", build=lambda: _Block(channels=1)),
+        _refused("two dimensions", "vectors"),
+        _refused("no epsilon", "no_epsilon"),
         _refused("activation", "no_writer"),
-        _refused("activation", "reader_not_linear"),
         _refused("observed", "writer_read"),
         _refused("no gradient", "apart"),
-        _refused("padded", "border"),
         _refused("packed", "packed_weight"),
         _refused("bfloat16", "rounded_shift"),
         Example("half precision", lambda: _Block().bfloat16(), lambda: (_input()[0].bfloat16(),), "rounded_weight"),
