@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 MODELS: dict[str, tuple[int, int, int]] = {
     "resnet18": (96, 20, 20),
     "regnetx_002": (96, 44, 44),
-    "levit_128s": (224, 52, 52),
+    "levit_128s": (224, 52, 50),
     "efficientnet_b0": (96, 49, 49),
     "fastvit_t8": (96, 70, 46),
     "repvgg_a0": (96, 61, 44),
