@@ -7,7 +7,7 @@ the same bytes either way. The difference is made by
                 writes x reads ds, unless it fuses them with dx, or what they read is still in the L2 cache
     partial     a kernel's programs leave a row of sums each, which are written and read once more; Inductor's are not
     sums        counted, so that a kernel is taken only where it is ahead without doubt
-    beside      where it was measured, what backward with sums takes beside its bytes, of either
+    overhead    where it was measured, what backward with sums takes in addition to its bytes, of either
     neighbours  Inductor computes pointwise producers and readers of a norm inside its kernel; next to a kernel of
                 normfx they write memory and read it again, and so do their gradients
 
@@ -35,9 +35,9 @@ TESTED: frozenset[str] = frozenset({"sm_90"})
 
 
 @dataclass(frozen=True)
-class Beside:
-    """What backward with sums over rows takes beside its bytes, in bytes that could be moved meanwhile, for one sum and
-    for more: launches, programs that wait for each other, sums that do not fill the device.
+class Overhead:
+    """What backward with sums over rows takes in addition to its bytes, counted in bytes that could be moved meanwhile,
+    for one sum and for more: launches, programs that wait for each other, sums that do not fill the device.
 
     kernel:   on a generated kernel
     fused:    in Inductor's kernel that takes the sums with dx
@@ -50,7 +50,9 @@ class Beside:
 
 
 MEASURED = {
-    "sm_90": Beside(kernel=(50_000_000, 65_000_000), fused=(89_000_000, 136_000_000), separate=(59_000_000, 90_000_000))
+    "sm_90": Overhead(
+        kernel=(50_000_000, 65_000_000), fused=(89_000_000, 136_000_000), separate=(59_000_000, 90_000_000)
+    )
 }
 """By architecture. An H200 that copies at 4.2 TB/s, torch 2.11, Triton 3.6, bfloat16, seven shapes of 4,096 to 131,072
 rows and 128 to 8,192 columns: the kernels' medians, and the least of Inductor's (docs/benchmarks/h200-2026-11)."""
@@ -125,7 +127,7 @@ def objection(spec: Spec, norm: Node, trains: bool, order: Mapping[Node, int]) -
     both = forward_cost(spec, rows, statistics=trains).bytes
     alone, fused = (1 + trains) * total(_hidden(norm, spec, order)), 0
     # measured between products, with no neighbour in Inductor's kernel
-    beside = MEASURED.get(here, Beside()) if seen >= MEASURED_ROWS and alone == 0 else Beside()
+    overhead = MEASURED.get(here, Overhead()) if seen >= MEASURED_ROWS and alone == 0 else Overhead()
     for part in () if not trains else (spec,) if spec.inner is None else (spec.last, spec.first):
         floor = backward_cost(part, rows, part.sum is not None, sympy.Integer(0)).bytes
         both += floor
@@ -138,8 +140,8 @@ def objection(spec: Spec, norm: Node, trains: bool, order: Mapping[Node, int]) -
         alone += 0 if launch.persistent else again
         fused += again if _rereads(part, seen) else 0
         more = len(part.sums) > 1
-        alone += beside.kernel[more]
-        fused += (beside.fused if _fuses(part, seen) else beside.separate)[more]
+        alone += overhead.kernel[more]
+        fused += (overhead.fused if _fuses(part, seen) else overhead.separate)[more]
     alone, fused = alone + both, fused + both
     kernel, inductor = size_hint(alone, sized), size_hint(fused, sized)
     predicted = f"predicted as long as {inductor:,} bytes take, on a kernel {kernel:,}"
