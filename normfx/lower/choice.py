@@ -98,12 +98,26 @@ def spells(lowering: str) -> Callable[[Norm], bool]:
             return False  # no canonical op says what it computes
         fake = value(norm.output)
         if fake is not None and fake.device.type == "cuda":
-            here = lowering == "triton" or (lowering == "auto" and architecture(fake.device) in TESTED)
+            here = lowering == "triton" or (
+                lowering == "auto" and architecture(fake.device) in TESTED and promising(norm)
+            )
             return here and norm.kind in ("LayerNorm", "RMSNorm")
         faster = lowering != "inductor" and norm.kind == "LayerNorm"
         return faster and faster_spelled(norm.output, torch.is_grad_enabled())
 
     return is_spelled
+
+
+def promising(norm: Norm) -> bool:
+    """Whether a kernel may be predicted to be ahead for a norm of the graph as it was captured. One for which it is not
+    stays as it was written: Inductor's code for the canonical op is not always the better."""
+    out, fake = norm.output, tensor(norm.output)
+    if not torch.is_grad_enabled() or (norm.weight is None and norm.bias is None):
+        return False
+    if any(is_fusible(reader) or _casts(reader, out) for reader in readers_of(out)):
+        return False
+    rows, width = size_hint(entries(shape(out)[:-1]), (out,)), norm.size
+    return (architecture(fake.device) in MEASURED and rows >= MEASURED_ROWS) or _rereads(rows, width)
 
 
 def faster_spelled(out: Node, records: bool) -> bool:
@@ -138,10 +152,10 @@ def objection(spec: Spec, norm: Node, trains: bool, order: Mapping[Node, int]) -
         partial = sympy.Integer(sum_rows(part, launch, max(seen, 1), run.processors(device)))
         alone += backward_cost(part, rows, part.sum is not None, partial).bytes - floor
         alone += 0 if launch.persistent else again
-        fused += again if _rereads(part, seen) else 0
+        fused += again if _rereads(seen, part.entries) else 0
         more = len(part.sums) > 1
         alone += overhead.kernel[more]
-        fused += (overhead.fused if _fuses(part, seen) else overhead.separate)[more]
+        fused += (overhead.fused if _fuses(seen, part.entries) else overhead.separate)[more]
     alone, fused = alone + both, fused + both
     kernel, inductor = size_hint(alone, sized), size_hint(fused, sized)
     predicted = f"predicted as long as {inductor:,} bytes take, on a kernel {kernel:,}"
@@ -158,17 +172,17 @@ def _summed(spec: Spec) -> int:
     return own + (DTYPES[spec.x] if spec.x_bias else 0)
 
 
-def _rereads(spec: Spec, rows: int) -> bool:
+def _rereads(rows: int, width: int) -> bool:
     """Whether Inductor's backward with sums reads what is summed over rows from memory twice."""
-    return rows * spec.entries >= CACHED and not _fuses(spec, rows)
+    return rows * width >= CACHED and not _fuses(rows, width)
 
 
-def _fuses(spec: Spec, rows: int) -> bool:
+def _fuses(rows: int, width: int) -> bool:
     """Whether Inductor takes sums over rows in the kernel that computes dx."""
     config = torch._inductor.config  # torch 2.11 to 2.15
     can = config.triton.mix_order_reduction and not config.cpp_wrapper
-    shaped = rows >= FUSED_ROWS and spec.entries <= FUSED_WIDTH and (_FLAT_TOO or rows >= 2 * spec.entries)
-    return can and shaped and rows * spec.entries >= CACHED
+    shaped = rows >= FUSED_ROWS and width <= FUSED_WIDTH and (_FLAT_TOO or rows >= 2 * width)
+    return can and shaped and rows * width >= CACHED
 
 
 def _hidden(norm: Node, spec: Spec, order: Mapping[Node, int]) -> Iterator[sympy.Expr]:
