@@ -84,24 +84,29 @@ LARGE = 2**20
 `aten.layer_norm` and one of its spelled form; while the rows fit in the cache both take the same time."""
 
 
-def may_run(lowering: str) -> bool:
-    """Whether generated kernels may run on some device under an option `lowering`."""
-    return lowering == "triton" or (lowering == "auto" and bool(TESTED))
+def may_run(lowering: str) -> Callable[[Norm], bool]:
+    """Says whether a generated kernel may run a norm under an option `lowering`."""
+
+    def may(norm: Norm) -> bool:
+        fake = value(norm.output)
+        if fake is None or fake.device.type != "cuda" or lowering == "inductor":
+            return False
+        return lowering == "triton" or (architecture(fake.device) in TESTED and promising(norm))
+
+    return may
 
 
 def spells(lowering: str) -> Callable[[Norm], bool]:
     """Says whether a norm that no rule touches becomes a canonical op: a LayerNorm in two passes on a CPU where that is
     faster, or a norm on a GPU for a kernel."""
+    may = may_run(lowering)
 
     def is_spelled(norm: Norm) -> bool:
         if norm.obstacle or norm.eps_place != "inside" or norm.axis is None:
             return False  # no canonical op says what it computes
         fake = value(norm.output)
         if fake is not None and fake.device.type == "cuda":
-            here = lowering == "triton" or (
-                lowering == "auto" and architecture(fake.device) in TESTED and promising(norm)
-            )
-            return here and norm.kind in ("LayerNorm", "RMSNorm")
+            return norm.kind in ("LayerNorm", "RMSNorm") and may(norm)
         faster = lowering != "inductor" and norm.kind == "LayerNorm"
         return faster and faster_spelled(norm.output, torch.is_grad_enabled())
 
