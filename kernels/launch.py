@@ -29,7 +29,7 @@ CHUNK = 4096
 """Entries read at a time of a wider row; what is read twice comes from a cache the second time."""
 
 SUMS_IN_REGISTERS = 16384
-"""Running sums that a program of 512 threads keeps beside a chunk of bfloat16. With more, ptxas for some target moves
+"""Running sums that a program of 512 threads keeps next to a chunk of bfloat16. With more, ptxas for some target moves
 registers to local memory, as it does for chunks of float32 with as many."""
 
 MOST_PARTS = 4

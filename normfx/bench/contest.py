@@ -100,7 +100,7 @@ def _poison(tensors: Sequence[Tensor]) -> None:
 def measure(
     cell: Cell, names: Sequence[str], rounds: int | None, clock: Clock | None, say: Callable[[str], None]
 ) -> Measured:
-    """Check normfx and the rivals of these names; with a clock also time them. Whoever fails is noted."""
+    """Check normfx and the rivals of these names; with a clock also time them. A failure is noted."""
     torch.compiler.reset()
     measured = Measured(cell, cell.bytes)
     with clock.running() if clock else contextlib.nullcontext(), torch.no_grad(), rivals.repeatable():

@@ -110,8 +110,9 @@ class Inputs:
 
     @classmethod
     def of(cls, cell: Cell) -> Inputs:
-        """Random, the same at every call. Rows have a mean as large as their deviation: whoever forgets to subtract it
-        is wrong. Compressed rows need none: the entry that is not stored is as large as all others together."""
+        """Random, the same at every call. Rows have a mean as large as their deviation: a kernel that forgets to
+        subtract it is wrong. Compressed rows need none: the entry that is not stored is as large as all others
+        together."""
         spec = cell.spec
         dtype = getattr(torch, cell.dtype)
         generator = torch.Generator(cell.device).manual_seed(0)

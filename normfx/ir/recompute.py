@@ -21,7 +21,7 @@ POLICY, REGION = MARKS = ("recompute", "ac_graph_id")
 """Meta keys: what becomes of the value, and the number of the checkpointed region."""
 
 FIRST_REGION = 1 << 32
-"""Regions that torch numbers itself count from 1, in the same graph: ours come behind them."""
+"""Regions that torch numbers itself count from 1, in the same graph: ours follow them."""
 
 
 def mark(node: Node, region: int) -> None:

@@ -1,7 +1,7 @@
 """Which library multiplies by kept and frozen weights on a CPU.
 
 Inductor's freezing packs half precision weights for oneDNN and float32 weights for MKL. Where oneDNN is the faster of
-the two (on an AMD EPYC, rows × in × out = 128 × 768 × 2304: 2.1 against 3.4 ms, with pointwise ops fused behind it on
+the two (on an AMD EPYC, rows × in × out = 128 × 768 × 2304: 2.1 against 3.4 ms, with pointwise ops fused after it on
 top), the frozen variant is packed for oneDNN altogether.
 """
 
