@@ -89,7 +89,7 @@ def forward_launch(spec: Spec) -> Launch:
 
 
 def backward_launch(spec: Spec) -> Launch:
-    """Of dx, and if it is persistent of dγ and dβ in the same kernel."""
+    """The launch of dx, and if it is persistent of dγ and dβ in the same kernel."""
     sums = len(spec.sums)
     most = BACKWARD_IN_REGISTERS if sums else FORWARD_IN_REGISTERS
     if DTYPES[spec.x] > 2 and len(spec.sums) > 2:

@@ -84,8 +84,8 @@ class _Judge(NamedTuple):
             grad.copy_(kept)
 
     def errors(self, call: Callable[[], Any], written: Sequence[Tensor] | None = None) -> dict[str, float]:
-        """Of the second of two calls. The first one's results become NaN, and are the memory that the second one
-        is likely to get. written: the tensors that every call writes, where these are always the same."""
+        """The errors of the second of two calls. The first one's results become NaN, and are the memory that the second
+        one is likely to get. written: the tensors that every call writes, where these are always the same."""
         _poison(call() if written is None else written)
         self.restore()
         found = call()

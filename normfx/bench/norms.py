@@ -172,7 +172,7 @@ def exact(cell: Cell, inputs: Inputs) -> list[Tensor]:
 
 
 def errors(cell: Cell, inputs: Inputs, found: Sequence[Tensor], wanted: Sequence[Tensor]) -> dict[str, float]:
-    """Of each result the largest error of a row, as a part of that row's size. NaN where something was not written.
+    """The largest error of a row, by result, as a part of that row's size. NaN where something was not written.
 
     By rows, because in the norm of everything one wrong row of many would not show.
     """

@@ -59,6 +59,6 @@ def keep_folds(graph: Graph, weights: Iterable[Node]) -> None:
 
 
 def digest(graph: Graph) -> str:
-    """Of the marks of a graph: AOTAutograd's cache does not look at them. "" where there are none."""
+    """A digest of the marks of a graph, which AOTAutograd's cache does not look at; "" where there are none."""
     found = [f"{n.name} {n.meta[POLICY]} {n.meta.get(REGION)}" for n in graph.nodes if n.meta.get(POLICY) is not None]
     return hashlib.sha256("\n".join(found).encode()).hexdigest()[:16] if found else ""

@@ -65,7 +65,7 @@ class Compressed:
 
 
 def identity(symbols: Symbols, d: int) -> Iterable[tuple[Any, Any]]:
-    """Of a writer, a skip, γ, β and a reader, in both bases: the output, and its derivative by every parameter.
+    """The output, and its derivative by every parameter, of a writer, a skip, γ, β and a reader, in both bases.
 
     The output is N/√S + c. By the quotient rule its derivatives are equal where those of N·S − … are, polynomials.
     """

@@ -34,7 +34,7 @@ def records_gradients(graph: Graph) -> bool:
 def keepable(
     graph: Graph, weights: frozenset[Node], trained: frozenset[Node], everywhere: bool = True
 ) -> frozenset[Node]:
-    """Those of the weights whose folds may be kept: their gradient is not asked for, in the present gradient mode.
+    """The weights whose folds may be kept: their gradient is not asked for, in the present gradient mode.
 
     weights:    parameters, buffers and constants; `trained`: those that want a gradient
     everywhere: also where looking at the parameters is slow or not exact: on devices, where it waits for them and looks
