@@ -29,7 +29,7 @@ def _device(monkeypatch: pytest.MonkeyPatch) -> None:
     canonical op, so that its report says both predictions."""
     monkeypatch.setattr(run, "processors", lambda device: 132)
     monkeypatch.setattr(choice, "TESTED", frozenset({DEVICE}))
-    monkeypatch.setattr(choice, "promising", lambda norm: True)
+    monkeypatch.setattr(choice, "promising", lambda norm, order: True)
 
 
 def report(make: Callable[[], tuple[nn.Module, Tensor]], dynamic: bool | None = None, **options: Any) -> GraphReport:
@@ -192,6 +192,7 @@ MEASURED = pytest.mark.parametrize(
         (16384, 4096, plain, "", False),  # no sums: level
         (1024, 768, nn.LayerNorm, "", False),  # fewer rows than were measured
         (8192, 4096, nn.LayerNorm, "reader", False),  # what the neighbour costs is more
+        (8192, 4096, nn.LayerNorm, "producer", False),
     ],
 )
 

@@ -85,13 +85,19 @@ LARGE = 2**20
 
 
 def may_run(lowering: str) -> Callable[[Norm], bool]:
-    """Says whether a generated kernel may run a norm under an option `lowering`."""
+    """Says whether a generated kernel may run a norm under an option `lowering`, of one graph that does not change
+    meanwhile."""
+    order: dict[Node, int] = {}
 
     def may(norm: Norm) -> bool:
         fake = value(norm.output)
         if fake is None or fake.device.type != "cuda" or lowering == "inductor":
             return False
-        return lowering == "triton" or (architecture(fake.device) in TESTED and promising(norm))
+        if lowering == "triton" or architecture(fake.device) not in TESTED:
+            return lowering == "triton"
+        if not order:
+            order.update((node, i) for i, node in enumerate(norm.output.graph.nodes))
+        return promising(norm, order)
 
     return may
 
@@ -113,13 +119,17 @@ def spells(lowering: str) -> Callable[[Norm], bool]:
     return is_spelled
 
 
-def promising(norm: Norm) -> bool:
+def promising(norm: Norm, order: Mapping[Node, int]) -> bool:
     """Whether a kernel may be predicted to be ahead for a norm of the graph as it was captured. One for which it is not
     stays as it was written: Inductor's code for the canonical op is not always the better."""
     out, fake = norm.output, tensor(norm.output)
     if not torch.is_grad_enabled() or (norm.weight is None and norm.bias is None):
         return False
     if any(is_fusible(reader) or _casts(reader, out) for reader in readers_of(out)):
+        return False
+    sums = op_name(norm.input) == "aten::add.Tensor"  # the kernel takes it in
+    read = map(_behind_views, norm.input.all_input_nodes if sums else [norm.input])
+    if any(is_fusible(source) and not product_between(source, out, order) for source in read):
         return False
     rows, width = size_hint(entries(shape(out)[:-1]), (out,)), norm.size
     return (architecture(fake.device) in MEASURED and rows >= MEASURED_ROWS) or _rereads(rows, width)
