@@ -98,7 +98,7 @@ def backward_chunks(r: Rows, sum_grad: bool) -> Iterator[str]:
 
 
 def _chunks(launch: Launch, spec: Spec) -> int:
-    """Of a program's part of the columns."""
+    """The number of chunks in a program's part of the columns."""
     return -(-spec.entries // (launch.block * launch.parts))
 
 

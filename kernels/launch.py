@@ -29,7 +29,7 @@ CHUNK = 4096
 """Entries read at a time of a wider row; what is read twice comes from a cache the second time."""
 
 SUMS_IN_REGISTERS = 16384
-"""Running sums that a program of 512 threads keeps beside a chunk of bfloat16. With more, ptxas for some target moves
+"""Running sums that a program of 512 threads keeps next to a chunk of bfloat16. With more, ptxas for some target moves
 registers to local memory, as it does for chunks of float32 with as many."""
 
 MOST_PARTS = 4
@@ -89,7 +89,7 @@ def forward_launch(spec: Spec) -> Launch:
 
 
 def backward_launch(spec: Spec) -> Launch:
-    """Of dx, and if it is persistent of dγ and dβ in the same kernel."""
+    """The launch of dx, and if it is persistent of dγ and dβ in the same kernel."""
     sums = len(spec.sums)
     most = BACKWARD_IN_REGISTERS if sums else FORWARD_IN_REGISTERS
     if DTYPES[spec.x] > 2 and len(spec.sums) > 2:

@@ -11,7 +11,7 @@ _WIDE = ".to(tl.float32)"
 
 
 class Rows:
-    """Of one kernel."""
+    """Writes the source lines of one kernel that deal with its rows."""
 
     def __init__(self, spec: Spec, launch: Launch) -> None:
         self.spec, self.launch = spec, launch
@@ -20,7 +20,7 @@ class Rows:
 
     @property
     def row_mask(self) -> str:
-        """Of the rows: those there are. A program of one row is not started, or does not loop, for others."""
+        """The mask of rows that exist. A program of one row is not started, or does not loop, for others."""
         return "row < rows" if self.several else ""
 
     @property
@@ -29,7 +29,7 @@ class Rows:
 
     @property
     def mask(self) -> str:
-        """Of the entries: those inside."""
+        """The mask of entries inside the matrix."""
         return "inside" if self.row_mask and self.cut else self.row_mask or self.column_mask
 
     def columns(self, start: str = "") -> Iterator[str]:

@@ -157,7 +157,7 @@ def _maybe_rows(tensor: Tensor | None, spec: Spec) -> Tensor | None:
 
 
 def _rows(tensor: Tensor, spec: Spec) -> Tensor:
-    """As a matrix whose rows lie anywhere, their entries side by side."""
+    """The tensor as a matrix whose rows lie anywhere, their entries side by side."""
     matrix = tensor.reshape(-1, spec.entries)
     return matrix if matrix.stride(1) == 1 or spec.entries == 1 else matrix.contiguous()
 

@@ -278,7 +278,7 @@ def _unwrapped(value: Any) -> Any:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value can be faked anew: no functorch wrapper, no tensor subclass."""
+    """Whether a value can be faked again: no functorch wrapper, no tensor subclass."""
     leaves = [x for x in pytree.tree_leaves(value) if isinstance(x, torch.Tensor)]
     return bool(leaves) and all(
         type(x) is FakeTensor and not torch._C._functorch.is_functorch_wrapped_tensor(x) for x in leaves

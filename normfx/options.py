@@ -49,7 +49,7 @@ class Options:
                their shapes on this machine
     rule_options: the rules' own options, by name, all of them (see docs/options.md)
     malloc:    "keep": the process keeps the memory that it frees, for the next call (glibc only; normfx.allocator)
-    strict:    raise when a stage of normfx fails, in place of compiling the untouched graph
+    strict:    raise when a stage of normfx fails, instead of compiling the untouched graph
     verify:    on the first call also run the original graph and compare
     mode:      Inductor's mode ("reduce-overhead", "max-autotune", …), as torch.compile's `mode=`
     inductor:  options passed on to Inductor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,6 +14,8 @@ from normfx.rules import RULES
 from normfx.rules.cut import cut
 from normfx.rules.device import GPU, device_costs
 from normfx.rules.rule import DISABLED, Cost, Decision, Refusal, Rule, S, SoFar
+
+Says = Callable[[Norm], bool]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,12 +68,12 @@ class Plan:
 
 
 def make_plan(
-    sites: Sites, enabled: tuple[str, ...], spells: Callable[[Norm], bool] = lambda norm: False, kernels: bool = False
+    sites: Sites, enabled: tuple[str, ...], spells: Says = lambda norm: False, kernels: Says = lambda norm: False
 ) -> Plan:
     """Decide every candidate site of every rule; rules that are not enabled refuse.
 
     spells:  whether a norm that no rule touches is to become a canonical op, if rules are enabled at all
-    kernels: generated kernels may run
+    kernels: whether a generated kernel may run a norm
     """
     decisions = _decisions(sites, enabled, kernels)
     touched = {norm for decision in decisions if decision.applied for norm in decision.norms}
@@ -79,7 +81,7 @@ def make_plan(
     return Plan(sites.norms, decisions, tuple(filter(spells, stays)), sites.composed)
 
 
-def _decisions(sites: Sites, enabled: tuple[str, ...], kernels: bool) -> tuple[Decision[Any], ...]:
+def _decisions(sites: Sites, enabled: tuple[str, ...], kernels: Says) -> tuple[Decision[Any], ...]:
     """First which parts of streams to centre, for what it saves; then, rule by rule, what is right and pays."""
     so_far = SoFar(cut(sites.streams))
     for rule in RULES:
@@ -89,16 +91,13 @@ def _decisions(sites: Sites, enabled: tuple[str, ...], kernels: bool) -> tuple[D
     return so_far.decisions
 
 
-def _decide(rule: Rule[S], sites: Sites, so_far: SoFar, enabled: bool, kernels: bool) -> Iterator[Decision[S]]:
+def _decide(rule: Rule[S], sites: Sites, so_far: SoFar, enabled: bool, kernels: Says) -> Iterator[Decision[S]]:
     for site in rule.candidates(sites, so_far):
-        if rule.for_kernels and not kernels and _on_gpu(site.norms):
+        on_gpu = [norm for norm in site.norms if isinstance(norm, Norm) and device_costs(norm.output) is GPU]
+        if rule.for_kernels and on_gpu and not any(map(kernels, on_gpu)):
             continue
         refusals = rule.refusals(site, so_far) if enabled else (_disabled(rule),)
         yield Decision(rule, site, rule.cost(site), refusals)
-
-
-def _on_gpu(norms: Iterable[Norm | Composed]) -> bool:
-    return any(device_costs(norm.output) is GPU for norm in norms if isinstance(norm, Norm))
 
 
 def _disabled(rule: Rule[Any]) -> Refusal:

@@ -27,8 +27,21 @@ def pytest_configure(config: pytest.Config) -> None:
     """What the default tests cost is said; of those that take minutes by nature it is not."""
     # here, since pytest would import normfx to read its own configuration
     config.addinivalue_line("filterwarnings", "error::normfx.errors.NormfxWarning")
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Named(config), "normfx-named")
     if "not slow" in config.getoption("markexpr"):
         config.pluginmanager.register(Budget(config, config.getoption("budget")), "normfx-budget")
+
+
+class Named:
+    """Names what fails when it fails: a run that is stopped before its end would not."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.config.get_terminal_writer().line(f"\nfailed: {report.nodeid} ({report.when})")
 
 
 @pytest.hookimpl(tryfirst=True)  # before markers choose

@@ -93,13 +93,12 @@ class Goldens(TestCase):
 that read them and 4 are computed together with the residual add; predicted to
 save 37.5 KiB of memory traffic per call.
 Most frequent reasons why not more:
-- fuse_residual_norm, 1 norm: the sum is not of two values of its own shape and
-  dtype
+- fuse_residual_norm, 1 norm: the residual add broadcasts or mixes dtypes
   hint: none needed: the sum is computed before the norm
 
 model.transformer.h.0.ln_1  LayerNorm  pre_rms_norm, fold_affine
-  fuse_residual_norm refused (broadcast): the sum is not of two values of its
-    own shape and dtype
+  fuse_residual_norm refused (broadcast): the residual add broadcasts or mixes
+    dtypes
     found: embedding_1
     hint: none needed: the sum is computed before the norm
 model.transformer.h.{0,1}.ln_2 x2  LayerNorm
@@ -171,14 +170,14 @@ return [%43]
 read them and 2 are computed together with the residual add; predicted to save
 29.8 KiB of memory traffic per call.
 Most frequent reasons why not more:
-- fold_affine, 1 norm: the norm's output leaves the graph
+- fold_affine, 1 norm: the graph returns the norm's output
   hint: none needed: gamma and beta stay in the norm
 
 model.layers.0.layernorm_before  LayerNorm  pre_rms_norm, fold_affine
 model.layers.0.layernorm_after  LayerNorm
   pre_rms_norm, fold_affine, fuse_residual_norm
 model.layernorm  LayerNorm  pre_rms_norm, fuse_residual_norm
-  fold_affine refused (returned): the norm's output leaves the graph
+  fold_affine refused (returned): the graph returns the norm's output
     hint: none needed: gamma and beta stay in the norm
 
 Bytes per call that pass over activations and live weights, predicted:

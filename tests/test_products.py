@@ -19,7 +19,7 @@ from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import normfx
-from normfx.lower import products, rates
+from normfx.lower import measurements, products, rates
 from normfx.lower.products import ADDMM, HOOK, MM, FasterProducts, with_products
 from normfx.lower.rates import Product
 
@@ -29,8 +29,8 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 @pytest.fixture(autouse=True)
 def _folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Keep what is measured out of the user's cache."""
-    monkeypatch.setattr(rates, "cache_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(rates, "_known", {})
+    monkeypatch.setattr(measurements, "cache_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(measurements, "_known", {})
     yield
 
 
@@ -113,7 +113,7 @@ def test_measured_once_and_read_by_the_next_process(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(rates, "_measure", lambda of_class: asked.append(of_class) or 1.5)
     assert rates.onednn_is_faster(product) and rates.onednn_is_faster(product._replace(rows=100))
     assert asked == [Product(128, 256, 256, False, True)]
-    monkeypatch.setattr(rates, "_known", {})  # another process
+    monkeypatch.setattr(measurements, "_known", {})  # another process
     assert rates.onednn_is_faster(product) and len(asked) == 1
     assert rates.measured() == {asked[0]: 1.5}
     assert not rates.onednn_is_faster(product._replace(inner=3000)) or len(asked) == 2
@@ -128,17 +128,35 @@ def test_measured_once_and_read_by_the_next_process(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("content", ["", "[1]", '{"a": {}}', "{", '{"64 64 64 0 0": "fast"}'])
 def test_a_broken_file_is_measured_again(content: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rates, "_measure", lambda of_class: 1.5)
-    rates._path().parent.mkdir(parents=True)
-    rates._path().write_text(content)
+    measurements.path(rates.FILE).parent.mkdir(parents=True)
+    measurements.path(rates.FILE).write_text(content)
     assert rates.onednn_is_faster(Product(64, 64, 64, False, False))
-    assert json.loads(rates._path().read_text())["64 64 64 0 0"] == 1.5
+    assert json.loads(measurements.path(rates.FILE).read_text())["64 64 64 0 0"] == 1.5
 
 
 def test_a_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(rates, "cache_dir", lambda: str(tmp_path / "file"))
+    monkeypatch.setattr(measurements, "cache_dir", lambda: str(tmp_path / "file"))
     monkeypatch.setattr(rates, "_measure", lambda of_class: 1.5)
     assert rates.onednn_is_faster(Product(64, 64, 64, False, False))
+
+
+def test_the_least_of_a_few_processes_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that measured while the machine was busy does not decide for those after it."""
+    results = iter([(9.0, 1.0), (2.0, 5.0), (3.0, 4.0), (0.1, 0.1)])
+    expected = [(9.0, 1.0), (2.0, 1.0), (2.0, 1.0), (2.0, 1.0)]
+    for found in expected:
+        monkeypatch.setattr(measurements, "_known", {})  # another process
+        assert measurements.least("pairs", "key", lambda: next(results)) == found
+    assert next(results) == (0.1, 0.1)  # the fourth process measured nothing
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"key": [1.0]}', '{"key": ["a", 1.0, 9]}'])
+def test_broken_pairs_are_measured_again(content: str) -> None:
+    measurements.path("pairs").parent.mkdir(parents=True)
+    measurements.path("pairs").write_text(content)
+    assert measurements.least("pairs", "key", lambda: (1.0, 2.0)) == (1.0, 2.0)
+    assert json.loads(measurements.path("pairs").read_text())["key"] == [1.0, 2.0, 1]
 
 
 def test_a_measurement_is_a_ratio_and_leaves_nothing_in_a_graph() -> None:

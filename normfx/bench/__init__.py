@@ -160,7 +160,7 @@ def _measured(cell: Cell, variants: list[str], settings: Settings, say: Callable
 
 
 def _warm_up(device: str) -> None:
-    """Else the first variant of the first cell pays for the imports of the compiler."""
+    """Import the compiler, so that the first variant of the first cell does not pay for it."""
     x = torch.ones(2, device=device, requires_grad=True)
     torch.autograd.backward(torch.compile(lambda x: (x * x).sum())(x))
 

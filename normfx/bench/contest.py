@@ -84,8 +84,8 @@ class _Judge(NamedTuple):
             grad.copy_(kept)
 
     def errors(self, call: Callable[[], Any], written: Sequence[Tensor] | None = None) -> dict[str, float]:
-        """Of the second of two calls. The first one's results become NaN, and are the memory that the second one
-        is likely to get. written: the tensors that every call writes, where these are always the same."""
+        """The errors of the second of two calls. The first one's results become NaN, and are the memory that the second
+        one is likely to get. written: the tensors that every call writes, where these are always the same."""
         _poison(call() if written is None else written)
         self.restore()
         found = call()
@@ -100,7 +100,7 @@ def _poison(tensors: Sequence[Tensor]) -> None:
 def measure(
     cell: Cell, names: Sequence[str], rounds: int | None, clock: Clock | None, say: Callable[[str], None]
 ) -> Measured:
-    """Check normfx and the rivals of these names; with a clock also time them. Whoever fails is noted."""
+    """Check normfx and the rivals of these names; with a clock also time them. A failure is noted."""
     torch.compiler.reset()
     measured = Measured(cell, cell.bytes)
     with clock.running() if clock else contextlib.nullcontext(), torch.no_grad(), rivals.repeatable():

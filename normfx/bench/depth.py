@@ -20,7 +20,7 @@ from normfx.bench.output import machine_line, markdown_table, replace, show
 from normfx.errors import OptionError
 from normfx.report import GraphReport, Report
 
-SUMMARY = "seconds of normfx's stages beside Inductor's, compiling a DeepNet of so many layers"
+SUMMARY = "seconds of normfx's stages and of Inductor, compiling a DeepNet of so many layers"
 HEADER = ("layers", "norms", "nodes", "normfx s", "of it capture s", "Inductor s", "normfx of Inductor")
 
 
@@ -50,7 +50,7 @@ class Layer(nn.Module):
 
 @dataclass(frozen=True)
 class Compiled:
-    """One compilation, without caches. seconds: of each stage; inductor: seconds of what comes behind them."""
+    """One compilation, without caches. seconds: of each stage; inductor: seconds of what follows them."""
 
     layers: int
     norms: int

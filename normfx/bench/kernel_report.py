@@ -126,7 +126,7 @@ def line(m: Measured) -> str:
 
 
 def against_best(cells: Iterable[Measured]) -> tuple[list[str], list[list[str]]]:
-    """Of each cell the speed of normfx's kernels relative to the best rival."""
+    """A table of the speed of normfx's kernels relative to the best rival, a row per cell."""
     header = ["norm", "best rival", "its µs", "normfx µs", "speed", "normfx is"]
     rows = []
     for m in cells:

@@ -103,7 +103,7 @@ def main(parsed: argparse.Namespace) -> int:
 
 
 def _cells(parsed: argparse.Namespace) -> list[Cell]:
-    """In the order of their importance: --minutes may cut the end off."""
+    """The cells, the most important first: --minutes may cut the end off."""
     ops = words(parsed.ops, "--ops", "op", OPS)
     passes = words(parsed.passes, "--passes", "pass", PASSES)
     dtypes = words(parsed.dtypes, "--dtypes", "dtype", DTYPES)

@@ -368,7 +368,7 @@ def _peak(step: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif _CLEAR.exists():
-        _CLEAR.write_text("5")  # the peak begins anew at what is resident now
+        _CLEAR.write_text("5")  # the peak starts again at what is resident now
     for _ in range(3):
         step()
     if device.type == "cuda":

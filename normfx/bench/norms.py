@@ -110,8 +110,9 @@ class Inputs:
 
     @classmethod
     def of(cls, cell: Cell) -> Inputs:
-        """Random, the same at every call. Rows have a mean as large as their deviation: whoever forgets to subtract it
-        is wrong. Compressed rows need none: the entry that is not stored is as large as all others together."""
+        """Random, the same at every call. Rows have a mean as large as their deviation: a kernel that forgets to
+        subtract it is wrong. Compressed rows need none: the entry that is not stored is as large as all others
+        together."""
         spec = cell.spec
         dtype = getattr(torch, cell.dtype)
         generator = torch.Generator(cell.device).manual_seed(0)
@@ -171,7 +172,7 @@ def exact(cell: Cell, inputs: Inputs) -> list[Tensor]:
 
 
 def errors(cell: Cell, inputs: Inputs, found: Sequence[Tensor], wanted: Sequence[Tensor]) -> dict[str, float]:
-    """Of each result the largest error of a row, as a part of that row's size. NaN where something was not written.
+    """The largest error of a row, by result, as a part of that row's size. NaN where something was not written.
 
     By rows, because in the norm of everything one wrong row of many would not show.
     """

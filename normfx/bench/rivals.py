@@ -149,12 +149,12 @@ RIVALS = {
     "flash_attn": Rival(_flash_attn, "flash_attn.ops.triton.layer_norm", "flash-attn"),
     "cudnn": Rival(_cudnn, "cudnn.ops.norm.rmsnorm", "nvidia-cudnn-frontend"),
 }
-"""By name. Liger's (0.8.5) and flash-attn's (main of August 2026) were run under Triton's interpreter, forward and
-backward; quack's (0.6.5) and cuDNN's (frontend 1.32) follow their sources and have not been run."""
+"""The rivals, by name. Liger's (0.8.5) were run on an H200, flash-attn's (main of August 2026) under Triton's
+interpreter; quack's (0.6.5) and cuDNN's (frontend 1.32) follow their sources and have not been run."""
 
 
 def present(names: Iterable[str]) -> tuple[list[str], dict[str, str]]:
-    """Of these rivals the ones that can take part, and why the others cannot."""
+    """The rivals of these names that can take part, and why the others cannot."""
     reasons = {name: RIVALS[name].absent() for name in names}
     return [name for name, why in reasons.items() if not why], {name: why for name, why in reasons.items() if why}
 

@@ -111,7 +111,7 @@ def escaping(graph: Graph, storages: dict[Node, frozenset[Storage]]) -> frozense
 
 
 def may_leave(node: Node, storages: dict[Node, frozenset[Storage]]) -> bool:
-    """Whether the graph returns, writes or reads from beside the value memory that it has, or would have with other
+    """Whether the graph returns, writes or reads through another value memory that it has, or would have with other
     strides, or hands it to something other than an ATen op."""
     seen, work = {node}, [node]
     while work:
@@ -134,7 +134,7 @@ def _stays_inside(node: Node) -> bool:
 
 
 def read_outside(graph: Graph, inside: frozenset[Node], storages: dict[Node, frozenset[Storage]]) -> Iterator[Node]:
-    """The values inside that nodes outside read, each once; behind a view, what it is a view of."""
+    """The values inside that nodes outside read, each once; for a view, what it is a view of."""
     found: set[Node] = set()
     for node in graph.nodes:
         work = [] if node in inside else [n for n in node.all_input_nodes if n in inside]

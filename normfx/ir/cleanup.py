@@ -35,7 +35,7 @@ def simplify_constants(gm: GraphModule) -> None:
 
 
 def drop_dead_code(graph: Graph) -> None:
-    """In place. fx's own idea of what has an effect drops random ops, and the switches of torch.vmap."""
+    """Remove nodes without effect, in place. fx's own idea of an effect lacks random ops and torch.vmap's switches."""
     graph.eliminate_dead_code(_must_stay)
 
 

@@ -1,4 +1,4 @@
-"""In-place writes to values that nobody else sees become out-of-place: `x += f(x)` is no barrier then."""
+"""In-place writes to values that no other code can see become out-of-place, so that `x += f(x)` is no barrier."""
 
 from __future__ import annotations
 

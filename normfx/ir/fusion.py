@@ -20,7 +20,7 @@ from normfx.ir.sites import Norm, Residual
 
 
 class Fusion:
-    """On one graph, after all norms were written.
+    """Fuses norms and residual adds of one graph, after all norms were written.
 
     written: the op of each norm, kept up to date; shared: norms that became one with an earlier one
     """

@@ -41,10 +41,10 @@ STAY_ONE_NODE = frozenset(
     }
 )
 """Higher-order ops that AOTAutograd leaves whole, with the marks of their node. Others dissolve into nodes without
-marks: what a custom autograd function saves would be kept in place of computed again."""
+marks: what a custom autograd function saves would be kept instead of computed again."""
 
 NORM_PARTS = frozenset({"mean", "var", "std", "var_mean", "std_mean", "normalize"})
-"""Calls that tell of a norm, beside everything whose name ends in `norm`."""
+"""Calls that tell of a norm, besides everything whose name ends in `norm`."""
 
 _CALLS = ("call_function", "call_method", "call_module")
 

@@ -260,8 +260,8 @@ def _padded(x: Tensor, dim: int, width: int) -> Tensor:
     missing = width - x.shape[dim]
     if not missing:
         return x
-    behind = [0, 0] * (x.ndim - 1 - dim % x.ndim)
-    return torch.nn.functional.pad(x, [*behind, 0, missing])
+    following = [0, 0] * (x.ndim - 1 - dim % x.ndim)
+    return torch.nn.functional.pad(x, [*following, 0, missing])
 
 
 def _tile(vector: Tensor, n: int, size: int, inner: int) -> Tensor:

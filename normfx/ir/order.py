@@ -18,7 +18,7 @@ class Order:
     """The order of a graph's nodes, and what must not be crossed.
 
     A value may move up to a node if the same numbers are computed there, with the same gradients: by pure ops, from
-    memory that no one writes after it was made, in the same grad, autocast and inference mode.
+    memory that is not written after it was made, in the same grad, autocast and inference mode.
     """
 
     def __init__(self, graph: Graph, written: frozenset[Node] | None = None) -> None:

@@ -1,7 +1,7 @@
 """Short, stable text of a canonical graph, for golden tests and reports.
 
 One line a value: a number by order of definition, the op without its namespace, only the arguments that matter, dtype
-and shape; parameters by their module path; module path behind each norm. No addresses, versions or tracer names.
+and shape; parameters by their module path; module path after each norm. No addresses, versions or tracer names.
 """
 
 from __future__ import annotations

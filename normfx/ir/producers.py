@@ -50,7 +50,8 @@ def _inner(value: Any) -> Iterator[Any]:
 
 def settle_autograd_state(graph: Graph) -> None:
     """Take out `requires_grad_()` where no gradient is recorded afterwards and its value stays in the graph; and make
-    `.data` a `detach` where neither its value nor the memory is written to or handed out, so that no one can tell."""
+    `.data` a `detach` where neither its value nor the memory is written to or handed out, so that nothing can observe
+    the difference."""
     found = [node for node in graph.nodes if acts_on_autograd(node)]
     if not found:
         return

@@ -21,7 +21,7 @@ POLICY, REGION = MARKS = ("recompute", "ac_graph_id")
 """Meta keys: what becomes of the value, and the number of the checkpointed region."""
 
 FIRST_REGION = 1 << 32
-"""Regions that torch numbers itself count from 1, in the same graph: ours come behind them."""
+"""Regions that torch numbers itself count from 1, in the same graph: ours follow them."""
 
 
 def mark(node: Node, region: int) -> None:
@@ -59,6 +59,6 @@ def keep_folds(graph: Graph, weights: Iterable[Node]) -> None:
 
 
 def digest(graph: Graph) -> str:
-    """Of the marks of a graph: AOTAutograd's cache does not look at them. "" where there are none."""
+    """A digest of the marks of a graph, which AOTAutograd's cache does not look at; "" where there are none."""
     found = [f"{n.name} {n.meta[POLICY]} {n.meta.get(REGION)}" for n in graph.nodes if n.meta.get(POLICY) is not None]
     return hashlib.sha256("\n".join(found).encode()).hexdigest()[:16] if found else ""

@@ -28,7 +28,7 @@ MODE_SWITCHES = frozenset(
 
 
 UNTRACEABLE = frozenset({"retain_grad", "register_hook", "backward", "set_"})
-"""Tensor methods that act on autograd's state and leave no node behind when they are traced."""
+"""Tensor methods that act on autograd's state and leave no node in a traced graph."""
 
 REQUIRE_GRAD = "requires_grad_"
 """A method that a trace does not see either. Capture writes its node."""
@@ -123,7 +123,7 @@ def carried(graph: Graph) -> set[Node]:
 
 
 def untraced(graph: Graph) -> set[Node]:
-    """Nodes of a Dynamo graph that capture copies without running them: beside the carried ones, those that run a
+    """Nodes of a Dynamo graph that capture copies without running them: the carried ones, and those that run a
     user's Python: operators from outside torch, and everything that touches a tensor subclass."""
     calls = [node for node in graph.nodes if node.op in ("call_function", "call_method") and not is_mode_switch(node)]
     return carried(graph) | {node for node in calls if is_foreign_op(node) or touches_subclass(node)}

@@ -59,7 +59,7 @@ def reads_size(user: Node, axis: Axis) -> bool:
 
 def resize(graph: Graph, widths: Mapping[Node, tuple[Axis, int]], sources: Iterable[Node]) -> None:
     """Give values another number of entries along an axis, in place; `sources` have it already. Fakes are computed
-    anew of everything that follows.
+    again of everything that follows.
 
     Raises NormfxError where the new width would leave the graph.
     """

@@ -56,7 +56,7 @@ def read_parts(gm: GraphModule, written: frozenset[Node]) -> int:
     """Slices of a concatenation that lie inside one of its parts become slices of that part, in place. Returns their
     number.
 
-    cat([a, b])[len(a):] is b: whoever reads it does not read a. Left alone: values that are written in place
+    cat([a, b])[len(a):] is b: what reads it does not read a. Left alone: values that are written in place
     (`written`), slices whose memory leaves the graph, which would then be that of the part, and parts laid out
     otherwise than the whole, of which a view may be impossible.
     """
@@ -94,7 +94,7 @@ def _returns_gradients(joined: Node, readers: Iterable[Node], modes: Mapping[Nod
             return True
         if user not in seen and _passes_gradients(operand, user, modes):
             seen.add(user)
-            work += [(user, behind) for behind in user.users]
+            work += [(user, reader) for reader in user.users]
     return False
 
 
@@ -124,8 +124,8 @@ def _part(node: Node) -> tuple[Node, int, int] | None:
     if bounds is None:
         return None
     start, end = bounds
-    for part, first, behind in _places(arguments(joined)["tensors"], dim, ndim):
-        if first <= start and end <= behind:
+    for part, first, end_of_part in _places(arguments(joined)["tensors"], dim, ndim):
+        if first <= start and end <= end_of_part:
             whole = not isinstance(length, int) or end - start == length
             return (part, start - first, end - first) if _laid_out_alike(part, joined, 0 if whole else dim) else None
     return None
@@ -139,7 +139,7 @@ def _laid_out_alike(part: Node, joined: Node, cut: int) -> bool:
 
 
 def _bounds(args: dict[str, Any], length: Any) -> tuple[int, int] | None:
-    """First entry, and the one behind the last, as numbers from the front."""
+    """First entry, and the one after the last, as numbers from the front."""
     if "index" in args:
         index = args["index"]
         if not isinstance(index, int) or (index < 0 and not isinstance(length, int)):

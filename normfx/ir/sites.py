@@ -276,7 +276,7 @@ class Composed:
     """A weight that the graph computes from parameters alone.
 
     nodes:    what computes it, views left aside; itself included
-    live:     parameters behind it that want its gradient, or all of them where folds are live
+    live:     parameters it is computed from that want its gradient, or all of them where folds are live
     obstacle: code of what forbids keeping its value ("" when nothing does)
     """
 

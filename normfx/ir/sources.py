@@ -60,7 +60,7 @@ def export_sources(ep: torch.export.ExportedProgram, graph: Graph) -> dict[Node,
 
 
 def attribute_source(gm: GraphModule, node: Node) -> Source | None:
-    """Of a tensor attribute; None for any other attribute."""
+    """The source of a tensor attribute; None for any other attribute."""
     value = attribute(gm, str(node.target))
     if not isinstance(value, torch.Tensor):
         return None

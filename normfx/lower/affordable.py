@@ -57,7 +57,7 @@ def rooms(fold_memory: int | None) -> Rooms:
 
 
 def beyond(graph: Graph, free: Iterable[Node], room: Rooms, values: Mapping[Node, Tensor]) -> frozenset[Node]:
-    """Those of the keepable weights `free` that will not fit, if each is kept once.
+    """The keepable weights, of `free`, that will not fit if each is kept once.
 
     values: the weights themselves, as far as they are known. What is kept of one of them for another graph is there
     """
@@ -93,7 +93,7 @@ def chosen(
     values: Mapping[Node, Tensor],
     rebinds: bool,
 ) -> Chosen:
-    """Those of the values to be kept that fit. Packed weights that do not are unpacked in the graph, in place."""
+    """The values to be kept that fit. Packed weights that do not are unpacked in the graph, in place."""
     sizes = {item: kept_bytes(item.node) for item in kept}
     left: list[Kept] = []
     for device in {tensor(item.node).device for item in kept}:

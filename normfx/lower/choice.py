@@ -7,7 +7,7 @@ the same bytes either way. The difference is made by
                 writes x reads ds, unless it fuses them with dx, or what they read is still in the L2 cache
     partial     a kernel's programs leave a row of sums each, which are written and read once more; Inductor's are not
     sums        counted, so that a kernel is taken only where it is ahead without doubt
-    beside      where it was measured, what backward with sums takes beside its bytes, of either
+    overhead    where it was measured, what backward with sums takes in addition to its bytes, of either
     neighbours  Inductor computes pointwise producers and readers of a norm inside its kernel; next to a kernel of
                 normfx they write memory and read it again, and so do their gradients
 
@@ -35,9 +35,9 @@ TESTED: frozenset[str] = frozenset({"sm_90"})
 
 
 @dataclass(frozen=True)
-class Beside:
-    """What backward with sums over rows takes beside its bytes, in bytes that could be moved meanwhile, for one sum and
-    for more: launches, programs that wait for each other, sums that do not fill the device.
+class Overhead:
+    """What backward with sums over rows takes in addition to its bytes, counted in bytes that could be moved meanwhile,
+    for one sum and for more: launches, programs that wait for each other, sums that do not fill the device.
 
     kernel:   on a generated kernel
     fused:    in Inductor's kernel that takes the sums with dx
@@ -50,7 +50,9 @@ class Beside:
 
 
 MEASURED = {
-    "sm_90": Beside(kernel=(50_000_000, 65_000_000), fused=(89_000_000, 136_000_000), separate=(59_000_000, 90_000_000))
+    "sm_90": Overhead(
+        kernel=(50_000_000, 65_000_000), fused=(89_000_000, 136_000_000), separate=(59_000_000, 90_000_000)
+    )
 }
 """By architecture. An H200 that copies at 4.2 TB/s, torch 2.11, Triton 3.6, bfloat16, seven shapes of 4,096 to 131,072
 rows and 128 to 8,192 columns: the kernels' medians, and the least of Inductor's (docs/benchmarks/h200-2026-11)."""
@@ -82,26 +84,55 @@ LARGE = 2**20
 `aten.layer_norm` and one of its spelled form; while the rows fit in the cache both take the same time."""
 
 
-def may_run(lowering: str) -> bool:
-    """Whether generated kernels may run on some device under an option `lowering`."""
-    return lowering == "triton" or (lowering == "auto" and bool(TESTED))
+def may_run(lowering: str) -> Callable[[Norm], bool]:
+    """Says whether a generated kernel may run a norm under an option `lowering`, of one graph that does not change
+    meanwhile."""
+    order: dict[Node, int] = {}
+
+    def may(norm: Norm) -> bool:
+        fake = value(norm.output)
+        if fake is None or fake.device.type != "cuda" or lowering == "inductor":
+            return False
+        if lowering == "triton" or architecture(fake.device) not in TESTED:
+            return lowering == "triton"
+        if not order:
+            order.update((node, i) for i, node in enumerate(norm.output.graph.nodes))
+        return promising(norm, order)
+
+    return may
 
 
 def spells(lowering: str) -> Callable[[Norm], bool]:
     """Says whether a norm that no rule touches becomes a canonical op: a LayerNorm in two passes on a CPU where that is
     faster, or a norm on a GPU for a kernel."""
+    may = may_run(lowering)
 
     def is_spelled(norm: Norm) -> bool:
         if norm.obstacle or norm.eps_place != "inside" or norm.axis is None:
             return False  # no canonical op says what it computes
         fake = value(norm.output)
         if fake is not None and fake.device.type == "cuda":
-            here = lowering == "triton" or (lowering == "auto" and architecture(fake.device) in TESTED)
-            return here and norm.kind in ("LayerNorm", "RMSNorm")
+            return norm.kind in ("LayerNorm", "RMSNorm") and may(norm)
         faster = lowering != "inductor" and norm.kind == "LayerNorm"
         return faster and faster_spelled(norm.output, torch.is_grad_enabled())
 
     return is_spelled
+
+
+def promising(norm: Norm, order: Mapping[Node, int]) -> bool:
+    """Whether a kernel may be predicted to be ahead for a norm of the graph as it was captured. One for which it is not
+    stays as it was written: Inductor's code for the canonical op is not always the better."""
+    out, fake = norm.output, tensor(norm.output)
+    if not torch.is_grad_enabled() or (norm.weight is None and norm.bias is None):
+        return False
+    if any(is_fusible(reader) or _casts(reader, out) for reader in readers_of(out)):
+        return False
+    sums = op_name(norm.input) == "aten::add.Tensor"  # the kernel takes it in
+    read = map(_behind_views, norm.input.all_input_nodes if sums else [norm.input])
+    if any(is_fusible(source) and not product_between(source, out, order) for source in read):
+        return False
+    rows, width = size_hint(entries(shape(out)[:-1]), (out,)), norm.size
+    return (architecture(fake.device) in MEASURED and rows >= MEASURED_ROWS) or _rereads(rows, width)
 
 
 def faster_spelled(out: Node, records: bool) -> bool:
@@ -125,7 +156,7 @@ def objection(spec: Spec, norm: Node, trains: bool, order: Mapping[Node, int]) -
     both = forward_cost(spec, rows, statistics=trains).bytes
     alone, fused = (1 + trains) * total(_hidden(norm, spec, order)), 0
     # measured between products, with no neighbour in Inductor's kernel
-    beside = MEASURED.get(here, Beside()) if seen >= MEASURED_ROWS and alone == 0 else Beside()
+    overhead = MEASURED.get(here, Overhead()) if seen >= MEASURED_ROWS and alone == 0 else Overhead()
     for part in () if not trains else (spec,) if spec.inner is None else (spec.last, spec.first):
         floor = backward_cost(part, rows, part.sum is not None, sympy.Integer(0)).bytes
         both += floor
@@ -136,10 +167,10 @@ def objection(spec: Spec, norm: Node, trains: bool, order: Mapping[Node, int]) -
         partial = sympy.Integer(sum_rows(part, launch, max(seen, 1), run.processors(device)))
         alone += backward_cost(part, rows, part.sum is not None, partial).bytes - floor
         alone += 0 if launch.persistent else again
-        fused += again if _rereads(part, seen) else 0
+        fused += again if _rereads(seen, part.entries) else 0
         more = len(part.sums) > 1
-        alone += beside.kernel[more]
-        fused += (beside.fused if _fuses(part, seen) else beside.separate)[more]
+        alone += overhead.kernel[more]
+        fused += (overhead.fused if _fuses(seen, part.entries) else overhead.separate)[more]
     alone, fused = alone + both, fused + both
     kernel, inductor = size_hint(alone, sized), size_hint(fused, sized)
     predicted = f"predicted as long as {inductor:,} bytes take, on a kernel {kernel:,}"
@@ -156,17 +187,17 @@ def _summed(spec: Spec) -> int:
     return own + (DTYPES[spec.x] if spec.x_bias else 0)
 
 
-def _rereads(spec: Spec, rows: int) -> bool:
+def _rereads(rows: int, width: int) -> bool:
     """Whether Inductor's backward with sums reads what is summed over rows from memory twice."""
-    return rows * spec.entries >= CACHED and not _fuses(spec, rows)
+    return rows * width >= CACHED and not _fuses(rows, width)
 
 
-def _fuses(spec: Spec, rows: int) -> bool:
+def _fuses(rows: int, width: int) -> bool:
     """Whether Inductor takes sums over rows in the kernel that computes dx."""
     config = torch._inductor.config  # torch 2.11 to 2.15
     can = config.triton.mix_order_reduction and not config.cpp_wrapper
-    shaped = rows >= FUSED_ROWS and spec.entries <= FUSED_WIDTH and (_FLAT_TOO or rows >= 2 * spec.entries)
-    return can and shaped and rows * spec.entries >= CACHED
+    shaped = rows >= FUSED_ROWS and width <= FUSED_WIDTH and (_FLAT_TOO or rows >= 2 * width)
+    return can and shaped and rows * width >= CACHED
 
 
 def _hidden(norm: Node, spec: Spec, order: Mapping[Node, int]) -> Iterator[sympy.Expr]:

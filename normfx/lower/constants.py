@@ -64,7 +64,7 @@ class FrozenTemplate:
         self.static = not any(isinstance(node.meta.get("val"), torch.SymInt) for node in inputs)
 
     def _fitting(self, useful: Sequence[Node], room: Rooms) -> list[Node]:
-        """Those of the weights whose copies fit, with the folds; the largest gain per byte goes first."""
+        """The weights whose copies fit next to the folds; the largest gain per byte goes first."""
         left: set[Node] = set()
         for device in {tensor(node).device for node in useful}:
             sizes = {node: _frozen_bytes(tensor(node)) for node in useful if tensor(node).device == device}

@@ -1,7 +1,7 @@
 """A rewritten graph and its kept folds → callable.
 
 kept:   the folds are inputs of the compiled graph, checked and refreshed at each call (weights/store.py)
-frozen: beside it a second variant in which all parameters are constants, so that Inductor prepacks weights and folds
+frozen: next to it a second variant in which all parameters are constants, so that Inductor prepacks weights and folds
         constants. It runs only while every parameter is what it was; when one changed, the kept variant takes over
         in that very call, and the frozen one is built again once the parameters have been stable for a while.
 """

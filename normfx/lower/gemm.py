@@ -1,7 +1,7 @@
 """Which library multiplies by kept and frozen weights on a CPU.
 
 Inductor's freezing packs half precision weights for oneDNN and float32 weights for MKL. Where oneDNN is the faster of
-the two (on an AMD EPYC, rows × in × out = 128 × 768 × 2304: 2.1 against 3.4 ms, with pointwise ops fused behind it on
+the two (on an AMD EPYC, rows × in × out = 128 × 768 × 2304: 2.1 against 3.4 ms, with pointwise ops fused after it on
 top), the frozen variant is packed for oneDNN altogether.
 """
 
@@ -17,6 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normfx.lower.measurements import least
+
+FILE = "packed"
 ROWS, IN, OUT = 128, 512, 1024
 REPEATS, SECONDS = 7, 0.15
 """Turns of each call at least, and for how long more are taken: other programs on the same cores slow most of them."""
@@ -44,8 +47,8 @@ def packing() -> Iterator[None]:
 
 @functools.cache
 def onednn_is_faster() -> bool:
-    """Whether a packed oneDNN linear is as fast as a packed MKL one in float32 here, or faster; measured once per
-    process, in 0.2 s. Where both are equal oneDNN's takes less memory: as much as the weight. MKL's takes 1.5 times
+    """Whether a packed oneDNN linear is as fast as a packed MKL one in float32 here, or faster; measured by a few
+    processes, in 0.2 s. Where both are equal oneDNN's takes less memory: as much as the weight. MKL's takes 1.5 times
     (768 × 50,257) to 4 times (768 × 768) as much, and the product reads the weight itself too."""
     mkl_backend: Any = torch.backends.mkl
     if not onednn_works(torch.float32) or not mkl_backend.is_available():
@@ -53,8 +56,9 @@ def onednn_is_faster() -> bool:
     with torch.inference_mode(False), torch.no_grad():
         x, weight, bias = _layer(torch.float32)
         mkl = torch.ops.mkl._mkl_reorder_linear_weight(weight, ROWS)
-        speed = _speed(packed_product(x, weight, bias), lambda: torch.ops.mkl._mkl_linear(x, mkl, weight, bias, ROWS))
-        return speed > 1 / MARGIN
+        calls = packed_product(x, weight, bias), lambda: torch.ops.mkl._mkl_linear(x, mkl, weight, bias, ROWS)
+        onednn, other = least(FILE, "float32 packed, oneDNN and MKL", lambda: _best(*calls))
+        return other / onednn > 1 / MARGIN
 
 
 def packed_is_faster(dtype: torch.dtype) -> bool:
@@ -76,13 +80,14 @@ def packed_gain(dtype: torch.dtype) -> float:
 
 @functools.cache
 def _seconds(dtype: torch.dtype) -> tuple[float, float]:
-    """Seconds of a packed oneDNN linear (infinity where there is none) and of ATen's `addmm`, measured once per process
-    and dtype, in 0.2 s."""
+    """Seconds of a packed oneDNN linear (infinity where there is none) and of ATen's `addmm`, measured by a few
+    processes, in 0.2 s."""
     if not onednn_works(dtype):
         return float("inf"), 1.0
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         x, weight, bias = _layer(dtype)
-        return _best(packed_product(x, weight, bias), lambda: torch.addmm(bias, x, weight.t()))
+        calls = packed_product(x, weight, bias), lambda: torch.addmm(bias, x, weight.t())
+        return least(FILE, f"{dtype}, packed and addmm", lambda: _best(*calls))
 
 
 def onednn_works(dtype: torch.dtype) -> bool:
@@ -104,12 +109,6 @@ def packed_product(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], Tens
     """A call of oneDNN's linear, its weight packed beforehand."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
     return lambda: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-
-
-def _speed(one: Callable[[], Tensor], other: Callable[[], Tensor]) -> float:
-    """Speed of one call relative to another."""
-    best = _best(one, other)
-    return best[1] / best[0]
 
 
 def _best(one: Callable[[], Tensor], other: Callable[[], Tensor]) -> tuple[float, float]:

@@ -75,7 +75,7 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], patches: Mappi
 
 @functools.cache
 def _digest() -> str:
-    """Of the meaning of normfx's ops: AOTAutograd's cache knows them by name, and would hand out what an earlier
+    """A digest of what normfx's ops compute: AOTAutograd's cache knows them by name, and would hand out what an earlier
     version of them compiled to."""
     return hashlib.sha256("".join(map(inspect.getsource, MEANING)).encode()).hexdigest()[:16]
 

@@ -55,7 +55,7 @@ PACKED_LINEAR = define(
     "CPU",
     (torch.Tag.flexible_layout,),
 )
-# what a graph is given in place of a packed weight is its handle
+# what a graph is given instead of a packed weight is its handle
 library.register_fake(PACK, lambda weight, out: weight.new_empty(1, dtype=torch.int64))
 library.register_fake(PACKED_LINEAR, lambda x, handle, bias, features: x.new_empty((*x.shape[:-1], features)))
 

@@ -1,29 +1,24 @@
 """Which library multiplies two float32 matrices faster on this machine: measured once for each class of shapes.
 
 A class has sizes rounded to powers of two and the layouts of both operands; rows and columns of large products count as
-fewer, which changes the time but hardly the rate. What was measured is kept in Inductor's cache folder, under the
-processor, the number of threads and the version of torch; another process reads it there.
+fewer, which changes the time but hardly the rate. What was measured is kept for other processes (measurements.py).
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import math
-import os
-import platform
-import tempfile
-import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._inductor.runtime.cache_dir_utils import cache_dir  # private; torch 2.11 to 2.15
 from torch.utils._python_dispatch import _disable_current_modes
+
+from normfx.lower import measurements
+
+FILE = "products"
 
 ROUNDS = 7
 SECONDS = 0.2
@@ -60,18 +55,20 @@ def onednn_is_faster(product: Product) -> bool:
     """Whether oneDNN beats ATen at products of this class, by MARGIN."""
     of_class = _class(product)
     key = " ".join(map(str, map(int, of_class)))
-    with _lock:
-        known = _read()
-        if key not in known:
+    with measurements.LOCK:
+        known = measurements.read(FILE)
+        if not isinstance(known.get(key), float):
             known[key] = _measure(of_class)
-            _write(known)
-        return known[key] >= MARGIN
+            measurements.write(FILE, known)
+        ratio: float = known[key]
+        return ratio >= MARGIN
 
 
 def measured() -> dict[Product, float]:
     """What is known of this machine: for each class, ATen's time divided by oneDNN's."""
-    with _lock:
-        numbers = {tuple(map(int, key.split())): ratio for key, ratio in _read().items()}
+    with measurements.LOCK:
+        known = measurements.read(FILE).items()
+        numbers = {tuple(map(int, key.split())): ratio for key, ratio in known if isinstance(ratio, float)}
     return {Product(r, i, c, bool(ta), bool(tb)): ratio for (r, i, c, ta, tb), ratio in numbers.items()}
 
 
@@ -86,51 +83,6 @@ def _class(product: Product) -> Product:
         else:
             columns //= 2
     return product._replace(rows=rows, inner=inner, columns=columns)
-
-
-_lock = threading.RLock()
-os.register_at_fork(after_in_child=lambda: globals().update(_lock=threading.RLock()))
-
-_known: dict[Path, dict[str, float]] = {}
-
-
-def _path() -> Path:
-    machine = (platform.processor(), _processor(), torch.__version__, torch.get_num_threads())
-    return Path(cache_dir()) / "normfx" / f"products-{hashlib.sha256(repr(machine).encode()).hexdigest()[:16]}.json"
-
-
-@functools.cache
-def _processor() -> str:
-    """The model and the instruction sets of the processor, as far as torch and the system tell."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return capability
-    return capability + next((line.partition(":")[2] for line in lines if line.startswith("model name")), "")
-
-
-def _read() -> dict[str, float]:
-    path = _path()
-    if path not in _known:
-        try:
-            found = json.loads(path.read_text())
-        except (OSError, ValueError):
-            found = {}
-        _known[path] = {k: v for k, v in found.items() if isinstance(v, float)} if isinstance(found, dict) else {}
-    return _known[path]
-
-
-def _write(known: dict[str, float]) -> None:
-    """Replace the file as a whole; a folder that cannot be written to costs the next process its own measurement."""
-    path = _path()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(known, file)
-        os.replace(file.name, path)
-    except OSError:
-        return
 
 
 def _measure(product: Product) -> float:

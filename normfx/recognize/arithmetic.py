@@ -58,7 +58,7 @@ def _addcmul(call: Call) -> Flow | None:
 
 @op("masked_fill.Scalar")
 def _masked_fill(call: Call) -> Flow | None:
-    """With zeros alone: another number would stand where a centred row has 0."""
+    """Accepts zeros alone: another number would stand where a centred row has 0."""
     if call.args["value"] != 0 or not call.constant(call.args["mask"]):
         return None
     return one(call.args["self"], call.inside(call.args["self"]))

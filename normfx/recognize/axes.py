@@ -18,7 +18,7 @@ Shape = Sequence["int | torch.SymInt"]
 def reshape_axis(have: Shape, want: Shape, axis: Axis) -> Axis | None:
     """The axis of a value of shape `have` in its reshape to `want`; None when it is cut or merged crosswise.
 
-    Row-major order: the axis has stride s = (product of the dimensions behind it)·inner and s·size entries to its end;
+    Row-major order: the axis has stride s = (product of the dimensions after it)·inner and s·size entries to its end;
     the dimension of `want` that holds it must begin at a stride dividing s and end at a multiple of s·size.
     """
     stride = sympy.Integer(axis.inner)

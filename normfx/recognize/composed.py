@@ -45,7 +45,7 @@ def is_autocast_neutral(node: Node) -> bool:
 
 
 def _behind(node: Node, storages: dict[Node, frozenset[int]]) -> Iterator[Node]:
-    """The node and the computing nodes behind it."""
+    """The node and the computing nodes it is made of."""
     seen: set[Node] = set()
     work = [node]
     while work:

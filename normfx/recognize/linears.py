@@ -116,7 +116,7 @@ def _einsum(call: Call) -> Flow | None:
 
 
 def einsum_letters(equation: str, ndims: Sequence[int], ndim: int) -> tuple[list[list[str]], list[str]] | None:
-    """The letter of each dimension of each operand and of the output; dimensions behind "..." are named by number."""
+    """The letter of each dimension of each operand and of the output; dimensions after "..." are named by number."""
     left, arrow, right = equation.replace(" ", "").partition("->")
     if not arrow or ("..." in right and "..." not in left):
         return None

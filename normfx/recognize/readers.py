@@ -15,7 +15,7 @@ from normfx.recognize.flow import CASTS, CONVOLUTIONS, PARTS, RESHAPES, Constant
 
 ROW_OPS = (
     RESHAPES
-    | (CASTS - {"aten::detach"})  # γ and β behind it would get gradients that they do not have
+    | (CASTS - {"aten::detach"})  # through it γ and β would get gradients that they do not have
     | PARTS
     | {
         "aten::permute", "aten::transpose.int", "aten::t", "aten::mT", "aten::swapaxes", "aten::movedim.int",

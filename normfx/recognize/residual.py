@@ -81,7 +81,7 @@ def _obstacle(norm: Norm, add: Node, terms: Mapping[str, Node], facts: Facts) ->
 
 
 def _same_place(node: Node, other: Node, facts: Facts) -> bool:
-    """In one gradient mode, and recomputed together if at all."""
+    """Whether both run in one gradient mode, and are recomputed together if at all."""
     return facts.modes[node] == facts.modes[other] and region_of(node) == region_of(other)
 
 

@@ -27,7 +27,7 @@ from normfx.recognize.rows import (
 
 HALF = Fraction(1, 2)
 HANDLERS: dict[str, Handler] = {}
-"""By op name."""
+"""The handlers, by op name."""
 
 
 def handles(*names: str) -> Callable[[Handler], Handler]:

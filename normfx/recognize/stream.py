@@ -127,7 +127,7 @@ def _mark_raw(graph: Graph, region: _Region) -> None:
 
 
 def _enter_late(graph: Graph, region: _Region) -> None:
-    """An activation that ops make smaller on its way into a stream enters behind them: centring it is cheaper there.
+    """An activation that ops make smaller on its way into a stream enters after them: centring it is cheaper there.
     Token-mixing linears and poolings are such ops."""
     for node in graph.nodes:
         origin, chain = _origin(node, region)
@@ -137,7 +137,7 @@ def _enter_late(graph: Graph, region: _Region) -> None:
 
 
 def _origin(node: Node, region: _Region) -> tuple[Node | None, list[Node]]:
-    """The activation that alone goes into a value of a stream, and the ops between, which nobody else reads."""
+    """The activation that alone goes into a value of a stream, and the ops between, which nothing else reads."""
     chain: list[Node] = []
     while region.blind(node) and value(node) is not None and len(region.flows[node].carried) == 1:
         chain.append(node)
@@ -261,7 +261,7 @@ def _scaled_writer(
     node: Node, axis: Axis, users: list[Node | Norm], region: _Region
 ) -> tuple[tuple[tuple[Node, Axis], ...], Node] | None:
     """(What stands between λ's product and the linear, which is last; λ) when the node is λ ⊙ linear with a parameter λ
-    over the whole feature axis, and nobody else reads either (M11). Ops that pass rows on may stand between."""
+    over the whole feature axis, and nothing else reads either (M11). Ops that pass rows on may stand between."""
     if op_name(node) != "aten::mul.Tensor" or set(entry_readers(node)) - _graph_users(users):
         return None
     args = arguments(node)

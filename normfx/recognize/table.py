@@ -80,7 +80,7 @@ def _is_number(operand: Any) -> bool:
 
 Handler = Callable[[Call], Flow | None]
 TABLE: dict[str, Handler] = {}
-"""By op name."""
+"""The handlers, by op name."""
 
 
 def op(*names: str) -> Callable[[Handler], Handler]:
@@ -137,14 +137,14 @@ class Constants:
         self._depth = 0
 
     def broadcast(self, operand: Any, ndim: int, axis: Axis) -> bool:
-        """Of an operand broadcast to `ndim` dimensions: a number, one entry along the axis, or proved."""
+        """Whether an operand, broadcast to `ndim` dimensions, is a number, has one entry on the axis, or is proved."""
         if value(operand) is None:
             return not isinstance(operand, (list, tuple))
         inside = expand_axis(operand, ndim, axis)
         return inside is None or self.along(operand, inside)
 
     def along(self, node: Node, axis: Axis) -> bool:
-        """Of a value, along an axis of its own."""
+        """Whether a value is proved, along an axis of its own."""
         key = (node, axis)
         if key not in self._known:
             if self._depth == DEPTH:

@@ -87,7 +87,7 @@ RULE = Rule(
     source="maths M17",
     codes={
         "live": Code(
-            "its gradient is needed, or folds are live, so the weight is computed in every call",
+            "the weight's gradient is needed or folds are live, so it is computed in every call",
             "run inference under torch.no_grad(), with options={'fold': 'auto'}",
         ),
         "leaves": Code(
@@ -95,13 +95,14 @@ RULE = Rule(
             "return a copy: weight.clone()",
         ),
         "autocast": Code(
-            "its ops may run in lower precision under autocast", "none needed: the weight is computed in every call"
+            "the ops that compute the weight may run in lower precision under autocast",
+            "none needed: the weight is computed in every call",
         ),
         "packed_weight": Code(
             "the weight is stored in fewer bits than it is computed in: kept, it would be stored unpacked",
             "none needed: the weight is computed in every call",
         ),
-        "small": Code("computing it costs less than looking after it", "none needed"),
+        "small": Code("computing the weight costs less than keeping it", "none needed"),
     },
     identity=identity,
     candidates=candidates,

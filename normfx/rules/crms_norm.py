@@ -55,7 +55,7 @@ class Compressed:
 
     @property
     def values(self) -> Mapping[Node, Axis]:
-        """Every value that gets another width: inside the stream, behind its norms, and between a writer and its λ."""
+        """Every value that gets another width: inside the stream, after its norms, and between a writer and its λ."""
         inside = dict(self.stream.axes)
         for readers in self.readers:
             inside.update(readers.axes)
@@ -65,7 +65,7 @@ class Compressed:
 
 
 def identity(symbols: Symbols, d: int) -> Iterable[tuple[Any, Any]]:
-    """Of a writer, a skip, γ, β and a reader, in both bases: the output, and its derivative by every parameter.
+    """The output, and its derivative by every parameter, of a writer, a skip, γ, β and a reader, in both bases.
 
     The output is N/√S + c. By the quotient rule its derivatives are equal where those of N·S − … are, polynomials.
     """
@@ -107,7 +107,7 @@ def guard(site: Compressed, so_far: SoFar) -> Iterator[Objection]:
     for readers in site.readers:
         if readers not in folded:
             yield from _objections(readers)
-    written = {norm.output for norm in site.stream.norms}  # anew
+    written = {norm.output for norm in site.stream.norms}  # computed at the new width
     rigid = [n for n, axis in site.values.items() if n not in written and not resizable(n, axis, site.size)]
     reads = [user for node, axis in site.values.items() for user in node.users if reads_size(user, axis)]
     found = (*rigid, *reads, *_wide(site), *_outside(site))
@@ -228,15 +228,15 @@ RULE = Rule(
     source="Jiang et al. 2023, section 3.2",
     codes={
         "not_centred": Code(
-            "the stream is not centred, so that no entry of a row follows from the others",
+            "the stream is not centred, so no entry of a row can be computed from the others",
             "see the refusal of pre_rms_norm or linear_norm",
         ),
         "split_features": Code(
-            "the features share a dimension with something else on the way",
+            "in some op of the stream the features share a dimension with something else",
             "keep the features in a dimension of their own",
         ),
         "reader_not_linear": Code(
-            "something other than a linear over the norm's features reads its output, which needs all d entries",
+            "an op other than a linear over the norm's features reads its output, which needs all d entries",
             "none needed: the stream keeps its width",
         ),
         "affine_stays": Code(
@@ -246,7 +246,7 @@ RULE = Rule(
         "packed_weight": fold_affine.PACKED,
         "rounded_weight": fold_affine.ROUNDED,
         "fixed_width": Code(
-            "an op on the way takes the width from elsewhere, or something reads it",
+            "an op in the stream takes a size from elsewhere, or the width itself is read",
             "write sizes as numbers, or −1, in view, reshape and expand",
         ),
     },

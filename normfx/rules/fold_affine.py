@@ -175,7 +175,7 @@ class _Statistics(nn.Module):
 
 
 class _Shared(nn.Module):
-    """One linear behind two norms with their own γ and β (WideNet-like)."""
+    """One linear after two norms with their own γ and β (WideNet-like)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -207,22 +207,22 @@ RULE = Rule(
         "live_weights": centring.CODES["live_weights"],
         "packed_weight": PACKED,
         "shared_weight": Code(
-            "a reader's weight is shared with a reader behind a norm of other γ or β: each would need a copy of it",
+            "a reader's weight is shared with a reader of a norm with other γ or β: each would need a copy of it",
             "none needed: γ and β stay in the norm",
         ),
         "rounded_weight": ROUNDED,
         "rounded_shift": Code(
-            "a reader computes in half precision, which rounds c + Wβ: β may be much longer than what c loses so",
+            "a reader computes in half precision, and c + Wβ may lose more digits to rounding than c does",
             "none needed: γ and β stay in the norm; a norm without a bias is folded",
         ),
         "short_range": Code(
-            "a reader computes in float16, in whose range W·γ may not lie where W and γ do",
+            "a reader computes in float16, and W·γ may leave its range although W and γ do not",
             "none needed: γ stays in the norm; under bfloat16 autocast it is folded",
         ),
         "no_affine": Code("the norm has neither weight nor bias", "none needed"),
-        "returned": Code("the norm's output leaves the graph", "none needed: γ and β stay in the norm"),
+        "returned": Code("the graph returns the norm's output", "none needed: γ and β stay in the norm"),
         "reader_not_linear": Code(
-            "something other than a linear over the norm's features reads its output",
+            "an op other than a linear over the norm's features reads its output",
             "none needed: γ and β stay in the norm",
         ),
     },

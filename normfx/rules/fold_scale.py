@@ -2,7 +2,7 @@
 
     (γ ⊙ x·rstd + β)·k  ==  γ ⊙ x·(k·rstd) + k·β
 
-One multiplication a row in place of one an entry. Source: maths M10; LayerNorm Scaling ("The Curse of Depth in Large
+One multiplication per row instead of one per entry. Source: maths M10; LayerNorm Scaling ("The Curse of Depth in Large
 Language Models", Sun et al. 2025) is its usual customer.
 """
 

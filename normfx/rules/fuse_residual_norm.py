@@ -139,7 +139,7 @@ RULE = Rule(
         "several_axes": centring.CODES["several_axes"],
         "mutated": centring.CODES["mutated"],
         "broadcast": Code(
-            "the sum is not of two values of its own shape and dtype",
+            "the residual add broadcasts or mixes dtypes",
             "none needed: the sum is computed before the norm",
         ),
         "gradient_mode": Code(
@@ -151,7 +151,7 @@ RULE = Rule(
             "none needed: the sum is kept, and the norm is computed again from it",
         ),
         "read_before": Code(
-            "the sum is read before the norm's weight or bias is computed, and in another mode: they cannot move",
+            "the sum is read before the norm's weight or bias is computed, in another mode, so neither can be moved",
             "compute the norm's weight before the residual add",
         ),
         "centred_copy": Code(

@@ -130,7 +130,7 @@ class Rule(Generic[S]):
     default:              among the default rules; of one that is not, the report says nothing unless it is asked for
     makes_rms_norms:      the LayerNorms that it is applied to become RMSNorms
     exported:             it is applied to exported programs too (normfx.rewrite)
-    for_kernels:          on a GPU it serves generated kernels alone; where none may run, its sites are not decided
+    for_kernels:          on a GPU it serves generated kernels alone: not decided where none may run a site's norm
     options:              options of its own that a user may give, each with its values, the default first
     summary:              what the report says first of the {norms} that it was applied to: "{norms} {are} …"
     """

@@ -37,7 +37,7 @@ class Family:
 
 def moved(model: nn.Module) -> nn.Module:
     """The model with its norms, biases and scales, and whatever else is constant when fresh, moved off their ones and
-    zeros, and its weights as large as keeps rows of unit size: with ones, or where what a norm makes vanishes behind
+    zeros, and its weights as large as keeps rows of unit size: with ones, or where what a norm makes vanishes after
     small weights, a wrong fold would not show."""
     with torch.no_grad():
         for p in model.parameters():

@@ -33,7 +33,7 @@ normfx survey --train                  # gradients recorded, folds counted as fr
 ```
 
 Each family is captured by Dynamo in eval, without gradients, with the default options under `strict`, and each
-rewritten graph is run without a compiler beside the original in float64. **error** is the largest difference relative
+rewritten graph is run without a compiler next to the original in float64. **error** is the largest difference relative
 to the largest entry of an output; above 1e-9 the family has failed, and the exit status is 1. What a model asks for in
 float32 by name is computed in float64 on both sides, and the whole is compared with the model as it is.
 

@@ -144,7 +144,7 @@ def _difference(what: str, actual: list[Tensor], expected: list[Tensor], toleran
     """The largest error relative to each output's largest entry. Raises VerifyError where it is above the tolerance."""
     shapes, wanted = ([(x.dtype, x.shape) for x in outputs] for outputs in (actual, expected))
     if shapes != wanted:
-        raise VerifyError(f"{what} returns {shapes} in place of {wanted}")
+        raise VerifyError(f"{what} returns {shapes} instead of {wanted}")
     worst = 0.0
     for got, want in zip(actual, expected, strict=True):
         if not torch.equal(got.isfinite(), want.isfinite()):

@@ -62,7 +62,7 @@ class _Name(str):
 
 
 def _order(node: Node, leaves: Mapping[Node, Any]) -> list[Node]:
-    """The node, what it needs before it; leaves included, nothing behind them. Without recursion: chains are long."""
+    """The node, after what it needs; leaves included, not what leaves need. Without recursion: chains are long."""
     found: dict[Node, None] = {}
     work = [(node, False)]
     while work:

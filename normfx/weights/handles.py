@@ -26,5 +26,5 @@ def value_of(handle: Tensor) -> Tensor:
 
 
 def size_in_bytes(value: Tensor) -> int:
-    """Of a kept value, or of what its handle stands for."""
+    """The bytes of a kept value, or of what its handle stands for."""
     return _VALUES.get(value.data_ptr(), value).nbytes

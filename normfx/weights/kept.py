@@ -34,7 +34,7 @@ def records_gradients(graph: Graph) -> bool:
 def keepable(
     graph: Graph, weights: frozenset[Node], trained: frozenset[Node], everywhere: bool = True
 ) -> frozenset[Node]:
-    """Those of the weights whose folds may be kept: no one asks for their gradient, in the present gradient mode.
+    """The weights whose folds may be kept: their gradient is not asked for, in the present gradient mode.
 
     weights:    parameters, buffers and constants; `trained`: those that want a gradient
     everywhere: also where looking at the parameters is slow or not exact: on devices, where it waits for them and looks
@@ -65,7 +65,7 @@ def _fake(node: Node) -> torch.Tensor:
 def kept_values(graph: Graph, free: frozenset[Node]) -> tuple[Kept, ...]:
     """The largest expressions on the keepable weights `free` that contain a fold or a baked node.
 
-    Views are left in the graph, behind the kept value. Nothing is kept that shares memory with what the graph returns
+    Views are left in the graph, after the kept value. Nothing is kept that shares memory with what the graph returns
     or writes: it would change under the caller.
     """
     known = parameter_only(graph, free)

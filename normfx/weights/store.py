@@ -58,7 +58,7 @@ class Entry:
 
     @property
     def expired(self) -> bool:
-        """Whether a source is gone, so that no one can ask for this value again."""
+        """Whether a source is gone, so that no caller can ask for this value again."""
         return any(source.expired() for source in self.sources)
 
 
@@ -117,7 +117,7 @@ class Store:
 STORE = Store()
 
 if hasattr(os, "register_at_fork"):
-    # a refresh is finished first: a child would inherit half of it, and a lock that no one releases
+    # a refresh is finished first: a child would inherit half of it, and a lock that is never released
     os.register_at_fork(
         before=STORE.lock.acquire, after_in_parent=STORE.lock.release, after_in_child=STORE.lock.release
     )
@@ -230,7 +230,7 @@ class Folds:
             return latest.values
         if not all(map(is_ordinary, sources)):
             return tuple(fold.compute(sources) for fold in self.folds)
-        with STORE.lock, _disable_current_modes():  # whoever looks at the caller's operations must not see these
+        with STORE.lock, _disable_current_modes():  # a mode of the caller's must not see these operations
             binding = self._find(sources)
             if binding is not None:
                 return self._refreshed(binding, sources)
@@ -263,7 +263,7 @@ class Folds:
             wait_for(self._devices)  # other streams may still read what is overwritten
             for k in stale:
                 self._compute(self.folds[k], binding.entries[k], sources)
-            wait_for(self._devices)  # and whoever finds the values up to date may be on another stream
+            wait_for(self._devices)  # and the next caller that finds the values up to date may be on another stream
             for k in stale:
                 binding.entries[k].seen = wanted[k]
             binding.values = tuple(entry.value for entry in binding.entries if entry.value is not None)
@@ -321,7 +321,7 @@ class Folds:
         return binding
 
     def _entry(self, k: int, binding: _Binding, old: Sequence[_Binding]) -> Entry:
-        """The entry of fold k: shared, or new, and then in the memory of one that no one asks for any more."""
+        """The entry of fold k: shared, or new, and then in the memory of one that is no longer asked for."""
         fold = self.folds[k]
         identities = tuple(binding.watch.identities[i] for i in fold.sources)
 
@@ -343,7 +343,7 @@ class Folds:
                 self.retire(binding)
 
     def retire(self, binding: _Binding) -> None:
-        """Let go of a parameter set that no one can come with again."""
+        """Let go of a parameter set that no caller can pass again."""
         if self._latest is binding:
             self._latest = None
         self._bindings.pop(binding.watch.identities, None)

@@ -77,7 +77,7 @@ class Watch:
 
     @property
     def expired(self) -> bool:
-        """Whether the memory of any of the tensors was freed, so that no one can come with all of them again."""
+        """Whether the memory of any of the tensors was freed, so that no caller can pass all of them again."""
         return any(reference.expired() for reference in self.references.values())
 
     def moved(self, other: Watch) -> bool:

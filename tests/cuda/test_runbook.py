@@ -41,11 +41,11 @@ def test_dry_run(script: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "this was a dry run" in lines[-1] and any(line.startswith("== passed: ") for line in lines)
     said = r"^== dry run, not run{}: .*: timeout (\d+) "
-    alone, beside = (
-        [int(n) for n in re.findall(said.format(how), done.stdout, re.MULTILINE)] for how in ("", ", beside others")
+    alone, background = (
+        [int(n) for n in re.findall(said.format(how), done.stdout, re.MULTILINE)] for how in ("", ", in the background")
     )
-    assert alone or beside
-    assert sum(alone) + max(beside, default=0) + 20 <= LIMIT
+    assert alone or background
+    assert sum(alone) + max(background, default=0) + 20 <= LIMIT
     assert (tmp_path / "results" / f"{script.stem}.log").read_text() == done.stdout
     if script.name.startswith("1"):
         collected = [line for line in lines if line.startswith("tests/test_gpu.py::")]

@@ -17,13 +17,13 @@ if [ "$DRY_RUN" = 1 ]; then
     step 120 "norms" "${bench[@]}" "${norms[@]}" --dry-run
     step 300 "models" "${bench[@]}" "${models[@]}" --dry-run
 fi
-beside 150 "kernels" "${test[@]}" -k "hard_values or 32_bits or 768-bfloat16 or 4096-bfloat16 or 32768-bfloat16"
-beside 150 "models and kept folds" "${test[@]}" ${parallel[@]+"${parallel[@]}"} -k "not (float64 or hard_values or 32_bits)"
-beside 150 "times of norms" "${bench[@]}" "${norms[@]}"
-beside 150 "times of models" "${bench[@]}" "${models[@]}"
-beside 150 "memcheck" "$PYTHON" tests/cuda/runbook/sanitized.py memcheck "$OUT/first-memcheck.log" --every 9
-beside 150 "profile" "${profiled[@]}" --trace "$OUT/first-profile.json"
-beside 150 "counters" ncu --clock-control none --set detailed --kernel-name regex:backward --launch-skip 2 \
+background 150 "kernels" "${test[@]}" -k "hard_values or 32_bits or 768-bfloat16 or 4096-bfloat16 or 32768-bfloat16"
+background 150 "models and kept folds" "${test[@]}" ${parallel[@]+"${parallel[@]}"} -k "not (float64 or hard_values or 32_bits)"
+background 150 "times of norms" "${bench[@]}" "${norms[@]}"
+background 150 "times of models" "${bench[@]}" "${models[@]}"
+background 150 "memcheck" "$PYTHON" tests/cuda/runbook/sanitized.py memcheck "$OUT/first-memcheck.log" --every 9
+background 150 "profile" "${profiled[@]}" --trace "$OUT/first-profile.json"
+background 150 "counters" ncu --clock-control none --set detailed --kernel-name regex:backward --launch-skip 2 \
     --launch-count 1 --csv --log-file "$OUT/first-ncu.csv" "${profiled[@]}"
-together
+wait_all
 finish

@@ -10,13 +10,13 @@ if [ "$DRY_RUN" = 1 ]; then
     step 300 "collected" "${test[@]}" --collect-only
 fi
 if phase kernels; then
-    beside 420 "kernels" "${test[@]}" --deadline 380 $(side_by_side 3) -k "$kernels"
+    background 420 "kernels" "${test[@]}" --deadline 380 $(side_by_side 3) -k "$kernels"
 fi
 if phase models; then
     # each of these would start as many compilers as there are cores
-    TORCHINDUCTOR_COMPILE_THREADS=2 beside 420 "models" "${test[@]}" --deadline 380 $(side_by_side 6) -k "not ($kernels)"
+    TORCHINDUCTOR_COMPILE_THREADS=2 background 420 "models" "${test[@]}" --deadline 380 $(side_by_side 6) -k "not ($kernels)"
 fi
-together
+wait_all
 if grep -q "no time was left for it" "$LOG"; then failed+=("tests were left out, for want of time: run it again, it has compiled"); fi
 if [ "$DRY_RUN" != 1 ] && [ ${#failed[@]} = 0 ]; then
     say "with 4_sanitizer.sh passed too, this architecture belongs into TESTED (normfx/lower/choice.py):" \

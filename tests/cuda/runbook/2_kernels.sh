@@ -31,7 +31,7 @@ each() {
                 # a check compiles what is timed later, and finds what is wrong before
                 for op in ${ops//,/ }; do
                     for task in ${passes//,/ }; do
-                        beside 220 "compiling $name: $op $task" "${bench[@]}" --check --ops "$op" --passes "$task" "${@:2}" \
+                        background 220 "compiling $name: $op $task" "${bench[@]}" --check --ops "$op" --passes "$task" "${@:2}" \
                             --output "$OUT/check-$name-$op-$task"
                     done
                 done
@@ -43,7 +43,7 @@ each() {
 if [ "$DRY_RUN" = 1 ]; then each dry-run; fi
 if phase compile; then
     each compile
-    together
+    wait_all
 fi
 if phase measure; then each measure; fi
 finish

@@ -22,11 +22,11 @@ fi
 if phase compile; then
     while read -r model batch; do
         size=(--models "$model" --batches "$batch" --rounds 2)
-        if asked training; then beside 220 "compiling $model, training" "${bench[@]}" "${size[@]}" "${trained[@]}" --output "$OUT/check-$model-t"; fi
-        if asked forward; then beside 220 "compiling $model, forward" "${bench[@]}" "${size[@]}" "${called[@]}" --output "$OUT/check-$model-f"; fi
+        if asked training; then background 220 "compiling $model, training" "${bench[@]}" "${size[@]}" "${trained[@]}" --output "$OUT/check-$model-t"; fi
+        if asked forward; then background 220 "compiling $model, forward" "${bench[@]}" "${size[@]}" "${called[@]}" --output "$OUT/check-$model-f"; fi
     done < <(batches)
-    if asked one; then beside 220 "compiling for single inputs" "${bench[@]}" "${one[@]}" --rounds 2 --output "$OUT/check-one"; fi
-    together
+    if asked one; then background 220 "compiling for single inputs" "${bench[@]}" "${one[@]}" --rounds 2 --output "$OUT/check-one"; fi
+    wait_all
 fi
 if phase measure; then
     while read -r model batch; do

@@ -10,8 +10,8 @@ if [ "$DRY_RUN" = 1 ]; then
 fi
 for tool in memcheck racecheck; do
     for ((part = 0; part < PARTS; part++)); do
-        beside 560 "$tool, part $part of $PARTS" "${sanitized[@]}" $tool "$OUT/sanitizer-$tool-$part.log" --every "$PARTS" --from $part
+        background 560 "$tool, part $part of $PARTS" "${sanitized[@]}" $tool "$OUT/sanitizer-$tool-$part.log" --every "$PARTS" --from $part
     done
 done
-together
+wait_all
 finish

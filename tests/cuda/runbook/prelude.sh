@@ -50,9 +50,9 @@ device() {
     if [ "$DRY_RUN" = 1 ]; then say "dry run, not run: $2: timeout $1 ${*:3}"; else step "$@"; fi
 }
 
-# beside SECONDS WHAT COMMAND…: a step that needs a device but not alone, begun now; `together` waits for these
-beside() {
-    if [ "$DRY_RUN" = 1 ]; then say "dry run, not run, beside others: $2: timeout $1 ${*:3}"; return; fi
+# background SECONDS WHAT COMMAND…: a step that needs a device but not alone, begun now; `wait_all` waits for these
+background() {
+    if [ "$DRY_RUN" = 1 ]; then say "dry run, not run, in the background: $2: timeout $1 ${*:3}"; return; fi
     local limit=$1 what=$2 part=${LOG%.log}-${#begun[@]}.log
     shift 2
     say "begun: $what: $*"
@@ -70,8 +70,8 @@ begun=()
 # phase NAME: whether this part of the script is to be run
 phase() { [ -z "$PHASE" ] || [ "$PHASE" = "$1" ]; }
 
-# together: waits for what was begun, says how each ended, and takes its output into the log
-together() {
+# wait_all: waits for what was begun, says how each ended, and takes its output into the log
+wait_all() {
     local each process part what status
     for each in ${begun[@]+"${begun[@]}"}; do
         read -r process part what <<<"$each"

@@ -1,0 +1,93 @@
+"""Numbers measured on this machine, kept for other processes in Inductor's cache folder.
+
+A file belongs to the processor, the number of threads and the version of torch, and holds one JSON object.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import platform
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._inductor.runtime.cache_dir_utils import cache_dir  # private; torch 2.11 to 2.15
+
+LOCK = threading.RLock()
+"""Held from reading a file to writing it."""
+os.register_at_fork(after_in_child=lambda: globals().update(LOCK=threading.RLock()))
+
+_known: dict[Path, dict[str, Any]] = {}
+
+PROCESSES = 3
+"""So many processes measure a pair of times, and the least of each counts: other programs that run on the same cores
+while one process measures would else decide for all later ones."""
+
+Pair = tuple[float, float]
+
+
+def path(name: str) -> Path:
+    machine = (platform.processor(), _processor(), torch.__version__, torch.get_num_threads())
+    return Path(cache_dir()) / "normfx" / f"{name}-{hashlib.sha256(repr(machine).encode()).hexdigest()[:16]}.json"
+
+
+@functools.cache
+def _processor() -> str:
+    """The model and the instruction sets of the processor, as far as torch and the system tell."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return capability
+    return capability + next((line.partition(":")[2] for line in lines if line.startswith("model name")), "")
+
+
+def read(name: str) -> dict[str, Any]:
+    """What this machine's file of that name holds; empty where there is none that can be read."""
+    file = path(name)
+    if file not in _known:
+        try:
+            found = json.loads(file.read_text())
+        except (OSError, ValueError):
+            found = {}
+        _known[file] = found if isinstance(found, dict) else {}
+    return _known[file]
+
+
+def write(name: str, known: dict[str, Any]) -> None:
+    """Replace the file as a whole; a folder that cannot be written to costs the next process its own measurement."""
+    target = path(name)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False) as file:
+            json.dump(known, file)
+        os.replace(file.name, target)
+    except OSError:
+        return
+
+
+def least(name: str, key: str, measure: Callable[[], Pair]) -> Pair:
+    """A pair of times in seconds: the least that this process and up to PROCESSES − 1 earlier ones measured.
+
+    Each process is to ask once and keep the answer.
+    """
+    with LOCK:
+        known = read(name)
+        match known.get(key):
+            case [float(one), float(other), int(count)]:
+                before = (one, other)
+            case _:
+                before, count = (float("inf"), float("inf")), 0
+        if count >= PROCESSES:
+            return before
+        now = measure()
+        found = (min(before[0], now[0]), min(before[1], now[1]))
+        known[key] = [*found, count + 1]
+        write(name, known)
+        return found
