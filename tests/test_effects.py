@@ -29,7 +29,7 @@ class Observer(nn.Module):
 
 
 class Functional(nn.Module):
-    """By an op of ATen itself."""
+    """Calls an op of ATen directly."""
 
     def __init__(self, op: Callable[..., Any], *rest: Any) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ def test_statistics_of_an_unused_norm_are_written(name: str) -> None:
 
 
 def test_every_such_op_is_known() -> None:
-    """Of all ops of this torch that are given running statistics: what is neither annotated nor known only reads."""
+    """Every op of this torch that takes running statistics is annotated, known to write them, or only reads them."""
     unknown = set()
     for schema in torch._C._jit_get_all_schemas():
         running = [a for a in schema.arguments if a.name.startswith("running_")]

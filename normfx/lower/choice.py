@@ -54,8 +54,9 @@ MEASURED = {
         kernel=(50_000_000, 65_000_000), fused=(89_000_000, 136_000_000), separate=(59_000_000, 90_000_000)
     )
 }
-"""By architecture. An H200 that copies at 4.2 TB/s, torch 2.11, Triton 3.6, bfloat16, seven shapes of 4,096 to 131,072
-rows and 128 to 8,192 columns: the kernels' medians, and the least of Inductor's (docs/benchmarks/h200-2026-11)."""
+"""What was measured, by architecture: an H200 that copies at 4.2 TB/s, torch 2.11, Triton 3.6, bfloat16, 7 shapes of
+4,096 to 131,072 rows and 128 to 8,192 columns: the kernels' medians, and the least of Inductor's
+(docs/benchmarks/h200-2026-11)."""
 
 MEASURED_ROWS = 4096
 """The fewest rows that `MEASURED` is taken to hold for."""
