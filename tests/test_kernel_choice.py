@@ -220,6 +220,17 @@ def test_a_norm_without_a_kernel_stays_as_it_was_written(
     assert text.startswith("triton: ") if kernel else text == "inductor"
 
 
+def test_what_was_measured_is_of_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(choice.MEASURED, DEVICE, choice.MEASURED["sm_90"])
+
+    def make() -> tuple[nn.Module, Tensor]:
+        torch.set_default_dtype(torch.float32)
+        return Norm(nn.LayerNorm(768), 768), torch.randn(8192, 8)
+
+    (site,) = report(make, rules="default,-fold_affine,-linear_norm").sites
+    assert site.lowering.startswith("inductor: predicted ")
+
+
 @pytest.mark.parametrize("around", ["producer", "reader", "two readers"])
 def test_what_was_measured_is_of_norms_between_products(around: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(choice.MEASURED, DEVICE, choice.MEASURED["sm_90"])
