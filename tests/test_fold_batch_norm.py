@@ -308,10 +308,14 @@ def test_autocast_keeps_it() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(200))
 def test_random_nets(seed: int) -> None:
-    """Every second net with gradients and live folds, the others with kept ones."""
+    """Every second net with gradients and live folds, the others with kept ones.
+
+    The floor is higher than elsewhere, for a last BatchNorm that subtracts the mean of the batch cancels gradients of
+    hundreds: in net 40 eager's own moves as far when its weights move by one unit of rounding.
+    """
     model, inputs = net(seed)
     if seed % 2 == 0:
-        assert_same_float64(model, inputs, {"fold": "live"}, tolerance=1e-11)
+        assert_same_float64(model, inputs, {"fold": "live"}, tolerance=1e-11, floor=1e-2)
         return
     torch._dynamo.reset()
     backend = EagerBackend({"fold": "cached"})
