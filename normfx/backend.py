@@ -16,7 +16,8 @@ from torch.fx import GraphModule, Node
 from normfx.allocator import keep_freed_memory, keeps_freed_memory, memory_line
 from normfx.apply import apply_plan
 from normfx.capture import Captured, capture
-from normfx.dynamo import compile_id, explained, function, handed_on
+from normfx.compat.dynamo import compile_id
+from normfx.dynamo import explained, function, handed_on
 from normfx.edit.writer import Rewritten
 from normfx.environment import environment
 from normfx.errors import NormfxError, NormfxWarning, StageError, crash_note, stage_warning

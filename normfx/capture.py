@@ -21,17 +21,29 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
-from torch._dispatch.python import enable_python_dispatcher
-from torch._dynamo.source import ConstantSource
-from torch._ops import OpOverload
-from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.symbolic_shapes import rebind_unbacked
 from torch.fx.graph import CodeGen
 from torch.fx.node import map_arg
 
+from normfx.compat import pytree
+from normfx.compat.dynamo import (
+    ConstantSource,
+    attribute_sources,
+    input_source,
+    set_attribute_sources,
+    set_input_source,
+)
+from normfx.compat.modules import rename
+from normfx.compat.operators import OpOverload
+from normfx.compat.tensors import FakeTensor, FakeTensorMode, is_functorch_wrapped
+from normfx.compat.tracing import (
+    enable_python_dispatcher,
+    pre_dispatch_tracer,
+    set_grad_enabled,
+    without_torch_function,
+)
 from normfx.errors import NormfxError
 from normfx.ir.cleanup import drop_dead_code, simplify_constants
 from normfx.ir.expand import expand_encoder_layers
@@ -190,8 +202,7 @@ class _Canonicaliser(torch.fx.Interpreter):
 
     @property
     def tracer(self) -> Any:
-        find: Any = torch._ops._get_dispatch_mode_pre_dispatch
-        return find(torch._C._TorchDispatchModeKey.PROXY).tracer
+        return pre_dispatch_tracer()
 
     def _attribute(self, n: Node) -> Any:
         path = str(n.target)
@@ -208,7 +219,7 @@ class _Canonicaliser(torch.fx.Interpreter):
         """
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         before = args[0].requires_grad
-        with torch._C.DisableTorchFunction():
+        with without_torch_function():
             result = args[0].requires_grad_(*args[1:], **kwargs) if n.target == REQUIRE_GRAD else GET_DATA(args[0])
         if result is args[0] and result.requires_grad == before:
             return result
@@ -222,17 +233,17 @@ class _Canonicaliser(torch.fx.Interpreter):
         """
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         proxy = self._create(n, *self._arguments(n))
-        with torch._C.DisableTorchFunction():
+        with without_torch_function():
             if name == "_enter_autocast":
                 return _Opaque(proxy, n.target(*args, **kwargs))  # type: ignore[operator]
             if name == "_exit_autocast":
                 n.target(args[0].value)  # type: ignore[operator]
             elif name == "_enter_inference_mode":
                 grad = torch.is_grad_enabled()
-                torch._C._set_grad_enabled(grad and not (args and args[0]))
+                set_grad_enabled(grad and not (args and args[0]))
                 return _Opaque(proxy, grad)
             else:
-                torch._C._set_grad_enabled(args[0].value)
+                set_grad_enabled(args[0].value)
         return _Opaque(proxy)
 
     def _carry(self, n: Node) -> Any:
@@ -280,9 +291,7 @@ def _unwrapped(value: Any) -> Any:
 def _is_plain(value: Any) -> bool:
     """Whether a value can be faked again: no functorch wrapper, no tensor subclass."""
     leaves = [x for x in pytree.tree_leaves(value) if isinstance(x, torch.Tensor)]
-    return bool(leaves) and all(
-        type(x) is FakeTensor and not torch._C._functorch.is_functorch_wrapped_tensor(x) for x in leaves
-    )
+    return bool(leaves) and all(type(x) is FakeTensor and not is_functorch_wrapped(x) for x in leaves)
 
 
 def _set_attribute(root: torch.nn.Module, path: str, value: Any) -> str:
@@ -324,25 +333,25 @@ def _inherit(gm: GraphModule, canonical: GraphModule, fakes: Sequence[Any]) -> N
     An input of a tensor subclass is its own value: make_fx notes a plain tensor of its shape.
     """
     canonical.meta.update(gm.meta)
-    inherited: Any = getattr(gm, "_param_name_to_source", None)
+    inherited = attribute_sources(gm)
     if inherited is not None:
         names = dict(inherited)
         for path in list(names):
             names.setdefault(path.replace(".", "_"), names[path])
         for name, _ in [*canonical.named_parameters(), *canonical.named_buffers()]:
             names.setdefault(name, ConstantSource(name))
-        canonical._param_name_to_source = names  # type: ignore[assignment]
+        set_attribute_sources(canonical, names)
     old, new = gm.graph.find_nodes(op="placeholder"), canonical.graph.find_nodes(op="placeholder")
     for before, after, fake in zip(old, new, fakes, strict=True):
         if not is_plain_value(fake):
             after.meta["val"] = fake
-        if hasattr(before, "_dynamo_source"):
-            after._dynamo_source = before._dynamo_source
+        if (source := input_source(before)) is not None:
+            set_input_source(after, source)
         for key in (*PLACEHOLDER_META, "stack_trace", "nn_module_stack"):
             if key in before.meta:
                 after.meta[key] = before.meta[key]
         after.type, after.target = None, before.name
-        after._rename(before.name)
+        rename(after, before.name)
 
 
 def _describe_attribute(gm: GraphModule, node: Node, mode: FakeTensorMode | None, sources: dict[Node, Source]) -> None:

@@ -1,7 +1,4 @@
-"""What Dynamo says about graphs and graph breaks, and how an error reaches the user through it.
-
-Torch-private names used here were tried on torch 2.11, 2.13 and 2.14. What a version lacks is left out of the report.
-"""
+"""What Dynamo says about graphs and graph breaks, and how an error reaches the user through it."""
 
 from __future__ import annotations
 
@@ -14,21 +11,15 @@ from pathlib import PurePath
 from typing import Any, cast
 
 import torch
-from torch._dynamo import exc, utils
-from torch._guards import CompileContext
 from torch.fx import GraphModule
 
+from normfx.compat.dynamo import SHORTENS, STEERING, compilation_metrics, config, exc, graph_break_reasons
 from normfx.errors import NormfxError
 from normfx.records import GraphBreak
 
 _TORCH = str(PurePath(torch.__file__).parent)
 _RESUMED = re.compile(r"torch_dynamo_resume_in_(.+)_at_(\d+)")
 _HINT = re.compile(r"^\s*Hint:\s*(.+)$", re.MULTILINE)
-
-
-def compile_id() -> str:
-    """Dynamo's id of the compilation that is going on, "2/1"; "" outside of one."""
-    return str(CompileContext.current_compile_id() or "")
 
 
 def function(gm: GraphModule) -> str:
@@ -45,18 +36,17 @@ def function(gm: GraphModule) -> str:
 def recording_breaks() -> Iterator[list[GraphBreak]]:
     """Fills the list with the graph breaks of what is compiled meanwhile, each place and cause once."""
     found: list[GraphBreak] = []
-    reasons: list[Any] = getattr(utils, "graph_break_reasons", [])
-    before, earlier = len(reasons), utils.get_compilation_metrics()
+    reasons = graph_break_reasons()
+    before, earlier = len(reasons), compilation_metrics()
     yield found
     ended = [_graph_break(str(reason.reason), _stack(reason)) for reason in reasons[before:]]
     # a frame that Dynamo gives up altogether, for a break inside of a loop, say, ends no graph: it is a failure
-    failed = [each for each in utils.get_compilation_metrics() if all(each is not old for old in earlier)]
+    failed = [each for each in compilation_metrics() if all(each is not old for old in earlier)]
     found += dict.fromkeys([*ended, *(_given_up(each) for each in failed if getattr(each, "fail_reason", None))])
 
 
 def is_disabled() -> bool:
     """Whether torch.compile does nothing in this process."""
-    config: Any = torch._dynamo.config
     return bool(config.disable)
 
 
@@ -99,7 +89,7 @@ def handed_on(error: NormfxError) -> NormfxError:
 
     Dynamo wraps what a backend raises in an error of its own, except errors that know how to shorten their traceback.
     """
-    kind, short = type(error), getattr(exc, "ShortenTraceback", None)
+    kind, short = type(error), SHORTENS
     if short is None:
         return error
 
@@ -108,7 +98,6 @@ def handed_on(error: NormfxError) -> NormfxError:
         self.first_useful_frame = None
 
     def remove_dynamo_frames(self: Any) -> Any:
-        config: Any = torch._dynamo.config
         return self if config.verbose else self.with_traceback(None)
 
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
@@ -125,10 +114,10 @@ def explained(note: str) -> Iterator[None]:
     try:
         yield
     except exc.TorchDynamoException as error:
-        if isinstance(error, getattr(exc, "ShortenTraceback", ())):
+        if isinstance(error, SHORTENS or ()):
             error.add_note(note)
         raise
-    except (*exc.exceptions_allowed_to_be_fallback, NormfxError):
+    except (*STEERING, NormfxError):
         raise
     except IndexError as error:  # torch 2.13 and newer hand it on
         error.add_note(note)

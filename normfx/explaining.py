@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
 from normfx.backend import parse, transform
+from normfx.compat.modules import original, uncompiled
 from normfx.dynamo import is_disabled, recording_breaks
 from normfx.environment import environment
 from normfx.report import GraphBreak, GraphReport, Report
@@ -32,7 +32,7 @@ def explain(model: Callable[..., Any], options: Mapping[str, Any] | None = None)
     Raises OptionError for bad options.
     """
     settings = parse(options)
-    model = getattr(model, "_orig_mod", model)
+    model = original(model)
 
     def run(*args: Any, **kwargs: Any) -> Report:
         graphs: list[GraphReport] = []
@@ -42,31 +42,17 @@ def explain(model: Callable[..., Any], options: Mapping[str, Any] | None = None)
             untouched: Callable[..., Any] = gm.forward  # run eagerly
             return untouched
 
-        torch._dynamo.reset()  # else earlier compilations of the same code may use up its recompile limit
+        torch.compiler.reset()  # else earlier compilations of the same code may use up its recompile limit
         try:
-            with _uncompiled(model), recording_breaks() as breaks:
+            with uncompiled(model), recording_breaks() as breaks:
                 torch.compile(model, backend=backend)(*args, **kwargs)
         finally:
-            torch._dynamo.reset()
+            torch.compiler.reset()
         count = max(len(graphs) - 1, len(breaks))  # torch._dynamo.explain counts those alone that end a graph with ops
         note = _missed(model, graphs) if graphs and breaks else "" if graphs else _why_empty(model, breaks)
         return Report(tuple(graphs), count, tuple(breaks), note, environment(settings))
 
     return run
-
-
-@contextmanager
-def _uncompiled(model: Callable[..., Any]) -> Iterator[None]:
-    """A module runs its own forward meanwhile, not what `module.compile()` made of it."""
-    compiled = getattr(model, "_compiled_call_impl", None)
-    if not isinstance(model, torch.nn.Module) or compiled is None:
-        yield
-        return
-    model._compiled_call_impl = None
-    try:
-        yield
-    finally:
-        model._compiled_call_impl = compiled
 
 
 def _missed(model: Callable[..., Any], graphs: Sequence[GraphReport]) -> str:

@@ -13,6 +13,7 @@ from torch.fx import Graph, Node
 
 from normfx.backend import parse, transform_canonical
 from normfx.capture import capture_exported
+from normfx.compat.modules import with_graph
 from normfx.errors import ExportError
 from normfx.logs import say
 from normfx.lower.inductor import inline_canonical_ops
@@ -41,7 +42,7 @@ def rewrite(exported_program: ExportedProgram, options: Mapping[str, Any] | None
         return exported_program
     rewritten = captured.graph_module
     inline_canonical_ops(rewritten)
-    return exported_program._update(rewritten, _renamed(exported_program.graph_signature, rewritten.graph))
+    return with_graph(exported_program, rewritten, _renamed(exported_program.graph_signature, rewritten.graph))
 
 
 def _renamed(signature: ExportGraphSignature, graph: Graph) -> ExportGraphSignature:

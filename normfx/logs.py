@@ -9,11 +9,10 @@ name of a module of any package. So the loggers are named after modules: `normfx
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
-import torch
-
+from normfx.compat.dynamo import trace_artifact
 from normfx.records import GraphReport
 from normfx.report import Report
 
@@ -34,12 +33,12 @@ def say(report: GraphReport, debug: int) -> None:
         print(f"normfx: before\n{report.before}\nnormfx: after\n{report.after}")
     if debug >= 3:
         print("\n".join(f"normfx: {text}" for text in _kernels(report)))
-    _trace("normfx_plan", "string", lambda: _plan(report))
-    _trace("normfx_report", "json", lambda: Report((report,)).to_json())
-    _trace("normfx_graph_before", "string", lambda: report.before)
-    _trace("normfx_graph_after", "string", lambda: report.after)
+    trace_artifact("normfx_plan", "string", lambda: _plan(report))
+    trace_artifact("normfx_report", "json", lambda: Report((report,)).to_json())
+    trace_artifact("normfx_graph_before", "string", lambda: report.before)
+    trace_artifact("normfx_graph_after", "string", lambda: report.after)
     for name, source in report.kernels.items():
-        _trace(f"normfx_kernel_{name}", "string", partial(str, source))
+        trace_artifact(f"normfx_kernel_{name}", "string", partial(str, source))
 
 
 def _plan(report: GraphReport) -> str:
@@ -55,8 +54,3 @@ def _kernels(report: GraphReport) -> Iterator[str]:
         yield f"kernel {name}\n{source}"
     if report.sites and not report.kernels:
         yield "no kernel was generated: Inductor runs these norms, and TORCH_LOGS=output_code shows its code"
-
-
-def _trace(name: str, encoding: str, text: Callable[[], str]) -> None:
-    """An entry of the trace that TORCH_TRACE asks for; tlparse keeps it as a file of this name."""
-    torch._logging.trace_structured("artifact", lambda: {"name": name, "encoding": encoding}, payload_fn=text)

@@ -1,17 +1,16 @@
 """With dynamic=True Dynamo makes float attributes of user modules symbolic: also the eps of a hand-written norm.
 
 Which norm it is depends on the number, so Dynamo is asked to start over with that float as a guarded constant, in the
-way in which its own backends ask. Other floats stay symbolic. Torch-private names: tried on torch 2.13 and 2.15.
+way in which its own backends ask. Other floats stay symbolic.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch._dynamo.exc import TensorifyScalarRestartAnalysis
-from torch._dynamo.symbolic_convert import TensorifyState
 from torch.fx import GraphModule, Node
 
+from normfx.compat.dynamo import TensorifyScalarRestartAnalysis, TensorifyState, symbol_of
 from normfx.ir.regions import target_name
 
 _JOINS = frozenset({"add", "iadd", "radd", "__add__", "__radd__", "clamp", "clamp_min", "maximum", "max"})
@@ -34,7 +33,7 @@ def _epsilon_symbols(gm: GraphModule) -> Iterator[str]:
     """Names of the symbols of float inputs that are read as epsilons, and nowhere as tensors."""
     for node in gm.graph.find_nodes(op="placeholder"):
         item = getattr(node.meta.get("example_value"), "item_memo", None)
-        name = getattr(getattr(getattr(item, "node", None), "_expr", None), "name", None)
+        name = symbol_of(item)
         if name is None or not node.users or any(user.target != "item" for user in node.users):
             continue
         if any(_is_epsilon(reader) for user in node.users for reader in user.users):

@@ -23,6 +23,7 @@ from normfx.bench.engines import LARGEST_ERROR, Engine, Skipped
 from normfx.bench.floor import floor_ms
 from normfx.bench.models import DTYPES, make
 from normfx.bench.timing import Quartiles, interleaved, relative_error, seconds, speeds
+from normfx.compat.inductor import config as inductor_config
 from normfx.rules import crms_norm
 
 BASE = "inductor"
@@ -75,7 +76,7 @@ class Variant:
         """Around the first call. Dynamo takes parameters as constants only where the global setting says freezing."""
         freezing = bool(self.options.get("freezing"))
         with (
-            torch._inductor.config.patch(freezing=freezing, force_disable_caches=cold),
+            inductor_config.patch(freezing=freezing, force_disable_caches=cold),
             warnings.catch_warnings(),
         ):
             warnings.filterwarnings("ignore", "dynamo_pgo force disabled")  # what --cold asks for
@@ -255,7 +256,7 @@ def measure(
     capture: Callable[[Call, str], Captured] = captured,
 ) -> Measured:
     """All results of a cell. A variant that fails is noted, and the others go on."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     measured = Measured(cell)
     steps: dict[str, _Step] = {}
     replays: dict[str, Callable[[], object]] = {}

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch._functorch import config as aot_config
 from torch.nn import functional
 
 from normfx.bench.measure import failure_text
 from normfx.bench.norms import EPS, Cell, Inputs, definition
+from normfx.compat.dynamo import aot_config
 from normfx.ir.form import Form, Kind
 from normfx.kernels import run
 from normfx.kernels.spec import Spec

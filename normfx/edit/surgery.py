@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from normfx.compat.operators import OpOverload
 from normfx.ir import ops
 from normfx.ir.calls import add_call, fake_result
 from normfx.ir.graph import arguments, op_name, shape, tensor, value
@@ -55,7 +56,7 @@ class Surgery:
             node = self.replaced[node]
         return node
 
-    def fold(self, op: torch._ops.OpOverload, args: tuple[Any, ...], like: Node) -> Node:
+    def fold(self, op: OpOverload, args: tuple[Any, ...], like: Node) -> Node:
         """A fold with the dtype of what it folds. A fold of a fold is rounded once, last: the inner one stays wide."""
         operand = args[0]
         dtype = self.folded.get(operand, tensor(operand).dtype)

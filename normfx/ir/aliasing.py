@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
-from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Graph, GraphModule, Node
 
+from normfx.compat import pytree
+from normfx.compat.operators import HigherOrderOperator, OpOverload, base_name, schema
+from normfx.compat.tensors import storage_key
 from normfx.ir.effects import WRITES_STATISTICS, unannotated_writes
 from normfx.ir.opaque import CARRIED, is_foreign_op, is_plain_value, only_wraps
 from normfx.ir.regions import acts_on_autograd, attribute, carried, is_opaque, target_name
@@ -130,7 +131,7 @@ def _stays_inside(node: Node) -> bool:
     target = node.target
     if not isinstance(target, OpOverload) or target.namespace != "aten":
         return False
-    return not target._schema.is_mutable and not target._schema.name.startswith("aten::as_strided")
+    return not schema(target).is_mutable and not schema(target).name.startswith("aten::as_strided")
 
 
 def read_outside(graph: Graph, inside: frozenset[Node], storages: dict[Node, frozenset[Storage]]) -> Iterator[Node]:
@@ -149,7 +150,7 @@ def read_outside(graph: Graph, inside: frozenset[Node], storages: dict[Node, fro
 
 def _lets_out(node: Node) -> bool:
     if node.op == "call_function" and isinstance(node.target, OpOverload):
-        return node.target._schema.is_mutable
+        return schema(node.target).is_mutable
     return target_name(node) != "getitem" and node.op not in ("placeholder", "get_attr")
 
 
@@ -157,7 +158,7 @@ def is_identity_dropout(node: Node) -> bool:
     """Dropout that returns its input itself in eager; the fakes of torch 2.13 do not show it."""
     if not isinstance(node.target, OpOverload) or len(node.args) < 3 or not isinstance(node.args[0], Node):
         return False
-    name = node.target._schema.name.split("::")[1]
+    name = base_name(node.target)
     return name in RANDOM_TWINS and (node.args[2] is False or node.args[1] in (0, 0.0))
 
 
@@ -166,7 +167,7 @@ def _identities(value: Any) -> Iterator[Storage]:
         if isinstance(leaf, torch.Tensor) and not is_plain_value(leaf):
             yield id(leaf)
         elif isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
-            yield leaf.untyped_storage()._cdata
+            yield storage_key(leaf.untyped_storage())
 
 
 def _aliased_by_schema(node: Node) -> list[Node]:
@@ -180,7 +181,7 @@ def _aliased_by_schema(node: Node) -> list[Node]:
 
 def _bound(node: Node) -> Iterator[tuple[Any, Node]]:
     """(schema argument, node) for each node among the arguments of an op, lists included."""
-    arguments = node.target._schema.arguments  # type: ignore[union-attr]
+    arguments = schema(node.target).arguments
     by_name = {a.name: a for a in arguments}
     pairs = [*zip(arguments, node.args, strict=False), *((by_name[k], v) for k, v in node.kwargs.items())]
     for argument, value in pairs:
@@ -205,7 +206,7 @@ def _writes(graph: Graph) -> Iterator[tuple[Node, list[Node]]]:
     for node in graph.nodes:
         if statistics := unannotated_writes(node):
             yield node, statistics
-        elif isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
+        elif isinstance(node.target, OpOverload) and schema(node.target).is_mutable:
             yield node, [n for a, n in _bound(node) if a.alias_info is not None and a.alias_info.is_write]
         elif node in copied:
             unknown = node.op == "call_module" or (is_opaque(node) and not only_wraps(node))
@@ -221,7 +222,7 @@ def _looks_in_place(node: Node) -> bool:
     if node.op not in ("call_function", "call_method"):
         return False
     if isinstance(node.target, OpOverload):
-        return bool(node.target._schema.is_mutable)
+        return bool(schema(node.target).is_mutable)
     name = target_name(node)
     operator_form = (
         getattr(node.target, "__module__", None) == "_operator" and name[0] == "i" and name[1:] in _OPERATORS

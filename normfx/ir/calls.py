@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch.fx import Graph, Node
 
+from normfx.compat import pytree
 from normfx.ir.recompute import inherit
 
 _INHERITED = ("stack_trace", "nn_module_stack", "seq_nr", "custom")

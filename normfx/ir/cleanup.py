@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch._subclasses import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
+from normfx.compat.operators import OpOverload, schema
+from normfx.compat.tensors import FakeTensor
 from normfx.ir.effects import unannotated_writes
 
 
@@ -50,10 +51,10 @@ def _must_stay(node: Node) -> bool:
     target = node.target
     if node.op != "call_function":
         return True
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         random = torch.Tag.nondeterministic_seeded in target.tags
-        known = target.namespace in ("aten", "normfx") and bool(target._schema.returns)
+        known = target.namespace in ("aten", "normfx") and bool(schema(target).returns)
         unbacked = bool(node.meta.get("unbacked_bindings"))
         writes = bool(unannotated_writes(node)) or node.is_impure()
-        return random or not known or unbacked or "fractional_max" in target._schema.name or writes
+        return random or not known or unbacked or "fractional_max" in schema(target).name or writes
     return not (getattr(target, "__module__", "") == "_operator" and not node.is_impure())

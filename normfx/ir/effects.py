@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from torch._ops import OpOverload
 from torch.fx import Node
+
+from normfx.compat.operators import OpOverload, base_name, schema
 
 _IN_TRAINING = frozenset(
     {
@@ -27,10 +28,10 @@ def unannotated_writes(node: Node) -> list[Node]:
     target = node.target
     if not isinstance(target, OpOverload):
         return []
-    name = target._schema.name.split("::")[1]
+    name = base_name(target)
     if name not in WRITES_STATISTICS:
         return []
-    given = {**dict(zip((a.name for a in target._schema.arguments), node.args, strict=False)), **node.kwargs}
+    given = {**dict(zip((a.name for a in schema(target).arguments), node.args, strict=False)), **node.kwargs}
     if name in _IN_TRAINING and all(given.get(flag, False) is False for flag in _FLAGS):
         return []
     return [n for n in (given.get("running_mean"), given.get("running_var")) if isinstance(n, Node)]

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torch.utils._pytree as pytree
 from torch import Tensor
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from normfx.compat import pytree
+from normfx.compat.operators import ENCODER_LAYER
+from normfx.compat.tensors import FakeTensor
+from normfx.compat.tracing import enable_python_dispatcher
 from normfx.ir.cleanup import drop_dead_code
 from normfx.ir.regions import replayed_modes
 
@@ -31,13 +32,12 @@ def expand_encoder_layers(gm: GraphModule) -> int:
     It stays whole for nested tensors, empty batches, and under autocast: the op computes in the dtype of its
     arguments there, the ops it stands for would not.
     """
-    target = torch.ops.aten._transformer_encoder_layer_fwd.default
     count = 0
-    if not gm.graph.find_nodes(op="call_function", target=target):
+    if not gm.graph.find_nodes(op="call_function", target=ENCODER_LAYER):
         return 0
     with replayed_modes(gm.graph) as nodes:
         for node in nodes:
-            if node.op == "call_function" and node.target is target and _expandable(node):
+            if node.op == "call_function" and node.target is ENCODER_LAYER and _expandable(node):
                 _inline(gm, node)
                 count += 1
     return count

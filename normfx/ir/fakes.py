@@ -1,7 +1,4 @@
-"""Fake inputs of a trace, with the symbols Dynamo gave the real ones, and a trace that leaves no mark on the caller.
-
-Torch-private names used here were tried on torch 2.11 to 2.15.
-"""
+"""Fake inputs of a trace, with the symbols Dynamo gave the real ones, and a trace that leaves no mark on the caller."""
 
 from __future__ import annotations
 
@@ -10,11 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch._guards import TracingContext, detect_fake_mode
-from torch._subclasses import FakeTensor, FakeTensorMode
-from torch._subclasses.fake_tensor import FakeTensorConverter
 from torch.fx import Graph, GraphModule, Node
 
+from normfx.compat.tensors import FakeTensor, FakeTensorConverter, FakeTensorMode
+from normfx.compat.tracing import SWITCH_HOOKS, TracingContext, detect_fake_mode, set_grad_enabled
 from normfx.errors import NormfxError
 
 
@@ -45,25 +41,24 @@ def isolated(mode: FakeTensorMode) -> Iterator[None]:
         yield
     finally:
         mode.fake_tensor_converter = shared
-        torch._C._set_grad_enabled(grad)
+        set_grad_enabled(grad)
 
 
 @contextmanager
 def without_hooks() -> Iterator[None]:
     """Keep the hooks of `torch.autograd.graph.saved_tensors_hooks` from running on the fakes of the trace.
 
-    AOTAutograd's tracing puts them off in the same way (torch 2.13 to 2.15).
+    AOTAutograd's tracing puts them off in the same way.
     """
-    switch: Any = getattr(torch._C._autograd, "_saved_tensors_hooks_set_tracing", None)
-    if switch is None:
+    if SWITCH_HOOKS is None:
         with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
             yield
         return
-    before = switch(True)
+    before = SWITCH_HOOKS(True)
     try:
         yield
     finally:
-        switch(before)
+        SWITCH_HOOKS(before)
 
 
 def fake_inputs(gm: GraphModule, example_inputs: Sequence[Any], mode: FakeTensorMode) -> list[Any]:

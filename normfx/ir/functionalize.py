@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
-from torch._dispatch.python import enable_python_dispatcher
-from torch._ops import OpOverload
-from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 
+from normfx.compat import pytree
+from normfx.compat.operators import OpOverload, base_name, has_kernel, overload, schema
+from normfx.compat.tensors import FakeTensor
+from normfx.compat.tracing import enable_python_dispatcher
 from normfx.ir.aliasing import RANDOM_TWINS, Storage, storages_of
 from normfx.ir.regions import carried, replayed_modes, target_name
 
@@ -57,27 +57,25 @@ def _functional(node: Node) -> OpOverload | None:
     op = node.target
     if node.op != "call_function" or not isinstance(op, OpOverload) or op.namespace != "aten":
         return None
-    name = op._schema.name.split("::")[1]
+    name = base_name(op)
     if not name.endswith("_") or name.endswith("__") or torch.Tag.inplace_view in op.tags:
         return None
     if name == "copy_":  # torch 2.13 and 2.15 have no derivative for `aten::copy`
         return None
     if torch.Tag.nondeterministic_seeded in op.tags and name[:-1] not in RANDOM_TWINS:
         return None
-    twin = getattr(getattr(torch.ops.aten, name[:-1], None), op._overloadname, None)
+    twin = overload(getattr(torch.ops.aten, name[:-1], None), op)
     if not isinstance(twin, OpOverload) or not _same_signature(op, twin, node.kwargs):
         return None
-    kernels = ("CompositeImplicitAutograd", "Autograd")
-    known = any(torch._C._dispatch_has_kernel_for_dispatch_key(str(twin._name), key) for key in kernels)
-    return twin if known else None
+    return twin if has_kernel(twin, "CompositeImplicitAutograd", "Autograd") else None
 
 
 def _same_signature(op: OpOverload, twin: OpOverload, kwargs: Iterable[str]) -> bool:
-    mine, other = op._schema.arguments, twin._schema.arguments
+    mine, other = schema(op).arguments, schema(twin).arguments
     writes = [a.name for a in mine if a.alias_info is not None and a.alias_info.is_write]
     types = [str(a.type) for a in mine] == [str(a.type) for a in other]
     names = {a.name for a in mine} & {a.name for a in other}
-    return types and names >= set(kwargs) and writes == [mine[0].name] and not twin._schema.is_mutable
+    return types and names >= set(kwargs) and writes == [mine[0].name] and not schema(twin).is_mutable
 
 
 def _older_aliases(node: Node, storages: dict[Node, frozenset[Storage]], position: dict[Node, int]) -> list[Node]:

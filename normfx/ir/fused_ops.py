@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from normfx.compat.operators import OpOverload
 from normfx.ir import ops
 from normfx.ir.calls import add_call
 from normfx.ir.form import FIELDS, Form, schema
@@ -56,7 +57,7 @@ class NormCall:
         return (*((self.inner.form,) if self.inner else ()), self.form)
 
     @property
-    def op(self) -> torch._ops.OpOverload:
+    def op(self) -> OpOverload:
         if self.inner is not None:
             return NORM_ADD_NORM
         plain = ops.NORMS[self.form.kind]
@@ -106,7 +107,7 @@ def _run(call: NormCall) -> tuple[Tensor, Tensor]:
     return ops.differentiated_norm(total, call.weight, call.bias, call.form), total
 
 
-def _define(signature: str) -> torch._ops.OpOverload:
+def _define(signature: str) -> OpOverload:
     def run(*args: Any) -> tuple[Tensor, Tensor]:
         return _run(call_of(op, args))
 

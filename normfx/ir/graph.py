@@ -7,9 +7,10 @@ from typing import Any
 
 import sympy
 import torch
-import torch.utils._pytree as pytree
 from torch.fx import Graph, Node
 
+from normfx.compat import pytree
+from normfx.compat.operators import OpOverload, schema
 from normfx.ir.aliasing import mutated
 from normfx.ir.effects import unannotated_writes
 from normfx.ir.regions import modes_along
@@ -37,7 +38,7 @@ RANDOM = torch.Tag.nondeterministic_seeded
 def op_name(node: Node) -> str:
     """'aten::add.Tensor' for an ATen call ('aten::add' for its default overload), '' for any other node."""
     target = node.target
-    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+    if node.op != "call_function" or not isinstance(target, OpOverload):
         return ""
     return str(target.name())  # type: ignore[no-untyped-call]
 
@@ -85,9 +86,9 @@ def is_getitem(node: Node) -> bool:
 def is_pure(node: Node) -> bool:
     """Whether a call always computes the same from the same operands, and does nothing else."""
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, OpOverload):
         return is_getitem(node)
-    writes = target._schema.is_mutable or bool(unannotated_writes(node))
+    writes = schema(target).is_mutable or bool(unannotated_writes(node))
     return RANDOM not in target.tags and not writes and not node.is_impure()
 
 
@@ -104,9 +105,9 @@ def grad_modes(graph: Graph, entered: bool | None = None) -> dict[Node, bool]:
 
 def arguments(node: Node) -> dict[str, Any]:
     """Arguments of an ATen call by schema name and in its order, defaults filled in."""
-    schema = node.target._schema  # type: ignore[union-attr]  # op_name(node) was checked by the caller
-    given = {**dict(zip((a.name for a in schema.arguments), node.args, strict=False)), **node.kwargs}
-    known = [a for a in schema.arguments if a.name in given or a.has_default_value()]
+    declared = schema(node.target).arguments
+    given = {**dict(zip((a.name for a in declared), node.args, strict=False)), **node.kwargs}
+    known = [a for a in declared if a.name in given or a.has_default_value()]
     return {a.name: given.get(a.name, a.default_value) for a in known}
 
 

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from itertools import count
 from typing import Any
 
-from torch._ops import HigherOrderOperator
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
+from normfx.compat.operators import HigherOrderOperator
 from normfx.ir.graph import grad_modes, is_getitem
 from normfx.ir.opaque import touches_subclass
 from normfx.ir.recompute import FIRST_REGION, keep, mark, region_of

@@ -12,10 +12,11 @@ import types
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
-from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
-from torch._subclasses import FakeTensor
 from torch.fx import Node
+
+from normfx.compat import pytree
+from normfx.compat.operators import HigherOrderOperator, OpOverload, OpOverloadPacket, namespace
+from normfx.compat.tensors import FakeTensor
 
 CARRIED = "normfx_carried"
 """Key in the meta of a node that capture copied without running it."""
@@ -93,7 +94,7 @@ def is_foreign_op(node: Node) -> bool:
     target = node.target
     if isinstance(target, OpOverload):
         return target.namespace not in OP_NAMESPACES
-    return isinstance(target, OpOverloadPacket) and target._qualified_op_name.split("::")[0] not in OP_NAMESPACES
+    return isinstance(target, OpOverloadPacket) and namespace(target) not in OP_NAMESPACES
 
 
 def single_overload(target: Any) -> Any:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
+from normfx.compat.operators import OpOverload
+from normfx.compat.tracing import functorch_is_active
 from normfx.ir.channels import channel_scale, channel_shift, scale_channels
 from normfx.ir.form import Form, Kind, schema
 
@@ -152,7 +154,7 @@ _differentiated: Callable[..., tuple[Tensor, ...]] = _Normalise.apply
 def differentiated_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form) -> Tensor:
     """`norm`; where gradients are recorded, and functorch does not act, with its derivative written out."""
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    plain = not wanted or form.eps_place != "inside" or torch._C._are_functorch_transforms_active()
+    plain = not wanted or form.eps_place != "inside" or functorch_is_active()
     return (_normalise if plain else _differentiated)(x, weight, bias, form)[0]
 
 
@@ -277,12 +279,12 @@ def define(
     body: Callable[..., object],
     runs: str = "CompositeImplicitAutograd",
     tags: tuple[torch.Tag, ...] = (),
-) -> torch._ops.OpOverload:
+) -> OpOverload:
     """The op of a schema (`call`), in the namespace normfx. runs: the dispatch key or device that `body` is for."""
     name, arguments = call[: call.index("(")], call[call.index("(") :]
     library.define(f"normfx::{name}", arguments, tags=(torch.Tag.pt2_compliant_tag, *tags))
     library.impl(f"normfx::{name}", runs, body)
-    op: torch._ops.OpOverload = getattr(torch.ops.normfx, name).default
+    op: OpOverload = getattr(torch.ops.normfx, name).default
     return op
 
 
@@ -295,7 +297,7 @@ def _of_kind(kind: Kind, body: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
-def _define_norm(kind: Kind) -> torch._ops.OpOverload:
+def _define_norm(kind: Kind) -> OpOverload:
     return define(
         f"{kind}(Tensor x, Tensor? weight, Tensor? bias, {schema()}=False) -> Tensor",
         _of_kind(kind, differentiated_norm),

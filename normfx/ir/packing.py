@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch.fx import Node
 
+from normfx.compat.operators import OpOverload
 from normfx.ir.aliasing import operands_by_name
 from normfx.ir.graph import entries, op_name, shape, size_hint, value
 
@@ -44,7 +45,7 @@ def packed_sources(weight: Node) -> tuple[Node, ...]:
 
 def _contents(node: Node) -> Iterator[tuple[Node, bool]]:
     """Operands that an op makes entries of; with each, whether it only says where they lie."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         yield from ((operand, False) for operand in node.all_input_nodes)
         return
     for name, operand in operands_by_name(node):

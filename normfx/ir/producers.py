@@ -10,16 +10,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
-from torch._subclasses import FakeTensor
 from torch.fx import Graph, GraphModule, Node
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from normfx.compat import pytree
+from normfx.compat.tensors import FakeTensor, is_traceable_wrapper_subclass
+from normfx.compat.tracing import GET_DATA
 from normfx.errors import NormfxError
 from normfx.ir.aliasing import may_leave, mutated, storages_of
 from normfx.ir.graph import grad_modes
 from normfx.ir.names import source_line
-from normfx.ir.regions import GET_DATA, acts_on_autograd, attribute
+from normfx.ir.regions import acts_on_autograd, attribute
 
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 

@@ -7,13 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch._ops import HigherOrderOperator
 from torch.fx import Graph, Node
 
+from normfx.compat.operators import HigherOrderOperator
+from normfx.compat.tracing import GET_DATA, enter_autocast, exit_autocast, set_grad_enabled
 from normfx.ir.opaque import CARRIED, FUNCTORCH, calls_unknown, is_foreign_op, touches_subclass
-
-_enter_autocast: Any = torch.amp.autocast_mode._enter_autocast
-_exit_autocast: Any = torch.amp.autocast_mode._exit_autocast
 
 MODE_SWITCHES = frozenset(
     {
@@ -32,9 +30,6 @@ UNTRACEABLE = frozenset({"retain_grad", "register_hook", "backward", "set_"})
 
 REQUIRE_GRAD = "requires_grad_"
 """A method that a trace does not see either. Capture writes its node."""
-
-GET_DATA: Any = getattr(torch._C._autograd, "_get_data_attr", None)
-"""What Dynamo writes for `x.data`: a detached alias, whose writes do not count as writes to x. A trace leaves none."""
 
 AUTOGRAD_CALLS = (torch.autograd.grad, torch.autograd.backward)
 """What Dynamo's `trace_autograd_ops` leaves in a graph: a trace would differentiate the fakes."""
@@ -143,8 +138,8 @@ def replayed_modes(graph: Graph) -> Iterator[Iterator[Node]]:
     finally:
         for mode in reversed(list(entered.values())):
             if not isinstance(mode, bool):
-                _exit_autocast(mode)
-        torch._C._set_grad_enabled(grad)
+                exit_autocast(mode)
+        set_grad_enabled(grad)
 
 
 def _replay(graph: Graph, entered: dict[Any, Any]) -> Iterator[Node]:
@@ -154,14 +149,14 @@ def _replay(graph: Graph, entered: dict[Any, Any]) -> Iterator[Node]:
             continue
         name = target_name(node)
         if name == "_enter_autocast":
-            entered[node] = _enter_autocast(*node.args)
+            entered[node] = enter_autocast(*node.args)
         elif name == "_exit_autocast":
-            _exit_autocast(entered.pop(node.args[0]))
+            exit_autocast(entered.pop(node.args[0]))
         elif name == "_enter_inference_mode":
             entered[node] = torch.is_grad_enabled()
-            torch._C._set_grad_enabled(entered[node] and not (node.args and node.args[0]))
+            set_grad_enabled(entered[node] and not (node.args and node.args[0]))
         elif name == "_exit_inference_mode":
-            torch._C._set_grad_enabled(entered.pop(node.args[0]))
+            set_grad_enabled(entered.pop(node.args[0]))
         else:
-            torch._C._set_grad_enabled(bool(node.args[0]))
+            set_grad_enabled(bool(node.args[0]))
         yield node

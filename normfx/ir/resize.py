@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch.fx import Graph, Node
 
+from normfx.compat import pytree
 from normfx.errors import NormfxError
 from normfx.ir.calls import fake_result
 from normfx.ir.graph import LIKE, SHAPE_READS, SHAPED_AS, arguments, extent, is_getitem, op_name

@@ -10,9 +10,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch._dynamo.source import ConstantSource, is_from_unspecialized_param_buffer_source
 from torch.fx import Graph, GraphModule, Node
 
+from normfx.compat.dynamo import (
+    ConstantSource,
+    attribute_sources,
+    input_source,
+    is_from_unspecialized_param_buffer_source,
+)
 from normfx.ir.names import dotted, source_name
 from normfx.ir.regions import attribute
 
@@ -34,7 +39,7 @@ def dynamo_sources(gm: GraphModule, canonical: GraphModule) -> dict[Node, Source
 
 
 def _placeholder_source(node: Node) -> Source:
-    source = getattr(node, "_dynamo_source", None)
+    source = input_source(node)
     kind: Kind = "input"
     example = node.meta.get("example_value")
     if isinstance(example, torch.nn.Parameter):
@@ -64,7 +69,7 @@ def attribute_source(gm: GraphModule, node: Node) -> Source | None:
     value = attribute(gm, str(node.target))
     if not isinstance(value, torch.Tensor):
         return None
-    source = getattr(gm, "_param_name_to_source", {}).get(str(node.target))
+    source = (attribute_sources(gm) or {}).get(str(node.target))
     known = source is not None and not isinstance(source, ConstantSource)
     kind: Kind = "parameter" if isinstance(value, torch.nn.Parameter) else "buffer" if known else "constant"
     return Source(kind, dotted(source_name(source)) if known else str(node.target), value.requires_grad)

@@ -9,12 +9,12 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
-from torch._dispatch.python import enable_python_dispatcher
-from torch._ops import HigherOrderOperator, OpOverload
-from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 
+from normfx.compat import pytree
+from normfx.compat.operators import HigherOrderOperator, OpOverload, schema
+from normfx.compat.tensors import FakeTensor, FakeTensorMode
+from normfx.compat.tracing import enable_python_dispatcher
 from normfx.errors import VerifyError
 from normfx.ir.opaque import is_foreign_op
 from normfx.ir.regions import acts_on_autograd, attribute, carried, is_mode_switch, replayed_modes
@@ -111,7 +111,7 @@ def _check_value(gm: GraphModule, node: Node, stage: str) -> None:
     elif node.op == "placeholder":
         makes_value = bool(node.users)
     else:
-        makes_value = isinstance(target, OpOverload) and bool(target._schema.returns)
+        makes_value = isinstance(target, OpOverload) and bool(schema(target).returns)
     if makes_value:
         raise _fail(stage, node, "meta['val']", "none")
 
@@ -142,7 +142,7 @@ def _rerun(node: Node, mode: FakeTensorMode) -> Any:
         if mode.shape_env is not None:
             stack.enter_context(mode.shape_env.ignore_fresh_unbacked_symbols())
             stack.enter_context(mode.shape_env.suppress_guards())
-        if target._schema.is_mutable:
+        if schema(target).is_mutable:
             # detached: an op that changes strides or sizes must not change what was recorded
             args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.detach(), (args, kwargs))
         return target(*args, **kwargs)

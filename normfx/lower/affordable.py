@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from normfx.compat.operators import OpOverload
+from normfx.compat.tensors import storage_key
 from normfx.ir.graph import bytes_of, entries, op_name, shape, size_hint, tensor, value
 from normfx.lower.gemm import packed_gain
 from normfx.lower.packed import PACK, PACKED_LINEAR, unpack
@@ -66,7 +68,7 @@ def beyond(graph: Graph, free: Iterable[Node], room: Rooms, values: Mapping[Node
     for node in free:
         size = _size(node)
         if size > SMALL and tensor(node).ndim > 1 and not is_table(node):
-            held = node in values and storage_of(values[node])._cdata in known
+            held = node in values and storage_key(storage_of(values[node])) in known
             sizes.setdefault(tensor(node).device, {})[node] = 0 if held else size
     return frozenset(
         node
@@ -139,7 +141,7 @@ def _computed(item: Kept) -> list[Node]:
         if node not in found and node not in item.sources:
             found[node] = None
             work += node.all_input_nodes
-    return [n for n in found if not (isinstance(n.target, torch._ops.OpOverload) and n.target.is_view)]
+    return [n for n in found if not (isinstance(n.target, OpOverload) and n.target.is_view)]
 
 
 def overflow(sizes: Mapping[T, int], gains: Mapping[T, float], room: int) -> list[T]:
@@ -174,7 +176,7 @@ def product_gain(weight: Node) -> float:
     rows, work = 0, list(weight.users)
     while work:
         user = work.pop()
-        if isinstance(user.target, torch._ops.OpOverload) and user.target.is_view:
+        if isinstance(user.target, OpOverload) and user.target.is_view:
             work += user.users
         else:
             rows += sum(_rows_of(x) for x in user.all_input_nodes if x is not weight)

@@ -23,6 +23,8 @@ import sympy
 import torch
 from torch.fx import Node
 
+from normfx.compat.inductor import config
+from normfx.compat.operators import OpOverload
 from normfx.ir.graph import bytes_of, entries, is_getitem, op_name, shape, size_hint, tensor, total, value
 from normfx.ir.sites import Norm
 from normfx.kernels import run
@@ -199,7 +201,6 @@ def _rereads(rows: int, width: int) -> bool:
 
 def _fuses(rows: int, width: int) -> bool:
     """Whether Inductor takes sums over rows in the kernel that computes dx."""
-    config = torch._inductor.config  # torch 2.11 to 2.15
     can = config.triton.mix_order_reduction and not config.cpp_wrapper
     shaped = rows >= FUSED_ROWS and width <= FUSED_WIDTH and (_FLAT_TOO or rows >= 2 * width)
     return can and shaped and rows * width >= CACHED
@@ -252,7 +253,7 @@ def readers_of(node: Node) -> Sequence[Node]:
 
 
 def _is_view(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
+    return isinstance(node.target, OpOverload) and node.target.is_view
 
 
 def is_fusible(node: Node) -> bool:

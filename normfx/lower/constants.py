@@ -12,10 +12,11 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch._guards import TracingContext, detect_fake_mode, tracing
-from torch._inductor.codecache import PyCodeCache
 from torch.fx import Graph, GraphModule, Node
 
+from normfx.compat.inductor import PyCodeCache
+from normfx.compat.modules import drop_tensors
+from normfx.compat.tracing import TracingContext, detect_fake_mode, tracing
 from normfx.ir.aliasing import mutated
 from normfx.ir.graph import tensor
 from normfx.ir.regions import attribute
@@ -93,8 +94,7 @@ class FrozenTemplate:
         packed = packing() if any(t.device.type == "cpu" for t in values.values()) else nullcontext()
         with tracing(TracingContext(mode)), torch.inference_mode(False), torch.no_grad(), packed:
             compiled = compile_graph(gm, rest, self.patches)
-        for held in (gm._parameters, gm._buffers):
-            held.clear()  # the compiled function keeps the module, and has what it needs of these tensors itself
+        drop_tensors(gm)  # the compiled function keeps the module, and has what it needs of these tensors itself
         _release_modules(loaded)
         return compiled
 

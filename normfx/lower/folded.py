@@ -17,10 +17,10 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch._inductor.config as inductor_config
 from torch.fx import GraphModule, Node
 
 from normfx.allocator import release_memory
+from normfx.compat.inductor import config as inductor_config
 from normfx.errors import NormfxWarning, StageError, stage_warning
 from normfx.lower.affordable import Rooms
 from normfx.lower.constants import FrozenTemplate

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normfx.compat import onednn
 from normfx.lower.measurements import least
 
 FILE = "packed"
@@ -32,17 +33,8 @@ def packing() -> Iterator[None]:
     if not onednn_is_faster():
         yield
         return
-    from torch._inductor.fx_passes import mkldnn_fusion  # private; torch 2.11 to 2.15
-
-    mkldnn_fusion._mkldnn_fusion_init()  # it asks the same question, once, about something else
-    ops: Any = torch.ops.mkldnn
-    asked = ops._is_mkldnn_acl_supported
-    # what Inductor asks to choose oneDNN for float32 (Arm's Compute Library is a backend of oneDNN)
-    ops._is_mkldnn_acl_supported = lambda: True
-    try:
+    with onednn.packing_for_onednn():
         yield
-    finally:
-        ops._is_mkldnn_acl_supported = asked
 
 
 @functools.cache
@@ -55,10 +47,10 @@ def onednn_is_faster() -> bool:
         return False
     with torch.inference_mode(False), torch.no_grad():
         x, weight, bias = _layer(torch.float32)
-        mkl = torch.ops.mkl._mkl_reorder_linear_weight(weight, ROWS)
-        calls = packed_product(x, weight, bias), lambda: torch.ops.mkl._mkl_linear(x, mkl, weight, bias, ROWS)
-        onednn, other = least(FILE, "float32 packed, oneDNN and MKL", lambda: _best(*calls))
-        return other / onednn > 1 / MARGIN
+        mkl = onednn.mkl_pack(weight, ROWS)
+        calls = packed_product(x, weight, bias), lambda: onednn.mkl_linear(x, mkl, weight, bias, ROWS)
+        own, other = least(FILE, "float32 packed, oneDNN and MKL", lambda: _best(*calls))
+        return other / own > 1 / MARGIN
 
 
 def packed_is_faster(dtype: torch.dtype) -> bool:
@@ -95,7 +87,7 @@ def onednn_works(dtype: torch.dtype) -> bool:
     backend: Any = torch.backends.mkldnn
     if not backend.is_available() or not backend.enabled:
         return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and onednn.multiplies_bfloat16())
 
 
 def _layer(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,8 +99,8 @@ def _layer(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 def packed_product(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], Tensor]:
     """A call of oneDNN's linear, its weight packed beforehand."""
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
-    return lambda: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    packed, linear = onednn.pack(weight, ROWS), onednn.linear()
+    return lambda: linear(x, packed, bias, "none", [], "")
 
 
 def _best(one: Callable[[], Tensor], other: Callable[[], Tensor]) -> tuple[float, float]:

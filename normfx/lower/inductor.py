@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from torch._dynamo.source import ConstantSource
-from torch._inductor.compile_fx import compile_fx  # private; as torch.compile's own backend does (torch 2.11 to 2.15)
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from normfx.compat.dynamo import ConstantSource, input_source, set_input_source
+from normfx.compat.inductor import compile_fx, modes, option_names
 from normfx.errors import OptionError, did_you_mean
 from normfx.ir import channels, form, fused_ops, ops, recompute
 from normfx.kernels import backward, forward, launch, rows, run, source, spec
@@ -35,11 +35,11 @@ def inductor_options(mode: str | None, options: Mapping[str, Any]) -> dict[str, 
     """
     patches: dict[str, Any] = {}
     if mode is not None and mode != "default":
-        modes = torch._inductor.list_mode_options()  # private; torch 2.11 to 2.15
-        if mode not in modes:
-            raise OptionError.unknown("mode", mode, tuple({"default": None, **modes}), "torch.compile")
-        patches.update(modes[mode])
-    known = set(torch._inductor.list_options())
+        known_modes = modes()
+        if mode not in known_modes:
+            raise OptionError.unknown("mode", mode, tuple({"default": None, **known_modes}), "torch.compile")
+        patches.update(known_modes[mode])
+    known = option_names()
     for key, given in options.items():
         name = str(key).replace("-", "_")
         if name not in known:
@@ -55,7 +55,7 @@ def inductor_options(mode: str | None, options: Mapping[str, Any]) -> dict[str, 
 def check_options(options: Mapping[str, Any]) -> None:
     """Raises OptionError for an option that is not normfx's but Inductor's, saying where it belongs."""
     strange = [str(key) for key in options if key not in KEYS]
-    known = set(torch._inductor.list_options()) if strange else set()
+    known = option_names() if strange else frozenset()
     for key in strange:
         if key.replace("-", "_") in known:
             given = f"options={{'inductor': {{{key!r}: {options[key]!r}}}}}"
@@ -65,8 +65,8 @@ def check_options(options: Mapping[str, Any]) -> None:
 def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], patches: Mapping[str, Any]) -> Callable[..., Any]:
     """Compile with Inductor. Canonical normfx ops are composites: autograd and Inductor see their ATen bodies."""
     for node in gm.graph.find_nodes(op="placeholder"):
-        if not hasattr(node, "_dynamo_source"):  # an input that normfx added; AOTAutograd asks each where it comes from
-            node._dynamo_source = ConstantSource(node.name)
+        if input_source(node) is None:  # an input that normfx added; AOTAutograd asks each where it comes from
+            set_input_source(node, ConstantSource(node.name))
     tag = f"{torch.compiler.config.cache_key_tag}normfx-{_digest()}{recompute.digest(gm.graph)}"
     config: Any = torch.compiler.config  # `patch` is put on the module when it is imported
     with config.patch(cache_key_tag=tag):

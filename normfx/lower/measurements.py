@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._inductor.runtime.cache_dir_utils import cache_dir  # private; torch 2.11 to 2.15
+
+from normfx.compat.inductor import cache_dir
 
 LOCK = threading.RLock()
 """Held from reading a file to writing it."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, library
 from torch.fx import GraphModule, Node
 
+from normfx.compat import onednn
 from normfx.ir.aliasing import escaping, storages_of
 from normfx.ir.calls import add_call
 from normfx.ir.graph import BAKED, arguments, op_name, parameter_only, value
@@ -34,13 +35,12 @@ LEAST = {torch.float32: 2**16, torch.bfloat16: 2**15}
 @functools.cache
 def _multiply() -> Any:
     """Not looked up at import: a torch that was built without oneDNN has no such op, and packs nothing."""
-    return torch.ops.mkldnn._linear_pointwise.default
+    return onednn.linear()
 
 
 def _pack(weight: Tensor, out: int) -> Tensor:
     """A matrix whose output features lie along dimension `out` → the same, packed."""
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight((weight.t() if out else weight).contiguous(), ROWS)
-    return packed
+    return onednn.pack((weight.t() if out else weight).contiguous(), ROWS)
 
 
 def _packed_linear(x: Tensor, handle: Tensor, bias: Tensor | None, features: int) -> Tensor:

@@ -16,11 +16,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch._inductor.config as inductor_config
 from torch import Tensor, library
-from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, Node
 
+from normfx.compat.inductor import CustomGraphPass
+from normfx.compat.inductor import config as inductor_config
 from normfx.ir.ops import define
 from normfx.lower import rates
 from normfx.lower.gemm import onednn_works

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
+from normfx.compat.onednn import linear
+from normfx.compat.tracing import disable_current_modes
 from normfx.lower import measurements
 
 FILE = "products"
@@ -48,7 +49,7 @@ def onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @functools.cache
 def _multiply() -> Any:
-    return torch.ops.mkldnn._linear_pointwise.default
+    return linear()
 
 
 def onednn_is_faster(product: Product) -> bool:
@@ -88,7 +89,7 @@ def _class(product: Product) -> Product:
 def _measure(product: Product) -> float:
     """ATen's time divided by oneDNN's, best of several interleaved rounds."""
     rows, inner, columns, a_transposed, b_transposed = product
-    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+    with disable_current_modes(), torch.inference_mode(False), torch.no_grad():
         a = _matrix(rows, inner, a_transposed)
         b = _matrix(inner, columns, b_transposed)
         rivals: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (torch.mm, onednn)

@@ -17,13 +17,13 @@ partitioner decides what is stored. Nothing of this was measured on a device: se
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from torch._inductor.lowering import register_lowering  # private; torch 2.11 to 2.15
 from torch.fx import Graph, GraphModule, Node
 
+from normfx.compat.inductor import register_lowering
 from normfx.ir.aliasing import mutated
 from normfx.ir.calls import add_call
 from normfx.ir.fused_ops import BODIES as FUSED
@@ -50,8 +50,7 @@ def _store(x: Any) -> Any:
     return x
 
 
-_register: Callable[..., Any] = register_lowering  # torch leaves it untyped
-_register(STORED, type_promotion_kind=None)(_store)
+register_lowering(STORED, type_promotion_kind=None)(_store)
 
 
 def pays(total: Tensor) -> bool:

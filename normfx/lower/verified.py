@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch.fx import GraphModule
 
+from normfx.compat import pytree
+from normfx.compat.dynamo import with_inputs_apart
 from normfx.errors import VerifyError
 
 TOLERANCE = {
@@ -40,8 +41,7 @@ def verified(compiled: Callable[..., Any], original: GraphModule) -> Callable[..
         _compare(actual, expected)
         return actual
 
-    run._boxed_call = False  # type: ignore[attr-defined]  # Dynamo passes inputs one by one
-    return run
+    return with_inputs_apart(run)
 
 
 def _compare(actual: Any, expected: Any) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from normfx.compat.operators import OpOverload, schema
 from normfx.ir.graph import RANDOM, arguments, extent, is_getitem, is_one, op_name, shape, value
 from normfx.ir.sites import Axis
 from normfx.recognize.axes import expand_axis
@@ -211,9 +212,9 @@ _MOVES = aten("view", "reshape", "unsqueeze", "squeeze.dim", "to.dtype", "type_a
 def _is_pointwise(node: Node) -> bool:
     """Elementwise and deterministic, its operands broadcast from the right (a PReLU's weight is not)."""
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or value(node) is None:
+    if not isinstance(target, OpOverload) or value(node) is None:
         return False
-    drawn = RANDOM in target.tags or target._schema.is_mutable
+    drawn = RANDOM in target.tags or schema(target).is_mutable
     return (
         not drawn
         and "prelu" not in op_name(node)

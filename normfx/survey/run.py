@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
 
 from normfx.backend import transform
+from normfx.compat import pytree
+from normfx.compat.dynamo import config as dynamo_config
 from normfx.errors import VerifyError
 from normfx.lower.folded import fed
 from normfx.options import Options
@@ -96,13 +97,13 @@ def survey(family: Family, train: bool = False) -> Outcome:
     """
     begin = time.perf_counter()
     backend = _Backend({"fold": "live"} if train else {})
-    with _float64(), torch.set_grad_enabled(train), torch._dynamo.config.patch(recompile_limit=RECOMPILES):
+    with _float64(), torch.set_grad_enabled(train), dynamo_config.patch(recompile_limit=RECOMPILES):
         model, inputs = _widened(family.make()), family.inputs()
         with _Calls() as calls:
             plain = _outputs(model, inputs)
-        torch._dynamo.reset()
+        torch.compiler.reset()
         rewritten = _outputs(torch.compile(model, backend=backend), inputs)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     _difference("the compiled model", [x.double() for x in rewritten], [x.double() for x in plain], CAPTURED)
     if not plain or not all(x.any() for x in plain):
         raise VerifyError("an output is missing or all 0, which shows nothing")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch._subclasses import FakeTensor
 from torch.fx import Graph, Node
 
+from normfx.compat.tensors import FakeTensor
 from normfx.ir import ops
 from normfx.ir.aliasing import escaping, read_outside, storages_of
 from normfx.ir.graph import BAKED, grad_modes, parameter_only, value

@@ -9,6 +9,8 @@ import os
 import threading
 from importlib import resources
 
+from normfx.compat.codecache import load_cpp
+
 log = logging.getLogger("normfx")
 
 _VOID, _COUNT = ctypes.c_void_p, ctypes.c_int64
@@ -52,14 +54,11 @@ def native_library() -> ctypes.PyDLL | None:
 
 @functools.cache
 def _load() -> ctypes.PyDLL | None:
-    from torch._inductor.codecache import CppCodeCache  # private; torch 2.11 to 2.15
-
     folder = resources.files("normfx.weights")
     source = "\n".join(folder.joinpath(name).read_text(encoding="utf-8") for name in _SOURCES)
     try:
         # calls keep the interpreter's lock: they are short, and no other thread may free what they read
-        compiled = CppCodeCache.load(source)
-        library = ctypes.PyDLL(compiled._name)
+        library = load_cpp(source)
     except Exception as error:  # any compiler trouble: values are then computed at every call
         log.warning("normfx: folded weights are computed at every call, because no C++ code can be compiled: %s", error)
         return None

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from operator import attrgetter
 
 import torch
 from torch import Tensor
 
+from normfx.compat.tensors import version_of
 from normfx.errors import NormfxWarning
 
 SAMPLES = 8
 
 EVERY = 64
 """Samples are compared in calls 1, 2, 4, 8, … after they were accepted, and from then on in every EVERY-th one."""
-
-version_of = attrgetter("_version")
 
 
 class Samples:
@@ -61,7 +59,7 @@ class Contents:
 
         Warns when only samples differ: earlier calls may have missed that write.
         """
-        if any(t._version != version for t, (version, _) in zip(tensors, seen, strict=True)):
+        if any(version_of(t) != before for t, (before, _) in zip(tensors, seen, strict=True)):
             return True
         self._calls += 1
         if self._calls % EVERY and self._calls & (self._calls - 1):

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
-from torch.utils._python_dispatch import _disable_current_modes  # private; torch 2.11 to 2.15
 
 from normfx.allocator import release_memory
+from normfx.compat.tensors import storage_key
+from normfx.compat.tracing import disable_current_modes
 from normfx.weights.expression import Expression
 from normfx.weights.handles import set_value, size_in_bytes
 from normfx.weights.samples import is_recording, wait_for
@@ -136,7 +137,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling() or not len(STORE):
         return
     parameters = (p for group in optimizer.param_groups for p in group["params"] if isinstance(p, Tensor))
-    written = {storage_of(p)._cdata for p in parameters if p.device.type != "cpu" and p.layout == torch.strided}
+    written = {storage_key(storage_of(p)) for p in parameters if p.device.type != "cpu" and p.layout == torch.strided}
     if written:
         STORE.forget(written)
 
@@ -230,7 +231,7 @@ class Folds:
             return latest.values
         if not all(map(is_ordinary, sources)):
             return tuple(fold.compute(sources) for fold in self.folds)
-        with STORE.lock, _disable_current_modes():  # a mode of the caller's must not see these operations
+        with STORE.lock, disable_current_modes():  # a mode of the caller's must not see these operations
             binding = self._find(sources)
             if binding is not None:
                 return self._refreshed(binding, sources)

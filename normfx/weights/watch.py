@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef  # private in name only; torch 2.11 to 2.15
 
+from normfx.compat.tensors import is_functorch_wrapped, storage_key
 from normfx.weights.native import native_library
 from normfx.weights.samples import Contents
 
@@ -46,7 +47,7 @@ class Identity(NamedTuple):
 def identity(tensor: Tensor) -> Identity:
     storage = storage_of(tensor)
     layout = tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg()
-    return Identity(storage._cdata, storage.data_ptr(), tensor.data_ptr(), *layout)
+    return Identity(storage_key(storage), storage.data_ptr(), tensor.data_ptr(), *layout)
 
 
 class Watch:
@@ -61,7 +62,7 @@ class Watch:
     on_deleted: Callable[[], None] | None = None
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        storages = {storage._cdata: storage for storage in map(storage_of, tensors)}
+        storages = {storage_key(storage): storage for storage in map(storage_of, tensors)}
         self.identities = tuple(map(identity, tensors))
         self.references = {address: weak_reference(storage) for address, storage in storages.items()}
         self._bases = {address: storage.data_ptr() for address, storage in storages.items()}
@@ -207,4 +208,4 @@ def _is_written_by_devices(tensor: Tensor) -> bool:
 def is_ordinary(tensor: Tensor) -> bool:
     """Whether a tensor is memory of its own: no fake, no subclass, not inside a functorch transform."""
     plain = type(tensor) in (Tensor, torch.nn.Parameter)
-    return plain and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return plain and not is_functorch_wrapped(tensor)

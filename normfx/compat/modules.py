@@ -1,0 +1,47 @@
+"""Modules, compiled ones and those of a graph, and exported programs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature
+from torch.fx import GraphModule, Node
+
+
+def original(model: Any) -> Any:
+    """The model that torch.compile was given; any other one as it is."""
+    return getattr(model, "_orig_mod", model)
+
+
+@contextmanager
+def uncompiled(model: Callable[..., Any]) -> Iterator[None]:
+    """A module runs its own forward meanwhile, not what `module.compile()` made of it."""
+    compiled = getattr(model, "_compiled_call_impl", None)
+    if not isinstance(model, torch.nn.Module) or compiled is None:
+        yield
+        return
+    model._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        model._compiled_call_impl = compiled
+
+
+def drop_tensors(module: torch.nn.Module) -> None:
+    """A module holds no parameters or buffers of its own any more."""
+    module._parameters.clear()
+    module._buffers.clear()
+
+
+def rename(node: Node, name: str) -> None:
+    """Give a node a name that no other one of its graph has."""
+    node._rename(name)
+
+
+def with_graph(program: ExportedProgram, gm: GraphModule, signature: ExportGraphSignature) -> ExportedProgram:
+    """The exported program with another graph, and the same parameters and buffers."""
+    return program._update(gm, signature)

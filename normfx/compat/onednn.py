@@ -1,0 +1,62 @@
+"""Products by packed weights: oneDNN's and MKL's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normfx.compat.operators import OpOverload
+
+
+def has_linear() -> bool:
+    """Whether this torch was built with oneDNN."""
+    return hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def linear() -> OpOverload:
+    """mkldnn::_linear_pointwise(x, weight, bias, post-op, its numbers, its algorithm)."""
+    op: OpOverload = torch.ops.mkldnn._linear_pointwise.default
+    return op
+
+
+def pack(weight: Tensor, rows: int) -> Tensor:
+    """A weight of shape (out, in) in the layout that oneDNN's linear prefers for so many rows."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    return packed
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether oneDNN multiplies in bfloat16 on this processor."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def mkl_pack(weight: Tensor, rows: int) -> Tensor:
+    packed: Tensor = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
+    return packed
+
+
+def mkl_linear(x: Tensor, packed: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+    out: Tensor = torch.ops.mkl._mkl_linear(x, packed, weight, bias, rows)
+    return out
+
+
+@contextmanager
+def packing_for_onednn() -> Iterator[None]:
+    """While a graph is frozen, let Inductor pack float32 linears for oneDNN, not for MKL.
+
+    It asks whether Arm's Compute Library, a backend of oneDNN, is there.
+    """
+    from torch._inductor.fx_passes import mkldnn_fusion
+
+    mkldnn_fusion._mkldnn_fusion_init()  # asks the same question, once, about something else
+    ops: Any = torch.ops.mkldnn
+    asked = ops._is_mkldnn_acl_supported
+    ops._is_mkldnn_acl_supported = lambda: True
+    try:
+        yield
+    finally:
+        ops._is_mkldnn_acl_supported = asked
