@@ -152,7 +152,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: chain(nn.Conv2d(4, 6, 3), nn.ZeroPad2d(1), nn.BatchNorm2d(6)), "no_writer",
     ),
     "variance of 0 and no epsilon": (
-        lambda: chain(nn.Conv2d(4, 6, 3), _constant(nn.BatchNorm2d(6, 0.0))), "no_epsilon",
+        lambda: chain(nn.Conv2d(4, 6, 3), _constant(nn.BatchNorm2d(6, 1e-40))), "no_epsilon",
     ),
     "writer returned": (
         lambda: Function(lambda m, x: (m.norm(y := m.write(x)), y), write=nn.Conv2d(4, 6, 3), norm=nn.BatchNorm2d(6)),

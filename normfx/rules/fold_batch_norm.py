@@ -116,7 +116,7 @@ class _Block(nn.Module):
         super().__init__()
         self.tap = tap
         self.write = nn.Conv2d(3, channels, 3, bias=False)
-        eps = 0.0 if tap == "no epsilon" else 1e-5
+        eps = 1e-40 if tap == "no epsilon" else 1e-5  # torch 2.11 takes no 0
         self.norm = nn.BatchNorm2d(channels, eps, track_running_stats=tap != "no statistics")
         self.register_buffer("codes", torch.arange(108, dtype=torch.int8).reshape(4, 3, 3, 3))
         moved(self.norm)
