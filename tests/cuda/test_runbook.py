@@ -48,7 +48,7 @@ def test_dry_run(script: Path, tmp_path: Path) -> None:
     assert sum(alone) + max(background, default=0) + 20 <= LIMIT
     assert (tmp_path / "results" / f"{script.stem}.log").read_text() == done.stdout
     if script.name.startswith("1"):
-        collected = [line for line in lines if line.startswith("tests/test_gpu.py::")]
+        collected = [line for line in lines if line.startswith("tests/kernels/test_gpu.py::")]
         assert len(collected) >= 60
 
 

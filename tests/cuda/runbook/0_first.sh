@@ -4,7 +4,7 @@
 
 # each of these would start as many compilers as there are cores
 export TORCHINDUCTOR_COMPILE_THREADS=2
-test=("$PYTHON" -m pytest -m gpu -q --tb=short -rs -p no:cacheprovider -p no:benchmark --deadline 110 tests/test_gpu.py)
+test=("$PYTHON" -m pytest -m gpu -q --tb=short -rs -p no:cacheprovider -p no:benchmark --deadline 110 tests/kernels/test_gpu.py)
 parallel=()
 if has xdist; then parallel=(-n 6); fi
 bench=("$PYTHON" -m normfx.cli bench)

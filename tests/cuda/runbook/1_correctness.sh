@@ -2,7 +2,7 @@
 # Every generated kernel against float64, and models with them: what lets an architecture enter TESTED.
 . "$(dirname "$0")/prelude.sh"
 
-test=("$PYTHON" -m pytest -m gpu -q --tb=short -rs -p no:cacheprovider -p no:benchmark tests/test_gpu.py)  # not all have that plugin
+test=("$PYTHON" -m pytest -m gpu -q --tb=short -rs -p no:cacheprovider -p no:benchmark tests/kernels/test_gpu.py)  # not all have that plugin
 side_by_side() { if has xdist; then echo "-n $1"; fi; }
 kernels="float64 or hard_values or 32_bits"
 

@@ -1,0 +1,226 @@
+"""One harness over RULES: proof, plan and graph of every example and counterexample, float64 numerics, flags off."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sympy
+import torch
+from equivalence import EagerBackend, assert_same_float64, transformed
+from excerpts import accepted
+from paths import ROOT, TESTS
+
+from normfx import rules
+from normfx.export import rewrite
+from normfx.ir import ops
+from normfx.plan import refusal_codes
+from normfx.rules import RULES, fold_affine, fold_batch_norm
+from normfx.rules.rule import Example, Rule
+
+CASES = [
+    pytest.param(rule, example, id=f"{rule.name}-{example.name.replace(' ', '-')}")
+    for rule in RULES
+    for example in (rule.example, *rule.counterexamples)
+]
+
+
+GOLDENS = TESTS / "goldens" / "rules"
+
+
+def _symbols(name: str, *shape: int) -> np.ndarray:
+    array = np.empty(shape, dtype=object)
+    for index in itertools.product(*map(range, shape)):
+        array[index] = sympy.Symbol(name + "_" + "_".join(map(str, index)), real=True)
+    return array
+
+
+def test_every_rule_is_in_the_table() -> None:
+    """Under the name of its file."""
+    files = {path.stem for path in Path(rules.__file__).parent.glob("*.py") if "\nRULE = " in path.read_text("utf-8")}
+    assert files == {rule.name for rule in RULES} and len(files) == len(RULES)
+
+
+@pytest.mark.parametrize("d", [2, 3, 4])
+@pytest.mark.parametrize("rule", RULES, ids=lambda r: r.name)
+def test_identity_is_proved(rule: Rule, d: int) -> None:
+    pairs = list(rule.identity(_symbols, d))
+    assert pairs
+    for lhs, rhs in pairs:
+        assert sympy.expand(lhs - rhs) == 0  # expands inside the root too, so equal norms become one term
+
+
+WRONG: dict[str, tuple[str, Any]] = {
+    "pre_rms_norm": ("algebra.center", lambda a: a),
+    "linear_norm": ("algebra.center", lambda a: a),
+    "fold_scale": ("algebra.rms_norm", lambda x, eps: x),
+    "fold_affine": ("fold_affine.fold", lambda w, c, gamma, beta, k: (w * gamma, c)),
+    "fuse_residual_norm": ("fuse_residual_norm.centred_output", lambda z, gamma, beta: gamma * z + beta),
+    "fold_batch_norm": ("fold_batch_norm.fold", lambda w, b, scale, mean, beta: (scale[:, None] * w, scale * b + beta)),
+    "crms_norm": ("algebra.compress_input", lambda w, basis, channel: np.delete(w, channel)),
+}
+"""A wrong formula for each rule that has one of its own, and where to put it: the projection left out, β lost, …"""
+
+
+@pytest.mark.parametrize("rule", [r for r in RULES if r.name != "bake_weights"], ids=lambda r: r.name)
+def test_the_proof_can_fail(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong formula makes the two sides of the identity differ. (bake_weights says that products associate.)"""
+    where, formula = WRONG[rule.name]
+    monkeypatch.setattr(f"normfx.rules.{where}", formula)
+    assert any(sympy.expand(lhs - rhs) != 0 for lhs, rhs in rule.identity(_symbols, 2))
+
+
+def test_center_in_general_dimension() -> None:
+    """The lemma behind every centring rule, for symbolic d: with s = 1ᵀ1 = d, P = I − 11ᵀ/d has P² = P and P1 = 0.
+
+    In the algebra spanned by I and J = 11ᵀ, where J·J = d·J and J·1 = d·1, a matrix is a pair (i, j) for i·I + j·J.
+    """
+    d = sympy.Symbol("d", positive=True, integer=True)
+
+    def product(a: tuple[sympy.Expr, sympy.Expr], b: tuple[sympy.Expr, sympy.Expr]) -> tuple[sympy.Expr, sympy.Expr]:
+        return a[0] * b[0], sympy.simplify(a[0] * b[1] + a[1] * b[0] + d * a[1] * b[1])
+
+    projection = (sympy.Integer(1), -1 / d)
+    assert product(projection, projection) == projection
+    assert sympy.simplify(projection[0] + projection[1] * d) == 0
+    plain = sympy.eye(5) - sympy.ones(5, 5) / 5
+    assert plain * plain == plain
+    assert plain * sympy.ones(5, 1) == sympy.zeros(5, 1)
+
+
+def test_fold_formula_is_what_the_op_computes() -> None:
+    torch.manual_seed(0)
+    weight, bias, gamma, beta = (torch.randn(s, dtype=torch.float64) for s in ((4, 6), (4,), (6,), (6,)))
+    new_weight, new_bias = fold_affine.fold(weight, bias, gamma, beta, 0.5)
+    torch.testing.assert_close(
+        ops.scale_features(weight, gamma, 1, 6, 1, torch.float64), new_weight, rtol=1e-14, atol=1e-14
+    )
+    torch.testing.assert_close(
+        ops.fold_shift(weight, beta, bias, 0.5, 1, 6, 1, torch.float64), new_bias, rtol=1e-14, atol=1e-14
+    )
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1), (1, 4)])
+def test_batch_norm_formula_is_what_the_ops_compute(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    weight, bias, gamma, beta, mean = (torch.randn(s, dtype=torch.float64) for s in ((4, 6), 4, 4, 4, 4))
+    var = torch.rand(4, dtype=torch.float64)
+    scale = ops.channel_scale(var, gamma.reshape(shape), 1e-5)
+    torch.testing.assert_close(scale, gamma / (var + 1e-5).sqrt(), rtol=1e-14, atol=1e-14)
+    new_weight, new_bias = fold_batch_norm.fold(weight, bias, scale, mean, beta)
+    shift = ops.channel_shift(mean, scale, beta.reshape(shape), bias, torch.float64)
+    torch.testing.assert_close(shift, new_bias, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(
+        ops.scale_channels(weight, scale, 0, 0, torch.float64), new_weight, rtol=1e-14, atol=1e-14
+    )
+
+
+def _options(rule: Rule, example: Example) -> dict[str, Any]:
+    """The default rules, and this one."""
+    return {"fold": example.fold, "rules": f"default,+{rule.name}"}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda r: r.name)
+def test_golden(rule: Rule) -> None:
+    """The rule's example before and after, and each counterexample with what the rule says of it: the folder
+    tests/goldens/rules shows what normfx does. test_float64 proves the same cases."""
+    shown = [f"{rule.name}: {rule.formula}\n"]
+    for example in (rule.example, *rule.counterexamples):
+        torch._dynamo.reset()
+        backend = EagerBackend(_options(rule, example))
+        torch.compile(example.build().eval(), backend=backend, fullgraph=True)(*example.inputs())
+        (graph,), report = backend.graphs, backend.report
+        shown.append(f"\n=== {example.name}{f', refused: {example.code}' if example.code else ''}\n{graph.before}")
+        for site in (*report.sites, *report.composed):
+            said = [f"refused: {r.code}: {r.meaning}" for r in site.refusals if r.rule == rule.name]
+            said += ["applied"] if rule.name in site.rules else []
+            shown += [f"--- {site.name or 'a norm without a module'}: {'; '.join(said)}\n"] if said else []
+        if not example.code:
+            kept = f"--- {backend.kept} computed once and kept\n" if backend.kept else ""
+            shown.append(f"{kept}--->\n{graph.after}")
+    accepted(GOLDENS / f"{rule.name}.txt", "".join(shown))
+
+
+@pytest.mark.parametrize(("rule", "example"), CASES)
+def test_decision(rule: Rule, example: Example) -> None:
+    _, report = transformed(example.build().eval(), example.inputs(), _options(rule, example))
+    sites = (*report.sites, *report.composed)
+    codes = [r.code for site in sites for r in site.refusals if r.rule == rule.name]
+    if example.code:
+        assert example.code in codes
+        assert all(r.nodes and r.hint for site in sites for r in site.refusals)
+    else:
+        assert any(rule.name in site.rules for site in sites)
+        assert not codes
+
+
+@pytest.mark.parametrize(("rule", "example"), CASES)
+def test_float64(rule: Rule, example: Example) -> None:
+    torch.manual_seed(0)
+    model = example.build().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    options = _options(rule, example)
+    if example.fold == "live":
+        del options["fold"]  # live, and kept folds too
+    assert_same_float64(model, example.inputs(), options)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda r: r.name)
+def test_flag_off(rule: Rule) -> None:
+    """A rule that is switched off, alone, is applied nowhere, and its sites say why; the function stays the same."""
+    options = {"fold": rule.example.fold, "rules": f"default,-{rule.name}"}
+    report = assert_same_float64(rule.example.build().eval(), rule.example.inputs(), options)
+    sites = (*report.sites, *report.composed)
+    assert sites and all(rule.name not in site.rules for site in sites)
+    assert not rule.default or "disabled" in {r.code for site in sites for r in site.refusals if r.rule == rule.name}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda r: r.name)
+def test_all_off_leaves_the_graph(rule: Rule) -> None:
+    _, report = transformed(rule.example.build().eval(), rule.example.inputs(), {"rules": "none"})
+    (graph,) = report.graphs
+    assert graph.before == graph.after
+    assert {r.code for s in report.sites for r in s.refusals} == {"disabled"}
+    assert all(f"+{r.rule}" in r.hint and "NORMFX_RULES" in r.hint for s in report.sites for r in s.refusals)
+    assert all(s.refusals for s in report.sites)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda r: r.name)
+def test_one_rule_alone(rule: Rule) -> None:
+    model, inputs = rule.example.build().eval(), rule.example.inputs()
+    options = {"rules": [rule.name], "fold": rule.example.fold}
+    _, report = transformed(model, inputs, options)
+    assert {name for site in (*report.sites, *report.composed) for name in site.rules} == {rule.name}
+    assert_same_float64(model, inputs, options)
+
+
+@pytest.mark.parametrize("rule", [r for r in RULES if r.exported and r.default], ids=lambda r: r.name)
+def test_idempotent(rule: Rule) -> None:
+    """A rewritten program differs from the one it was made of, and holds nothing more to rewrite."""
+    program = torch.export.export(rule.example.build().eval(), rule.example.inputs())
+    options = _options(rule, rule.example)
+    before = str(program.graph)
+    once = rewrite(program, options)
+    assert str(once.graph) != before
+    assert str(rewrite(once, options).graph) == str(once.graph)
+
+
+def test_every_refusal_code_has_a_counterexample() -> None:
+    """Each rule that may give a code has its own, though rules share objections."""
+    shown = {(rule.name, e.code) for rule in RULES for e in rule.counterexamples}
+    missing = [(rule.name, code) for rule in RULES for code in rule.codes if (rule.name, code) not in shown]
+    assert missing == []
+
+
+def test_every_refusal_code_is_documented() -> None:
+    text = (ROOT / "docs" / "refusals.md").read_text()
+    for rule, codes in refusal_codes().items():
+        for code, meaning in codes.items():
+            assert f"`{code}`" in text and meaning in text, (rule, code)
+    documented = {line.split("`")[1] for line in text.splitlines() if line.startswith("| `")}
+    assert documented == {code for codes in refusal_codes().values() for code in codes}
