@@ -15,24 +15,24 @@ from torch.fx import GraphModule, Node
 
 from normfx.allocator import keep_freed_memory, keeps_freed_memory, memory_line
 from normfx.apply import apply_plan
-from normfx.capture import Captured, capture
+from normfx.capture.cleanup import drop_dead_code
+from normfx.capture.functionalize import functionalize_local
+from normfx.capture.simplify import drop_identities, read_parts
+from normfx.capture.specialize import specialize_epsilons
+from normfx.capture.trace import Captured, capture
+from normfx.checks.verify import Checked, verify
 from normfx.compat.dynamo import compile_id
 from normfx.dynamo import explained, function, handed_on
+from normfx.edit.fusion import centres_output
 from normfx.edit.writer import Rewritten
 from normfx.environment import environment
 from normfx.errors import NormfxError, NormfxWarning, StageError, crash_note, stage_warning
+from normfx.graph.aliasing import mutated
+from normfx.graph.facts import facts_of
+from normfx.graph.names import module_path, source_line
+from normfx.graph.recompute import keep_folds
 from normfx.ir import ops
-from normfx.ir.aliasing import mutated
-from normfx.ir.cleanup import drop_dead_code
-from normfx.ir.facts import facts_of
-from normfx.ir.functionalize import functionalize_local
-from normfx.ir.fusion import centres_output
-from normfx.ir.names import module_path, source_line
-from normfx.ir.printer import print_lines
-from normfx.ir.recompute import keep_folds
-from normfx.ir.simplify import drop_identities, read_parts
 from normfx.ir.sites import Sites
-from normfx.ir.verify import Checked, verify
 from normfx.logs import say
 from normfx.lower import choice
 from normfx.lower.affordable import beyond, rooms
@@ -48,10 +48,10 @@ from normfx.lower.verified import verified
 from normfx.options import Options, warn_once
 from normfx.picture import draw, places
 from normfx.plan import Plan, make_plan
+from normfx.printing.printer import print_lines
 from normfx.recognize import recognize
 from normfx.records import Picture
 from normfx.report import FailureReport, FoldReport, GraphReport, Report, graph_report
-from normfx.specialize import specialize_epsilons
 from normfx.weights.kept import records_gradients
 from normfx.weights.live import live_folds
 from normfx.weights.native import start_native_library

@@ -12,7 +12,7 @@ from torch.export.graph_signature import ExportGraphSignature
 from torch.fx import Graph, Node
 
 from normfx.backend import parse, transform_canonical
-from normfx.capture import capture_exported
+from normfx.capture.trace import capture_exported
 from normfx.compat.modules import with_graph
 from normfx.errors import ExportError
 from normfx.logs import say

@@ -2,7 +2,7 @@
 
 TORCH_LOGS is read while torch is imported, before a backend could register names of its own; what it takes then is the
 name of a module of any package. So the loggers are named after modules: `normfx.plan` has the plan of each graph
-(INFO), `normfx.ir.printer` the graphs (DEBUG), `normfx.kernels` the generated kernels (DEBUG). Tried on torch 2.11,
+(INFO), `normfx.printing` the graphs (DEBUG), `normfx.kernels` the generated kernels (DEBUG). Tried on torch 2.11,
 2.13 and 2.14.
 """
 
@@ -16,7 +16,7 @@ from normfx.compat.dynamo import trace_artifact
 from normfx.records import GraphReport
 from normfx.report import Report
 
-PLAN, GRAPHS, KERNELS = (logging.getLogger(f"normfx.{name}") for name in ("plan", "ir.printer", "kernels"))
+PLAN, GRAPHS, KERNELS = (logging.getLogger(f"normfx.{name}") for name in ("plan", "printing", "kernels"))
 
 
 def say(report: GraphReport, debug: int) -> None:

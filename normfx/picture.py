@@ -15,11 +15,11 @@ import sympy
 from torch.fx import Graph, Node
 
 from normfx.edit.writer import Rewritten
-from normfx.ir.graph import is_getitem, op_name, value
-from normfx.ir.names import module_path, source_line
-from normfx.ir.printer import describe
+from normfx.graph.names import module_path, source_line
+from normfx.graph.nodes import is_getitem, op_name, value
 from normfx.ir.sites import Norm, Readers, Sites
 from normfx.plan import Plan
+from normfx.printing.printer import describe
 from normfx.recognize.readers import NUMBER_SCALES, ROW_OPS
 from normfx.records import CostReport, Picture, StepReport
 from normfx.rules.cut import Part

@@ -12,8 +12,8 @@ from typing import Any
 from rich.text import Text
 from torch.fx import Node
 
-from normfx.ir.graph import size_hint
-from normfx.ir.names import source_line
+from normfx.graph.names import source_line
+from normfx.graph.nodes import size_hint
 from normfx.ir.sites import Composed, Norm
 from normfx.picture import size
 from normfx.plan import Plan

@@ -17,7 +17,7 @@ import jinja2
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
-from normfx.line_diff import differences
+from normfx.printing.line_diff import differences
 from normfx.records import GraphBreak, GraphReport
 from normfx.report_text import reasons, sentences
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from normfx.edit.surgery import Surgery, output_dims, set_argument
+from normfx.graph.calls import add_call, fake_result
+from normfx.graph.nodes import BAKED, arguments, grad_modes, is_row_major, op_name, tensor, value
 from normfx.ir import ops
-from normfx.ir.calls import add_call, fake_result
-from normfx.ir.graph import BAKED, arguments, grad_modes, is_row_major, op_name, tensor, value
 from normfx.ir.sites import Axis, BatchNorm, Leaf, Linear, Norm, Readers, Residual, Stream
 from normfx.recognize.flow import LINEARS
 

@@ -14,10 +14,10 @@ import torch
 from torch.fx import Graph, Node
 
 from normfx.compat.operators import OpOverload
+from normfx.graph.calls import add_call, fake_result
+from normfx.graph.nodes import arguments, op_name, shape, tensor, value
+from normfx.graph.order import Order
 from normfx.ir import ops
-from normfx.ir.calls import add_call, fake_result
-from normfx.ir.graph import arguments, op_name, shape, tensor, value
-from normfx.ir.order import Order
 
 
 class Surgery:

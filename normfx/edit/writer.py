@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import Node
 
+from normfx.capture.cleanup import drop_dead_code
 from normfx.edit import Edit, NormState
-from normfx.ir.aliasing import may_leave, storages_of
-from normfx.ir.calls import add_call
-from normfx.ir.cleanup import drop_dead_code
+from normfx.edit.fusion import Fusion
+from normfx.edit.resize import resize
+from normfx.graph.aliasing import may_leave, storages_of
+from normfx.graph.calls import add_call, add_norm
+from normfx.graph.nodes import is_row_major, tensor
 from normfx.ir.form import Kind
-from normfx.ir.fused_ops import NormCall, add_norm
-from normfx.ir.fusion import Fusion
-from normfx.ir.graph import is_row_major, tensor
-from normfx.ir.resize import resize
+from normfx.ir.fused_ops import NormCall
 from normfx.ir.sites import Norm
 
 

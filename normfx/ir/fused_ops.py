@@ -14,11 +14,10 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from normfx.compat.operators import OpOverload
 from normfx.ir import ops
-from normfx.ir.calls import add_call
 from normfx.ir.form import FIELDS, Form, schema
 from normfx.ir.ops import define
 
@@ -90,11 +89,6 @@ def call_of(op: object, args: Sequence[Any]) -> NormCall:
 def norm_call(node: Node) -> NormCall:
     """What a canonical norm computes, with or without an add."""
     return call_of(node.target, node.args)
-
-
-def add_norm(graph: Graph, call: NormCall, like: Node) -> Node:
-    """Write a canonical norm into a graph."""
-    return add_call(graph, call.op, call.args, like)
 
 
 def _run(call: NormCall) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from normfx.compat.operators import OpOverload
 from normfx.compat.tensors import storage_key
-from normfx.ir.graph import bytes_of, entries, op_name, shape, size_hint, tensor, value
+from normfx.graph.nodes import bytes_of, entries, op_name, shape, size_hint, tensor, value
 from normfx.lower.gemm import packed_gain
 from normfx.lower.packed import PACK, PACKED_LINEAR, unpack
 from normfx.weights.budget import budget

@@ -25,7 +25,7 @@ from torch.fx import Node
 
 from normfx.compat.inductor import config
 from normfx.compat.operators import OpOverload
-from normfx.ir.graph import bytes_of, entries, is_getitem, op_name, shape, size_hint, tensor, total, value
+from normfx.graph.nodes import bytes_of, entries, is_getitem, op_name, shape, size_hint, tensor, total, value
 from normfx.ir.sites import Norm
 from normfx.kernels import run
 from normfx.kernels.cost import backward_cost, forward_cost

@@ -17,9 +17,9 @@ from torch.fx import Graph, GraphModule, Node
 from normfx.compat.inductor import PyCodeCache
 from normfx.compat.modules import drop_tensors
 from normfx.compat.tracing import TracingContext, detect_fake_mode, tracing
-from normfx.ir.aliasing import mutated
-from normfx.ir.graph import tensor
-from normfx.ir.regions import attribute
+from normfx.graph.aliasing import mutated
+from normfx.graph.nodes import tensor
+from normfx.graph.regions import attribute
 from normfx.lower.affordable import LAUNCH, Rooms, is_table, overflow, product_gain
 from normfx.lower.gemm import onednn_is_faster, packing
 from normfx.lower.hoist import Folding

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from normfx.ir.cleanup import drop_dead_code
-from normfx.ir.regions import attribute
+from normfx.capture.cleanup import drop_dead_code
+from normfx.graph.regions import attribute
 from normfx.lower.affordable import kept_bytes
 from normfx.weights.kept import Kept, records_gradients
 from normfx.weights.store import Fold, Folds

@@ -15,7 +15,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from normfx.compat.dynamo import ConstantSource, input_source, set_input_source
 from normfx.compat.inductor import compile_fx, modes, option_names
 from normfx.errors import OptionError, did_you_mean
-from normfx.ir import channels, form, fused_ops, ops, recompute
+from normfx.graph import recompute
+from normfx.ir import channels, form, fused_ops, ops
 from normfx.kernels import backward, forward, launch, rows, run, source, spec
 from normfx.lower import norm_ops, stored, two_norms
 from normfx.options import KEYS

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from normfx.capture import Captured
+from normfx.capture.trace import Captured
 from normfx.errors import NormfxError
-from normfx.ir.graph import tensor
+from normfx.graph.nodes import tensor
 from normfx.lower.affordable import chosen
 from normfx.lower.hoist import Folding, hoist
 from normfx.lower.packed import PACK, pack_linears

@@ -16,11 +16,11 @@ from torch import Tensor, library
 from torch.fx import GraphModule, Node
 
 from normfx.compat import onednn
-from normfx.ir.aliasing import escaping, storages_of
-from normfx.ir.calls import add_call
-from normfx.ir.graph import BAKED, arguments, op_name, parameter_only, value
+from normfx.graph.aliasing import escaping, storages_of
+from normfx.graph.calls import add_call
+from normfx.graph.nodes import BAKED, arguments, op_name, parameter_only, value
+from normfx.graph.regions import is_autocast
 from normfx.ir.ops import define
-from normfx.ir.regions import is_autocast
 from normfx.lower.gemm import packed_is_faster
 from normfx.weights.handles import value_of
 from normfx.weights.kept import folded, records_gradients

@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from normfx.compat.inductor import register_lowering
-from normfx.ir.aliasing import mutated
-from normfx.ir.calls import add_call
+from normfx.graph.aliasing import mutated
+from normfx.graph.calls import add_call
+from normfx.graph.nodes import extent, op_name, tensor, value
 from normfx.ir.fused_ops import BODIES as FUSED
-from normfx.ir.graph import extent, op_name, tensor, value
 from normfx.ir.ops import define
 from normfx.lower.choice import is_fusible, product_between, readers_of
 from normfx.weights.kept import records_gradients

@@ -12,11 +12,11 @@ import sympy
 import torch
 from torch.fx import GraphModule, Node
 
-from normfx.ir.aliasing import mutated
-from normfx.ir.calls import add_call
-from normfx.ir.cleanup import drop_dead_code
+from normfx.capture.cleanup import drop_dead_code
+from normfx.graph.aliasing import mutated
+from normfx.graph.calls import add_call
+from normfx.graph.nodes import entries, grad_modes, shape, tensor, total, value
 from normfx.ir.fused_ops import CALLS, KINDS, NORM_ADD_NORM, NormCall, norm_call
-from normfx.ir.graph import entries, grad_modes, shape, tensor, total, value
 from normfx.kernels.cost import backward_cost, forward_cost
 from normfx.kernels.launch import BACKWARD_IN_REGISTERS, backward_launch, forward_launch
 from normfx.kernels.source import Source, backward_source, forward_source

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch.fx import Node
 
-from normfx.ir.calls import add_call
-from normfx.ir.graph import arguments, op_name, shape
+from normfx.graph.calls import add_call
+from normfx.graph.nodes import arguments, op_name, shape
 
 _VIEWS = frozenset({"aten::view", "aten::reshape", "aten::_unsafe_view"})
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch.fx import Node
 
-from normfx.ir.facts import Facts
+from normfx.graph.facts import Facts
 from normfx.ir.sites import Sites
 from normfx.recognize.batch import find_batch_norms
 from normfx.recognize.composed import find_composed

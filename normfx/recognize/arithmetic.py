@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from normfx.ir.graph import op_name, value
+from normfx.graph.nodes import op_name, value
 from normfx.recognize.table import Call, Flow, one, op
 
 

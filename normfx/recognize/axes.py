@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from normfx.ir.graph import extent, is_one, shape, value
+from normfx.graph.nodes import extent, is_one, shape, value
 from normfx.ir.sites import Axis
 
 Shape = Sequence["int | torch.SymInt"]

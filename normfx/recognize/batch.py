@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from normfx.ir.aliasing import may_leave, storages_of
-from normfx.ir.facts import Facts
-from normfx.ir.graph import arguments, entry_readers, occurrences, op_name, shape, tensor, value
-from normfx.ir.order import Order
+from normfx.graph.aliasing import may_leave, storages_of
+from normfx.graph.facts import Facts
+from normfx.graph.nodes import arguments, entry_readers, occurrences, op_name, shape, tensor, value
+from normfx.graph.order import Order
 from normfx.ir.sites import Axis, BatchNorm, Linear, Norm
 from normfx.recognize.flow import Constants, flow
 from normfx.recognize.norms import BATCH_NORMS, takes_batch_statistics

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import torch
 from torch.fx import Node
 
-from normfx.ir.aliasing import escaping, read_outside, storages_of
-from normfx.ir.facts import Facts
-from normfx.ir.graph import op_name
-from normfx.ir.packing import packed_sources
-from normfx.ir.regions import is_autocast
+from normfx.graph.aliasing import escaping, read_outside, storages_of
+from normfx.graph.facts import Facts
+from normfx.graph.nodes import op_name
+from normfx.graph.packing import packed_sources
+from normfx.graph.regions import is_autocast
 from normfx.ir.sites import Composed
 
 AUTOCAST_NEUTRAL = frozenset(

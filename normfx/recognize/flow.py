@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from normfx.ir.graph import value
+from normfx.graph.nodes import value
 from normfx.ir.sites import Axis
 from normfx.recognize import arithmetic, indexing, mixing  # noqa: F401  # they enter their ops in the table
 from normfx.recognize.linears import CONVOLUTIONS, LINEARS, scales_rows

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from normfx.ir.graph import extent, shape, tensor, value
+from normfx.graph.nodes import extent, shape, tensor, value
 from normfx.ir.sites import Axis
 from normfx.recognize.axes import index_axis, indexed_dims
 from normfx.recognize.table import Call, Flow, one, op, same_extent

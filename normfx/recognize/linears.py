@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch.fx import Node
 
-from normfx.ir.graph import arguments, op_name, shape, value
+from normfx.graph.nodes import arguments, op_name, shape, value
 from normfx.ir.sites import Axis
 from normfx.recognize.table import TABLE, Call, Flow, one, op
 

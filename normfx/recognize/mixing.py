@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from normfx.ir.graph import extent, op_name, shape, value
+from normfx.graph.nodes import extent, op_name, shape, value
 from normfx.recognize.table import Call, Flow, Handler, one, op
 
 

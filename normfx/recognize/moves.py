@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from normfx.ir.graph import extent, is_one, op_name, shape, value
+from normfx.graph.nodes import extent, is_one, op_name, shape, value
 from normfx.ir.sites import Axis
 from normfx.recognize.axes import permute_axis, reshape_axis
 from normfx.recognize.table import PARTS, Call, Flow, Handler, aten, one, op

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from normfx.ir.aliasing import mutated
-from normfx.ir.graph import arguments, op_name, value
+from normfx.graph.aliasing import mutated
+from normfx.graph.nodes import arguments, op_name, value
 from normfx.ir.sites import Norm, NormKind
 from normfx.recognize.rows import readers
 from normfx.recognize.spelled import Spelled, find_spelled

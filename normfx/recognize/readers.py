@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from torch.fx import Node
 
-from normfx.ir.facts import Facts
-from normfx.ir.graph import SHAPE_READS, arguments, entry_readers, is_getitem, occurrences, op_name, shape, value
+from normfx.graph.facts import Facts
+from normfx.graph.nodes import SHAPE_READS, arguments, entry_readers, is_getitem, occurrences, op_name, shape, value
 from normfx.ir.sites import Axis, Linear, Norm, Readers, Scaled
 from normfx.recognize.axes import reshape_axis
 from normfx.recognize.flow import CASTS, CONVOLUTIONS, PARTS, RESHAPES, Constants, flow

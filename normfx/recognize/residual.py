@@ -9,9 +9,9 @@ from typing import Literal, TypeAlias
 
 from torch.fx import Node
 
-from normfx.ir.facts import Facts
-from normfx.ir.graph import arguments, entry_readers, occurrences, op_name, tensor, value
-from normfx.ir.recompute import region_of
+from normfx.graph.facts import Facts
+from normfx.graph.nodes import arguments, entry_readers, occurrences, op_name, tensor, value
+from normfx.graph.recompute import region_of
 from normfx.ir.sites import Norm, Residual, Scaled
 from normfx.recognize.readers import number_factor
 from normfx.recognize.rows import same_shape

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from torch.fx import Node
 
-from normfx.ir.graph import op_name, value
+from normfx.graph.nodes import op_name, value
 from normfx.recognize import algebra
 from normfx.recognize.algebra import Outside, Poly, X
 from normfx.recognize.rows import (

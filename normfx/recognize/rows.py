@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.fx import Node
 
-from normfx.ir.graph import SHAPE_READS, arguments, extent, is_getitem, op_name, tensor, value
+from normfx.graph.nodes import SHAPE_READS, arguments, extent, is_getitem, op_name, tensor, value
 from normfx.recognize import algebra
 from normfx.recognize.algebra import Outside, Poly, X
 

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
+from normfx.graph.barriers import regions
+from normfx.graph.nodes import arguments, is_one, op_name, value
 from normfx.ir import ops
-from normfx.ir.barriers import regions
-from normfx.ir.graph import arguments, is_one, op_name, value
 from normfx.recognize import algebra
 from normfx.recognize.algebra import M, S, X
 from normfx.recognize.formula import Formula, read

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 import networkx
 from torch.fx import Graph, Node
 
-from normfx.ir.facts import Facts
-from normfx.ir.graph import (
+from normfx.graph.facts import Facts
+from normfx.graph.nodes import (
     arguments,
     bytes_of,
     entry_readers,
@@ -27,7 +27,7 @@ from normfx.ir.graph import (
     size_hint,
     value,
 )  # fmt: skip
-from normfx.ir.packing import packed_sources
+from normfx.graph.packing import packed_sources
 from normfx.ir.sites import Axis, Leaf, LeafKind, Norm, Stream
 from normfx.recognize.flow import LINEARS, Constants, Flow, flow, scales_rows
 

@@ -16,7 +16,7 @@ import torch
 from torch.fx import Node
 
 from normfx.compat.operators import OpOverload, schema
-from normfx.ir.graph import RANDOM, arguments, extent, is_getitem, is_one, op_name, shape, value
+from normfx.graph.nodes import RANDOM, arguments, extent, is_getitem, is_one, op_name, shape, value
 from normfx.ir.sites import Axis
 from normfx.recognize.axes import expand_axis
 

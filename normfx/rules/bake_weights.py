@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from normfx.edit import Edit
-from normfx.ir.graph import bytes_of, entries, shape, total
+from normfx.graph.nodes import bytes_of, entries, shape, total
 from normfx.ir.sites import Composed, Sites
 from normfx.rules.rule import Code, Cost, Example, Objection, Rule, SoFar, Symbols
 

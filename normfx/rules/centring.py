@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from normfx.edit import Edit
-from normfx.ir.graph import bytes_of, entries, op_name, shape, size_hint, tensor, total
+from normfx.graph.nodes import bytes_of, entries, op_name, shape, size_hint, tensor, total
 from normfx.ir.sites import Leaf, Stream
 from normfx.recognize.flow import LINEARS
 from normfx.rules.cut import Part, live, price, saved

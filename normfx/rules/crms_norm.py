@@ -24,8 +24,8 @@ from torch import nn
 from torch.fx import Node
 
 from normfx.edit import Edit
-from normfx.ir.graph import bytes_of, entry_readers, extent, op_name, shape, total
-from normfx.ir.resize import reads_size, resizable
+from normfx.edit.resize import reads_size, resizable
+from normfx.graph.nodes import bytes_of, entry_readers, extent, op_name, shape, total
 from normfx.ir.sites import Axis, Norm, Readers, Sites, Stream
 from normfx.recognize.flow import LINEARS
 from normfx.rules import algebra, centring, fold_affine

@@ -20,7 +20,7 @@ import networkx
 import sympy
 from torch.fx import Node
 
-from normfx.ir.graph import bytes_of, op_name, size_hint, total
+from normfx.graph.nodes import bytes_of, op_name, size_hint, total
 from normfx.ir.sites import Leaf, Norm, Stream
 from normfx.rules.device import device_costs
 

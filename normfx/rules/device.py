@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from normfx.ir.graph import value
+from normfx.graph.nodes import value
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from torch import nn
 from torch.fx import Node
 
 from normfx.edit import Edit
-from normfx.ir.graph import bytes_of, entries, shape, size_hint, tensor, total
-from normfx.ir.packing import packed_sources
+from normfx.graph.nodes import bytes_of, entries, shape, size_hint, tensor, total
+from normfx.graph.packing import packed_sources
 from normfx.ir.sites import Linear, Readers, Sites
 from normfx.rules import centring
 from normfx.rules.device import device_costs

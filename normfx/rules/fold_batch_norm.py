@@ -28,8 +28,8 @@ import torch
 from torch import nn
 
 from normfx.edit import Edit
-from normfx.ir.graph import bytes_of, entries, shape, size_hint, tensor, total
-from normfx.ir.packing import packed_sources
+from normfx.graph.nodes import bytes_of, entries, shape, size_hint, tensor, total
+from normfx.graph.packing import packed_sources
 from normfx.ir.sites import BatchNorm, Linear, Sites
 from normfx.rules import centring
 from normfx.rules.device import device_costs

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from normfx.edit import Edit
-from normfx.ir.graph import bytes_of
+from normfx.graph.nodes import bytes_of
 from normfx.ir.sites import Scaled, Sites
 from normfx.rules import algebra, fold_affine
 from normfx.rules.rule import Cost, Example, Objection, Rule, SoFar, Symbols

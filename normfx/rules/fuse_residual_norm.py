@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from normfx.edit import Edit
-from normfx.ir.graph import bytes_of
+from normfx.graph.nodes import bytes_of
 from normfx.ir.sites import Leaf, Residual, Sites
 from normfx.rules import algebra, centring
 from normfx.rules.rule import Code, Cost, Example, Objection, Rule, SoFar, Symbols

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from normfx.edit import Stored
-from normfx.ir.graph import op_name, value
+from normfx.graph.nodes import op_name, value
 from normfx.ir.sites import Axis, Leaf, Readers, Stream
 from normfx.recognize.flow import LINEARS
 

@@ -8,10 +8,10 @@ import torch
 from torch.fx import Graph, Node
 
 from normfx.compat.tensors import FakeTensor
+from normfx.graph.aliasing import escaping, read_outside, storages_of
+from normfx.graph.nodes import BAKED, grad_modes, parameter_only, value
+from normfx.graph.regions import is_autocast
 from normfx.ir import ops
-from normfx.ir.aliasing import escaping, read_outside, storages_of
-from normfx.ir.graph import BAKED, grad_modes, parameter_only, value
-from normfx.ir.regions import is_autocast
 from normfx.recognize.composed import is_autocast_neutral
 from normfx.weights.expression import Expression, expression
 from normfx.weights.native import watches_pages

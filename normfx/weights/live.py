@@ -10,8 +10,8 @@ from collections.abc import Iterable
 
 from torch.fx import Graph, Node
 
+from normfx.graph.nodes import op_name, parameter_only
 from normfx.ir import ops
-from normfx.ir.graph import op_name, parameter_only
 
 
 def live_folds(graph: Graph, weights: Iterable[Node]) -> tuple[Node, ...]:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 import normfx
+from normfx.checks.producers import check_producers
 from normfx.errors import NormfxError
-from normfx.ir.producers import check_producers
-from normfx.ir.regions import GET_DATA
+from normfx.graph.regions import GET_DATA
 
 aten = torch.ops.aten
 
@@ -227,9 +227,9 @@ def test_a_tensor_in_the_arguments_is_refused(lost: Tensor) -> None:
 
 def test_a_lost_value_falls_back_with_a_reason(monkeypatch: Any) -> None:
     """As if capture knew nothing of `.data`."""
-    import normfx.capture
+    import normfx.capture.trace
 
-    monkeypatch.setattr(normfx.capture, "acts_on_autograd", lambda node: False)
+    monkeypatch.setattr(normfx.capture.trace, "acts_on_autograd", lambda node: False)
     model, x = ReadsWeight().double(), x64(4, 8)
     torch._dynamo.reset()
     with pytest.warns(normfx.NormfxWarning, match="does not follow a value that is read at"):

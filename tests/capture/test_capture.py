@@ -14,9 +14,9 @@ from capturing import Backend, Block, Custom, Stack, same, x64
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from normfx.capture import capture, capture_exported
-from normfx.ir.names import dotted, module_path, source_line
-from normfx.ir.verify import verify
+from normfx.capture.trace import capture, capture_exported
+from normfx.checks.verify import verify
+from normfx.graph.names import dotted, module_path, source_line
 
 aten = torch.ops.aten
 

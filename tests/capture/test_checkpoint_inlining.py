@@ -30,9 +30,9 @@ from torch.fx import GraphModule
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
 from normfx.backend import transform
-from normfx.ir import recompute
-from normfx.ir.inline import inline_regions
-from normfx.ir.recompute import POLICY, region_of
+from normfx.capture.inline import inline_regions
+from normfx.graph import recompute
+from normfx.graph.recompute import POLICY, region_of
 from normfx.options import Options
 
 aten, higher = torch.ops.aten, torch.ops.higher_order

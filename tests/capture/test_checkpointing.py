@@ -36,8 +36,9 @@ from torch.fx import GraphModule
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
 from normfx.backend import listening
-from normfx.ir import ops, recompute
-from normfx.ir.recompute import POLICY, REGION, region_of
+from normfx.graph import recompute
+from normfx.graph.recompute import POLICY, REGION, region_of
+from normfx.ir import ops
 from normfx.report import GraphReport
 
 aten, higher = torch.ops.aten, torch.ops.higher_order

@@ -7,8 +7,8 @@ import torch
 from capturing import same, x64
 from torch import Tensor, nn
 
-from normfx.ir.expand import encoder_layer
-from normfx.ir.names import module_path
+from normfx.capture.expand import encoder_layer
+from normfx.graph.names import module_path
 
 aten = torch.ops.aten
 

@@ -19,7 +19,7 @@ from torch import Tensor, library, nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.checkpoint import checkpoint
 
-from normfx.ir.opaque import calls_unknown
+from normfx.graph.opaque import calls_unknown
 
 aten = torch.ops.aten
 
@@ -208,7 +208,7 @@ def test_formulas_of_an_operator_run_as_often_as_without_normfx() -> None:
         torch.compile(Model(twice), backend=backend)(torch.randn(4, 8)).sum().backward()
         return dict(CALLS)
 
-    from normfx.capture import capture
+    from normfx.capture.trace import capture
 
     def captured(gm: Any, example_inputs: Any) -> Any:
         return aot_eager(capture(gm, example_inputs).graph_module, example_inputs)

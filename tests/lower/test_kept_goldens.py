@@ -9,8 +9,8 @@ from expecttest import TestCase
 from torch import nn
 
 from normfx.backend import transform
-from normfx.ir.printer import print_graph
 from normfx.options import Options
+from normfx.printing.printer import print_graph
 
 
 class Goldens(TestCase):

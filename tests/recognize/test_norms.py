@@ -12,7 +12,7 @@ from norm_records import EPS, D, Parameters, assert_recomputes, centre, mean, no
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from normfx.ir.graph import op_name
+from normfx.graph.nodes import op_name
 from normfx.recognize.norms import find_norms
 from normfx.recognize.rows import CASTS
 

@@ -53,7 +53,7 @@ def records(monkeypatch: pytest.MonkeyPatch) -> _Records:
 def test_loggers_by_level(records: _Records) -> None:
     logger = logging.getLogger("normfx")
     names = {logging.WARNING: [], logging.INFO: ["normfx.plan"]}
-    names[logging.DEBUG] = ["normfx.plan", "normfx.ir.printer", "normfx.kernels"]
+    names[logging.DEBUG] = ["normfx.plan", "normfx.printing", "normfx.kernels"]
     for level, expected in names.items():
         logger.setLevel(level)
         records.said.clear()
@@ -118,9 +118,9 @@ CASES = {
     "+normfx": (True, True, True),
     "-normfx": (False, False, False),
     "normfx.plan": (True, False, False),
-    "+normfx.ir.printer": (False, True, False),
+    "+normfx.printing": (False, True, False),
     "+normfx.kernels": (False, False, True),
-    "dynamo,+normfx.ir.printer,normfx.plan": (True, True, False),
+    "dynamo,+normfx.printing,normfx.plan": (True, True, False),
     "normfx,+normfx.kernels": (True, False, True),
 }
 """TORCH_LOGS → whether plan, graphs and kernels are said."""

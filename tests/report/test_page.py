@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import normfx
 from normfx.cli import main
-from normfx.line_diff import differences
+from normfx.printing.line_diff import differences
 from normfx.report import Report
 from normfx.report_html import FILES
 

@@ -15,8 +15,8 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch._subclasses import FakeTensor
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-from normfx.capture import Captured, capture
-from normfx.ir.verify import verify
+from normfx.capture.trace import Captured, capture
+from normfx.checks.verify import verify
 
 aten = torch.ops.aten
 

@@ -19,8 +19,8 @@ from torch.fx import GraphModule, Node
 from torch.utils.checkpoint import checkpoint
 
 from normfx.backend import transform
+from normfx.graph.nodes import parameter_only
 from normfx.ir import fused_ops, ops
-from normfx.ir.graph import parameter_only
 from normfx.options import Options
 
 higher = torch.ops.higher_order

@@ -31,9 +31,9 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from normfx.backend import forced, transform_canonical
-from normfx.capture import Captured
-from normfx.ir.cleanup import drop_dead_code, simplify_constants
-from normfx.ir.sources import Source
+from normfx.capture.cleanup import drop_dead_code, simplify_constants
+from normfx.capture.sources import Source
+from normfx.capture.trace import Captured
 from normfx.lower.folded import fed
 from normfx.lower.outside import keep_folds_outside
 from normfx.options import Options

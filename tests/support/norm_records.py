@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from normfx.ir.graph import op_name, parameter_only
+from normfx.graph.nodes import op_name, parameter_only
 from normfx.ir.sites import Norm
 from normfx.recognize.norms import find_norms
 from normfx.recognize.rows import CASTS

@@ -31,12 +31,12 @@ from torch.fx import Graph, GraphModule
 
 import normfx
 from normfx.backend import Transformed, transform
-from normfx.ir.graph import arguments, op_name
-from normfx.ir.names import module_path
-from normfx.ir.printer import print_graph
+from normfx.graph.names import module_path
+from normfx.graph.nodes import arguments, op_name
 from normfx.lower import packed
 from normfx.lower import triton as lowering
 from normfx.options import Options
+from normfx.printing.printer import print_graph
 from normfx.rules import RULES
 
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {

@@ -1,0 +1,1 @@
+"""From a Dynamo graph or an exported program to the canonical graph."""

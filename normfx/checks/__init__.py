@@ -1,0 +1,1 @@
+"""Invariants of canonical graphs, checked in production and between stages."""
