@@ -1,0 +1,142 @@
+"""The examples run and print what is so: in a process of their own, but those that compile nothing in this one."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import unittest
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch.distributed
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+NUMBER = r"(\d[\d.]*(?:e[+-]?\d+)?)"
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+gloo = pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="torch without gloo"
+)
+
+
+def ran(*arguments: str, cwd: Path, environment: Mapping[str, str] = {}) -> str:
+    """What Python with these arguments printed; it ended without an error, and without a warning of normfx.
+
+    With one thread: where other work runs, two would wait for each other.
+    """
+    own = {"OMP_NUM_THREADS": "1", "NORMFX_STRICT": "1", "NORMFX_VERIFY": "1"}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=os.environ | own | environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert "NormfxWarning" not in done.stderr, done.stderr[-4000:]
+    return done.stdout
+
+
+def example(name: str, folder: Path, *before: str) -> str:
+    """What an example printed."""
+    return ran(*before, str(EXAMPLES / name), cwd=folder)
+
+
+def imported(name: str) -> ModuleType:
+    """An example as a module of this process."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def numbers(pattern: str, printed: str) -> list[float]:
+    """The numbers in the one place of a text that a pattern finds; each # stands for one."""
+    found = re.findall(pattern.replace("#", NUMBER), printed)
+    assert len(found) == 1, (pattern, printed)
+    return [float(n) for n in (found[0] if isinstance(found[0], tuple) else found)]
+
+
+def assert_all_rms_norms(printed: str, norms: int) -> None:
+    assert numbers("# of # LayerNorms became RMSNorms", printed) == [norms, norms], printed
+
+
+def assert_small(pattern: str, printed: str, limit: float = 1e-5) -> None:
+    """A difference that rounding of float32 explains, for values near 1."""
+    assert numbers(pattern, printed)[0] < limit, printed
+
+
+def test_explaining(capsys: pytest.CaptureFixture[str]) -> None:
+    imported("explain_refusals").main()
+    printed = capsys.readouterr().out
+    assert "final: applied fold_affine, fuse_residual_norm" in printed
+    assert "pre_rms_norm refused, observed: " in printed
+
+
+def test_explaining_a_vit(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    imported("explain_vit").main()
+    assert numbers("# of # LayerNorms become RMSNorms", capsys.readouterr().out) == [5, 5]
+
+
+@pytest.mark.slow
+def test_train_gpt2(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    printed = example("train_gpt2.py", tmp_path)
+    assert_all_rms_norms(printed, 5)
+    first, last = numbers("normfx: loss # at the first step, # after 30 steps", printed)
+    assert last < 0.8 * first, printed
+    assert abs(numbers("eager: loss # at the first step, # after 30 steps", printed)[1] - last) < 1e-3
+    assert_small("largest difference of the losses: #", printed, 1e-3)  # 30 steps of Adam
+
+
+@pytest.mark.slow
+def test_lora(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    printed = example("lora_finetune_and_merge.py", tmp_path)
+    first, last = numbers("loss # at the first step, # after 10 steps", printed)
+    assert last < first, printed
+    assert_small("largest difference of the losses from eager: #", printed, 1e-4)
+    for what in ("merged in place, largest difference from eager: #", "and from the output before: #",
+                 "merged and unloaded, largest difference from eager: #"):  # fmt: skip
+        assert_small(what, printed)
+    assert numbers("the adapters had changed the logits by #", printed)[0] > 0.01, printed
+
+
+def failures(module: ModuleType) -> int:
+    """How many tests of a module fail."""
+    result = unittest.TestResult()
+    unittest.defaultTestLoader.loadTestsFromModule(module).run(result)
+    assert result.testsRun == 2 and not result.errors, result.errors
+    return len(result.failures)
+
+
+def test_golden_graph_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both tests pass, and fail where a rule is switched off."""
+    pytest.importorskip("expecttest")
+    monkeypatch.delenv("EXPECTTEST_ACCEPT", raising=False)
+    module = imported("golden_graph_test")
+    assert failures(module) == 0
+    monkeypatch.setenv("NORMFX_RULES", "default,-pre_rms_norm")
+    assert failures(module) == 2
+
+
+@pytest.mark.slow
+def test_golden_graph(tmp_path: Path) -> None:
+    """The same as a program."""
+    pytest.importorskip("expecttest")
+    example("golden_graph_test.py", tmp_path)
+    with pytest.raises(AssertionError, match=r"FAILED \(failures=2\)"):
+        ran(str(EXAMPLES / "golden_graph_test.py"), cwd=tmp_path, environment={"NORMFX_RULES": "default,-pre_rms_norm"})
+
+
+@pytest.mark.slow
+def test_vit(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    printed = example("vit_inference.py", tmp_path)
+    assert_all_rms_norms(printed, 5)
+    assert_small("largest difference from eager: #", printed)
