@@ -83,6 +83,14 @@ def test_explaining_a_vit(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
+def test_quickstart(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    printed = example("quickstart.py", tmp_path)
+    assert "5 LayerNorms: all became RMSNorms" in printed
+    assert_small("largest difference from eager: #", printed)
+
+
+@pytest.mark.slow
 def test_train_gpt2(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     printed = example("train_gpt2.py", tmp_path)
@@ -105,6 +113,37 @@ def test_lora(tmp_path: Path) -> None:
                  "merged and unloaded, largest difference from eager: #"):  # fmt: skip
         assert_small(what, printed)
     assert numbers("the adapters had changed the logits by #", printed)[0] > 0.01, printed
+
+
+@pytest.mark.slow
+@gloo
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_two_processes(name: str, tmp_path: Path) -> None:
+    printed = example(f"{name}.py", tmp_path, *TORCHRUN)
+    processes, compiled, eager = numbers("# processes, # of # gradients", printed)
+    assert (processes, compiled) == (2, eager) and eager == 17, printed
+    assert_all_rms_norms(printed, 3)
+    assert_small("largest difference of the gradients from eager (?:DDP|FSDP): #", printed)
+
+
+@pytest.mark.slow
+def test_trainer(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    printed = example("trainer.py", tmp_path)
+    assert_all_rms_norms(printed, 5)
+    first, last = numbers("loss # at the first step, # after 8", printed)
+    assert last < first, printed
+    assert_small("largest difference of the losses from eager: #", printed, 1e-4)
+
+
+@pytest.mark.slow
+def test_export(tmp_path: Path) -> None:
+    printed = example("export_aoti.py", tmp_path)
+    assert numbers("# LayerNorms exported, # left after the rewrite", printed) == [3, 0]
+    assert_small("AOTInductor, largest difference from eager: #", printed)
+    if "ONNX: skipped" not in printed:
+        assert "ReduceMean" in printed and "LayerNormalization" not in printed, printed
 
 
 def failures(module: ModuleType) -> int:
@@ -135,8 +174,30 @@ def test_golden_graph(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_plugin_rule(tmp_path: Path) -> None:
+    """Installed as a package of its own: its rule is used, and can be switched off."""
+    shutil.copytree(EXAMPLES / "plugin_rule", tmp_path / "source")
+    installed = tmp_path / "installed"
+    offline = ("--no-index", "--no-build-isolation", "--no-deps", "--target", str(installed))
+    ran("-m", "pip", "install", *offline, str(tmp_path / "source"), cwd=tmp_path)
+    path = os.pathsep.join([str(installed), *filter(None, [os.environ.get("PYTHONPATH")])])
+    printed = ran(str(EXAMPLES / "plugin_rule" / "use_rule.py"), cwd=tmp_path, environment={"PYTHONPATH": path})
+    assert re.search(r"^default: applied .*fold_negation", printed, re.MULTILINE), printed
+    assert re.search(r"^default,-fold_negation: applied (?!.*fold_negation)", printed, re.MULTILINE), printed
+    assert_small("largest difference from eager: #", printed)
+
+
+@pytest.mark.slow
 def test_vit(tmp_path: Path) -> None:
     pytest.importorskip("timm")
     printed = example("vit_inference.py", tmp_path)
+    assert_all_rms_norms(printed, 5)
+    assert_small("largest difference from eager: #", printed)
+
+
+@pytest.mark.slow
+def test_whisper_encoder(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    printed = example("whisper_encoder.py", tmp_path)
     assert_all_rms_norms(printed, 5)
     assert_small("largest difference from eager: #", printed)
