@@ -139,34 +139,33 @@ def test_requires_grad_of_an_intermediate() -> None:
 
 
 @pytest.fixture(scope="module")
-def _traces_requires_grad() -> None:
-    """torch 2.11 breaks the graph at `requires_grad_()` of an intermediate."""
+def whole() -> bool:
+    """Whether Dynamo traces `requires_grad_()` of an intermediate: torch 2.11 breaks the graph there, and what remains
+    to be seen are the outputs of both parts."""
     torch._dynamo.reset()
     try:
         with torch.no_grad():
             torch.compile(lambda x: (x + 1).requires_grad_() * 2, backend="eager", fullgraph=True)(torch.ones(2))
     except torch._dynamo.exc.Unsupported:
-        pytest.skip("this Dynamo does not trace it")
+        return False
+    return True
 
 
-traces_requires_grad = pytest.mark.usefixtures("_traces_requires_grad")
-
-
-@traces_requires_grad
 @pytest.mark.parametrize("fold", ["live", "cached", "frozen"])
-def test_requires_grad_without_gradients_changes_nothing(fold: str) -> None:
+def test_requires_grad_without_gradients_changes_nothing(fold: str, whole: bool) -> None:
     model, x = Required().double(), x64(4, 8)
     with torch.no_grad():
         backend = EagerBackend({"fold": fold})
         torch._dynamo.reset()
-        got = torch.compile(model, backend=backend, fullgraph=True)(x)
+        got = torch.compile(model, backend=backend, fullgraph=whole)(x)
         torch.testing.assert_close(got, model(x), rtol=1e-11, atol=1e-11)
-    assert backend.report.counts["to_rms_norm"] == 2
-    assert not any(node.op == "call_method" for node in backend.modules[0].graph.nodes)
+    if whole:
+        assert backend.report.counts["to_rms_norm"] == 2
+    for module in backend.modules:
+        assert not any(node.op == "call_method" for node in module.graph.nodes)
 
 
-@traces_requires_grad
-def test_requires_grad_stays_where_its_value_is_handed_out() -> None:
+def test_requires_grad_stays_where_its_value_is_handed_out(whole: bool) -> None:
     flags: list[bool] = []
 
     @torch.compiler.allow_in_graph
@@ -183,13 +182,13 @@ def test_requires_grad_stays_where_its_value_is_handed_out() -> None:
         backend = Backend()
         torch._dynamo.reset()
         model, x = Peeked().double(), x64(4, 8)
-        torch.testing.assert_close(torch.compile(model, backend=backend, fullgraph=True)(x), model(x))
-    assert [n.target for n in backend.graph.nodes if n.op == "call_method"] == ["requires_grad_"]
+        torch.testing.assert_close(torch.compile(model, backend=backend, fullgraph=whole)(x), model(x))
+    if whole:
+        assert [n.target for n in backend.graph.nodes if n.op == "call_method"] == ["requires_grad_"]
     assert all(flags)
 
 
-@traces_requires_grad
-def test_gradient_checkpointing_in_evaluation() -> None:
+def test_gradient_checkpointing_in_evaluation(whole: bool) -> None:
     """The hook by which transformers makes the embeddings require a gradient."""
     model = Model().double().eval()
     model.first.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
@@ -197,8 +196,9 @@ def test_gradient_checkpointing_in_evaluation() -> None:
         backend = EagerBackend()
         torch._dynamo.reset()
         x = x64(4, 8)
-        torch.testing.assert_close(torch.compile(model, backend=backend, fullgraph=True)(x), model(x))
-    assert backend.report.counts["to_rms_norm"] == 1
+        torch.testing.assert_close(torch.compile(model, backend=backend, fullgraph=whole)(x), model(x))
+    if whole:
+        assert backend.report.counts["to_rms_norm"] == 1
 
 
 # ---------------------------------------------------------------- lost values

@@ -29,7 +29,7 @@ def _device(monkeypatch: pytest.MonkeyPatch) -> None:
     canonical op, so that its report says both predictions."""
     monkeypatch.setattr(run, "processors", lambda device: 132)
     monkeypatch.setattr(choice, "TESTED", frozenset({DEVICE}))
-    monkeypatch.setattr(choice, "promising", lambda norm: True)
+    monkeypatch.setattr(choice, "promising", lambda norm, order: True)
 
 
 def report(make: Callable[[], tuple[nn.Module, Tensor]], dynamic: bool | None = None, **options: Any) -> GraphReport:
@@ -192,6 +192,7 @@ MEASURED = pytest.mark.parametrize(
         (16384, 4096, plain, "", False),  # no sums: level
         (1024, 768, nn.LayerNorm, "", False),  # fewer rows than were measured
         (8192, 4096, nn.LayerNorm, "reader", False),  # what the neighbour costs is more
+        (8192, 4096, nn.LayerNorm, "producer", False),
     ],
 )
 
@@ -217,6 +218,17 @@ def test_a_norm_without_a_kernel_stays_as_it_was_written(
     monkeypatch.setitem(choice.MEASURED, DEVICE, choice.MEASURED["sm_90"])
     text = lowering(rows, width, norm, around)
     assert text.startswith("triton: ") if kernel else text == "inductor"
+
+
+def test_what_was_measured_is_of_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(choice.MEASURED, DEVICE, choice.MEASURED["sm_90"])
+
+    def make() -> tuple[nn.Module, Tensor]:
+        torch.set_default_dtype(torch.float32)
+        return Norm(nn.LayerNorm(768), 768), torch.randn(8192, 8)
+
+    (site,) = report(make, rules="default,-fold_affine,-linear_norm").sites
+    assert site.lowering.startswith("inductor: predicted ")
 
 
 @pytest.mark.parametrize("around", ["producer", "reader", "two readers"])

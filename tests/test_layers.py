@@ -20,7 +20,7 @@ FLOORS = (
     ("kernels.build",),
     ("kernels.run", "kernels.refold"),
     ("kernels",),
-    ("ir.opaque", "ir.form"),
+    ("ir.opaque", "ir.form", "ir.effects"),
     ("ir.ops", "ir.regions", "ir.names", "ir.cleanup", "ir.fakes"),
     ("ir.aliasing", "ir.barriers"),
     ("ir.graph",),

@@ -14,6 +14,7 @@ import torch.utils._pytree as pytree
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Graph, GraphModule, Node
 
+from normfx.ir.effects import WRITES_STATISTICS, unannotated_writes
 from normfx.ir.opaque import CARRIED, is_foreign_op, is_plain_value, only_wraps
 from normfx.ir.regions import acts_on_autograd, attribute, carried, is_opaque, target_name
 
@@ -21,11 +22,6 @@ Storage = int
 
 RANDOM_TWINS = frozenset({"dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"})
 """Random ops whose out-of-place form draws the same numbers in the same order."""
-
-_WRITES_STATISTICS = frozenset(
-    {"batch_norm", "instance_norm", "native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"}
-)
-"""Ops that update running statistics (arguments 3, 4) if argument 5 is true; their schemas do not say so."""
 
 _VIEWS = frozenset(
     [
@@ -207,8 +203,8 @@ def _writes(graph: Graph) -> Iterator[tuple[Node, list[Node]]]:
     region = [n for n in copied if not isinstance(n.target, HigherOrderOperator)]
     region_writes = any(_looks_in_place(n) for n in region)
     for node in graph.nodes:
-        if hidden := _hidden_writes(node):
-            yield node, hidden
+        if statistics := unannotated_writes(node):
+            yield node, statistics
         elif isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
             yield node, [n for a, n in _bound(node) if a.alias_info is not None and a.alias_info.is_write]
         elif node in copied:
@@ -218,13 +214,6 @@ def _writes(graph: Graph) -> Iterator[tuple[Node, list[Node]]]:
                 yield node, node.all_input_nodes
         elif node.op == "call_method" and acts_on_autograd(node):
             yield node, node.all_input_nodes
-
-
-def _hidden_writes(node: Node) -> list[Node]:
-    if not isinstance(node.target, OpOverload) or node.target._schema.name.split("::")[1] not in _WRITES_STATISTICS:
-        return []
-    training = len(node.args) < 6 or node.args[5] is not False
-    return [n for n in node.args[3:5] if isinstance(n, Node)] if training else []
 
 
 def _looks_in_place(node: Node) -> bool:
@@ -238,7 +227,7 @@ def _looks_in_place(node: Node) -> bool:
         getattr(node.target, "__module__", None) == "_operator" and name[0] == "i" and name[1:] in _OPERATORS
     )
     method = name.endswith("_") and not name.endswith("__")
-    return method or operator_form or name in {"setitem", *_WRITES_STATISTICS} or "out" in node.kwargs
+    return method or operator_form or name in {"setitem", *WRITES_STATISTICS} or "out" in node.kwargs
 
 
 _OPERATORS = frozenset(

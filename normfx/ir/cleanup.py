@@ -6,6 +6,8 @@ import torch
 from torch._subclasses import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
+from normfx.ir.effects import unannotated_writes
+
 
 def simplify_constants(gm: GraphModule) -> None:
     """`torch.tensor(…)` in a forward is traced as constant → lift_fresh_copy → detach_; the last is void
@@ -40,7 +42,8 @@ def drop_dead_code(graph: Graph) -> None:
 def _must_stay(node: Node) -> bool:
     """Whether an unused node must be kept: everything but pure, deterministic ops of ATen and normfx, and reads.
 
-    A dead dropout still draws random numbers, and dropping it would change every later draw.
+    A dead dropout still draws random numbers, and dropping it would change every later draw. A BatchNorm in training
+    still moves its running statistics, which its schema does not say.
     """
     if node.op == "get_attr":
         return False
@@ -51,5 +54,6 @@ def _must_stay(node: Node) -> bool:
         random = torch.Tag.nondeterministic_seeded in target.tags
         known = target.namespace in ("aten", "normfx") and bool(target._schema.returns)
         unbacked = bool(node.meta.get("unbacked_bindings"))
-        return random or not known or unbacked or "fractional_max" in target._schema.name or node.is_impure()
+        writes = bool(unannotated_writes(node)) or node.is_impure()
+        return random or not known or unbacked or "fractional_max" in target._schema.name or writes
     return not (getattr(target, "__module__", "") == "_operator" and not node.is_impure())

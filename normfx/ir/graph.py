@@ -11,6 +11,7 @@ import torch.utils._pytree as pytree
 from torch.fx import Graph, Node
 
 from normfx.ir.aliasing import mutated
+from normfx.ir.effects import unannotated_writes
 from normfx.ir.regions import modes_along
 
 SHAPE_READS = frozenset(
@@ -86,7 +87,8 @@ def is_pure(node: Node) -> bool:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return is_getitem(node)
-    return RANDOM not in target.tags and not target._schema.is_mutable and not node.is_impure()
+    writes = target._schema.is_mutable or bool(unannotated_writes(node))
+    return RANDOM not in target.tags and not writes and not node.is_impure()
 
 
 def _holds_tensors(node: Node) -> bool:

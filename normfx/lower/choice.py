@@ -54,11 +54,14 @@ MEASURED = {
         kernel=(50_000_000, 65_000_000), fused=(89_000_000, 136_000_000), separate=(59_000_000, 90_000_000)
     )
 }
-"""By architecture. An H200 that copies at 4.2 TB/s, torch 2.11, Triton 3.6, bfloat16, seven shapes of 4,096 to 131,072
-rows and 128 to 8,192 columns: the kernels' medians, and the least of Inductor's (docs/benchmarks/h200-2026-11)."""
+"""What was measured, by architecture: an H200 that copies at 4.2 TB/s, torch 2.11, Triton 3.6, bfloat16, 7 shapes of
+4,096 to 131,072 rows and 128 to 8,192 columns: the kernels' medians, and the least of Inductor's
+(docs/benchmarks/h200-2026-11)."""
 
 MEASURED_ROWS = 4096
 """The fewest rows that `MEASURED` is taken to hold for."""
+MEASURED_BYTES = 2
+"""The bytes of an entry of the rows and of the output that it was measured with."""
 
 CACHED = 5 * 2**20
 """Entries of x below which a second read finds x and dy in the L2 cache. Inductor's own bound for the fusion."""
@@ -85,13 +88,19 @@ LARGE = 2**20
 
 
 def may_run(lowering: str) -> Callable[[Norm], bool]:
-    """Says whether a generated kernel may run a norm under an option `lowering`."""
+    """Says whether a generated kernel may run a norm under an option `lowering`, of one graph that does not change
+    meanwhile."""
+    order: dict[Node, int] = {}
 
     def may(norm: Norm) -> bool:
         fake = value(norm.output)
         if fake is None or fake.device.type != "cuda" or lowering == "inductor":
             return False
-        return lowering == "triton" or (architecture(fake.device) in TESTED and promising(norm))
+        if lowering == "triton" or architecture(fake.device) not in TESTED:
+            return lowering == "triton"
+        if not order:
+            order.update((node, i) for i, node in enumerate(norm.output.graph.nodes))
+        return promising(norm, order)
 
     return may
 
@@ -113,7 +122,7 @@ def spells(lowering: str) -> Callable[[Norm], bool]:
     return is_spelled
 
 
-def promising(norm: Norm) -> bool:
+def promising(norm: Norm, order: Mapping[Node, int]) -> bool:
     """Whether a kernel may be predicted to be ahead for a norm of the graph as it was captured. One for which it is not
     stays as it was written: Inductor's code for the canonical op is not always the better."""
     out, fake = norm.output, tensor(norm.output)
@@ -121,8 +130,13 @@ def promising(norm: Norm) -> bool:
         return False
     if any(is_fusible(reader) or _casts(reader, out) for reader in readers_of(out)):
         return False
+    sums = op_name(norm.input) == "aten::add.Tensor"  # the kernel takes it in
+    read = map(_behind_views, norm.input.all_input_nodes if sums else [norm.input])
+    if any(is_fusible(source) and not product_between(source, out, order) for source in read):
+        return False
     rows, width = size_hint(entries(shape(out)[:-1]), (out,)), norm.size
-    return (architecture(fake.device) in MEASURED and rows >= MEASURED_ROWS) or _rereads(rows, width)
+    known = rows >= MEASURED_ROWS and tensor(norm.input).element_size() == fake.element_size() == MEASURED_BYTES
+    return (known and architecture(fake.device) in MEASURED) or _rereads(rows, width)
 
 
 def faster_spelled(out: Node, records: bool) -> bool:
@@ -146,7 +160,8 @@ def objection(spec: Spec, norm: Node, trains: bool, order: Mapping[Node, int]) -
     both = forward_cost(spec, rows, statistics=trains).bytes
     alone, fused = (1 + trains) * total(_hidden(norm, spec, order)), 0
     # measured between products, with no neighbour in Inductor's kernel
-    overhead = MEASURED.get(here, Overhead()) if seen >= MEASURED_ROWS and alone == 0 else Overhead()
+    known = seen >= MEASURED_ROWS and alone == 0 and DTYPES[spec.saved] == DTYPES[spec.out] == MEASURED_BYTES
+    overhead = MEASURED.get(here, Overhead()) if known else Overhead()
     for part in () if not trains else (spec,) if spec.inner is None else (spec.last, spec.first):
         floor = backward_cost(part, rows, part.sum is not None, sympy.Integer(0)).bytes
         both += floor
