@@ -20,7 +20,11 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Two blocks and a head. Its forward is written out: of an nn.Sequential in a wrapper, torch compiles each part."""
+    """Two blocks and a head; a class, not an nn.Sequential.
+
+    The wrapper's hooks break the graph, so torch.compile starts a graph at the forward of the wrapped module; but it
+    starts none in code of torch.nn: of a bare nn.Sequential it would compile each block alone.
+    """
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -35,7 +39,7 @@ class Model(nn.Module):
 
 
 def gradients(compiled: bool) -> dict[str, Tensor]:
-    """The gradients after one step on this process's own rows, averaged over all processes by DDP."""
+    """Returns the gradients of this process's own rows, averaged over all processes by DDP."""
     torch.manual_seed(0)
     wrapped = DistributedDataParallel(Model())
     step = torch.compile(wrapped, backend="normfx") if compiled else wrapped

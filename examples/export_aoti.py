@@ -26,12 +26,12 @@ class Block(nn.Module):
 
 
 def layer_norms(program: ExportedProgram) -> int:
-    """The number of LayerNorms in a program; an RMSNorm is written with elementary ops."""
+    """Counts the LayerNorms of a program; an RMSNorm is written with elementary ops."""
     return sum(node.target is torch.ops.aten.layer_norm.default for node in program.graph.nodes)
 
 
 def packaged(program: ExportedProgram, inputs: tuple[Tensor], folder: Path) -> Tensor:
-    """The output of the program's AOTInductor package, loaded from a file."""
+    """Compiles the program into an AOTInductor package, loads it from its file and runs it."""
     path = torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "model.pt2"))
     return torch._inductor.aoti_load_package(path)(*inputs)
 

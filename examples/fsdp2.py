@@ -22,7 +22,11 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Two blocks and a head. Its forward is written out: of an nn.Sequential in a wrapper, torch compiles each part."""
+    """Two blocks and a head; a class, not an nn.Sequential.
+
+    The wrapper's hooks break the graph, so torch.compile starts a graph at the forward of the wrapped module; but it
+    starts none in code of torch.nn: of a bare nn.Sequential it would compile each block alone.
+    """
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -37,7 +41,7 @@ class Model(nn.Module):
 
 
 def sharded() -> nn.Module:
-    """The model with sharded parameters: one group, so that all norms of its residual stream are in one graph."""
+    """Shards the parameters as one group: hooks between groups would cut the residual stream into several graphs."""
     torch.manual_seed(0)
     model = Model()
     fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
@@ -45,7 +49,7 @@ def sharded() -> nn.Module:
 
 
 def gradients(compiled: bool) -> dict[str, Tensor]:
-    """The whole gradients after one step on this process's own rows, averaged over all processes by FSDP."""
+    """Returns the unsharded gradients of this process's own rows, averaged over all processes by FSDP."""
     model = sharded()
     step = torch.compile(model, backend="normfx") if compiled else model
     ids = torch.randint(0, 20, (32, 32), generator=torch.Generator().manual_seed(dist.get_rank()))

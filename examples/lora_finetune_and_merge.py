@@ -13,7 +13,7 @@ COUNTING = (torch.arange(32) + torch.arange(32).unsqueeze(1)) % VOCABULARY  # ea
 
 
 def adapted() -> PeftModel:
-    """A small GPT-2 with random weights, of which only the adapters are trained."""
+    """Builds a small GPT-2 with random weights and adapters; only the adapters are trained."""
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=VOCABULARY, n_positions=32, n_embd=64, n_layer=2, n_head=4, use_cache=False,
@@ -24,7 +24,7 @@ def adapted() -> PeftModel:
 
 
 def finetune(model: PeftModel, compiled: bool) -> list[float]:
-    """Train the adapters; returns the loss of each step."""
+    """Trains the adapters and returns the loss of each step."""
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
     forward = torch.compile(model, backend="normfx") if compiled else model
     losses = []

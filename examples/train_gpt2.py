@@ -18,14 +18,14 @@ STEPS, BATCH, LENGTH = 30, 64, 32  # for far fewer rows the weights are not fold
 
 
 def batches() -> list[Tensor]:
-    """Random excerpts of the text, as indices of characters; the same ones at each call."""
+    """Draws random excerpts of the text, as indices of characters; the same ones at each call."""
     text = torch.tensor([CHARACTERS.index(c) for c in TEXT])
     starts = torch.randint(0, len(text) - LENGTH, (STEPS, BATCH, 1), generator=torch.Generator().manual_seed(0))
     return list(text[starts + torch.arange(LENGTH)])
 
 
 def train(compiled: bool) -> list[float]:
-    """The loss of each step."""
+    """Trains the model and returns the loss of each step."""
     torch.manual_seed(0)
     # without dropout: eager and compiled models draw different random numbers
     config = GPT2Config(

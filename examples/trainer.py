@@ -26,30 +26,29 @@ class Stripes(Dataset[dict[str, Tensor]]):
         return {"pixel_values": self.images[index], "labels": self.labels[index]}
 
 
-def train(compiled: bool) -> Trainer:
-    """A Trainer after 8 steps."""
+def train(compiled: bool) -> list[float]:
+    """Trains for 8 steps and returns the loss of each."""
     torch.manual_seed(0)
     config = ViTConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=16, patch_size=4,
-        num_labels=2,
+        num_labels=2, problem_type="single_label_classification",  # else step 1 writes it, and step 2 compiles again
     )  # fmt: skip
     model = ViTForImageClassification(config)
     if compiled:
-        # here, since TrainingArguments(torch_compile_backend=...) takes only the names that transformers knows
+        # not by TrainingArguments(torch_compile_backend=...), which takes only the names that accelerate knows
         model.compile(backend="normfx")
-    arguments = TrainingArguments(
-        output_dir=tempfile.mkdtemp(), max_steps=8, per_device_train_batch_size=64, learning_rate=1e-3, logging_steps=1,
-        save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True, log_level="error",
-    )  # fmt: skip
-    trainer = Trainer(model, arguments, train_dataset=Stripes())
-    trainer.train()
-    return trainer
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder, max_steps=8, per_device_train_batch_size=64, learning_rate=1e-3, logging_steps=1,
+            save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True, log_level="error",
+        )  # fmt: skip
+        trainer = Trainer(model, arguments, train_dataset=Stripes())
+        trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def main() -> None:
-    eager, compiled = (
-        [entry["loss"] for entry in train(compiled).state.log_history if "loss" in entry] for compiled in (False, True)
-    )
+    eager, compiled = train(compiled=False), train(compiled=True)
     counts = normfx.compiled_report().counts
     print(f"{counts['to_rms_norm']} of {counts['layer_norm']} LayerNorms became RMSNorms")
     print(f"loss {compiled[0]:.4f} at the first step, {compiled[-1]:.4f} after {len(compiled)}")

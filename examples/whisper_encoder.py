@@ -12,7 +12,7 @@ FRAMES = 100
 
 
 def chirp() -> Tensor:
-    """Log-mel features of a tone that rises through all 80 bands: (1, 80, FRAMES)."""
+    """Returns the log-mel features (1, 80, FRAMES) of a tone that rises through all 80 bands."""
     bands, frames = torch.arange(80.0).unsqueeze(1), torch.arange(float(FRAMES))
     distance = bands - 80 * frames / FRAMES
     return (torch.exp(-(distance**2) / 8).clamp(min=1e-4).log10() / math.log10(1e4) + 0.5).unsqueeze(0)

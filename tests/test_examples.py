@@ -1,8 +1,8 @@
-"""The examples run and print what is so: in a process of their own, but those that compile nothing in this one."""
+"""Runs each example and checks the numbers it prints: in its own process, or here where nothing is compiled."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import re
 import shutil
@@ -18,6 +18,7 @@ import torch.distributed
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NUMBER = r"(\d[\d.]*(?:e[+-]?\d+)?)"
+LIMIT = 900  # seconds: processes that wait for each other without end fail
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 gloo = pytest.mark.skipif(
@@ -26,35 +27,33 @@ gloo = pytest.mark.skipif(
 
 
 def ran(*arguments: str, cwd: Path, environment: Mapping[str, str] = {}) -> str:
-    """What Python with these arguments printed; it ended without an error, and without a warning of normfx.
+    """Runs Python with these arguments and returns what it printed; an error or a warning of normfx fails the test.
 
-    With one thread: where other work runs, two would wait for each other.
+    The process has one thread: on a busy machine two would wait for each other.
     """
     own = {"OMP_NUM_THREADS": "1", "NORMFX_STRICT": "1", "NORMFX_VERIFY": "1"}
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env=os.environ | own | environment, capture_output=True, text=True
-    )
+        [sys.executable, *arguments], cwd=cwd, env=os.environ | own | environment, capture_output=True, text=True,
+        timeout=LIMIT,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "NormfxWarning" not in done.stderr, done.stderr[-4000:]
     return done.stdout
 
 
 def example(name: str, folder: Path, *before: str) -> str:
-    """What an example printed."""
+    """Runs an example and returns what it printed."""
     return ran(*before, str(EXAMPLES / name), cwd=folder)
 
 
-def imported(name: str) -> ModuleType:
-    """An example as a module of this process."""
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def imported(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Imports an example into this process, under its name: Dynamo imports the modules of functions that it inlines."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return importlib.import_module(name)
 
 
 def numbers(pattern: str, printed: str) -> list[float]:
-    """The numbers in the one place of a text that a pattern finds; each # stands for one."""
+    """Finds a pattern, which must occur once in the text, and returns its numbers; each # stands for one."""
     found = re.findall(pattern.replace("#", NUMBER), printed)
     assert len(found) == 1, (pattern, printed)
     return [float(n) for n in (found[0] if isinstance(found[0], tuple) else found)]
@@ -65,20 +64,20 @@ def assert_all_rms_norms(printed: str, norms: int) -> None:
 
 
 def assert_small(pattern: str, printed: str, limit: float = 1e-5) -> None:
-    """A difference that rounding of float32 explains, for values near 1."""
+    """Asserts that a difference is what rounding of float32 explains, for values near 1."""
     assert numbers(pattern, printed)[0] < limit, printed
 
 
-def test_explaining(capsys: pytest.CaptureFixture[str]) -> None:
-    imported("explain_refusals").main()
+def test_explaining(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    imported("explain_refusals", monkeypatch).main()
     printed = capsys.readouterr().out
     assert "final: applied fold_affine, fuse_residual_norm" in printed
     assert "pre_rms_norm refused, observed: " in printed
 
 
-def test_explaining_a_vit(capsys: pytest.CaptureFixture[str]) -> None:
+def test_explaining_a_vit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
-    imported("explain_vit").main()
+    imported("explain_vit", monkeypatch).main()
     assert numbers("# of # LayerNorms become RMSNorms", capsys.readouterr().out) == [5, 5]
 
 
@@ -109,9 +108,9 @@ def test_lora(tmp_path: Path) -> None:
     first, last = numbers("loss # at the first step, # after 10 steps", printed)
     assert last < first, printed
     assert_small("largest difference of the losses from eager: #", printed, 1e-4)
-    for what in ("merged in place, largest difference from eager: #", "and from the output before: #",
-                 "merged and unloaded, largest difference from eager: #"):  # fmt: skip
-        assert_small(what, printed)
+    assert_small("merged in place, largest difference from eager: #", printed)
+    assert_small("and from the output before: #", printed)
+    assert_small("merged and unloaded, largest difference from eager: #", printed)
     assert numbers("the adapters had changed the logits by #", printed)[0] > 0.01, printed
 
 
@@ -144,10 +143,12 @@ def test_export(tmp_path: Path) -> None:
     assert_small("AOTInductor, largest difference from eager: #", printed)
     if "ONNX: skipped" not in printed:
         assert "ReduceMean" in printed and "LayerNormalization" not in printed, printed
+    if "ONNX Runtime" in printed:
+        assert_small("ONNX Runtime, largest difference from eager: #", printed)
 
 
 def failures(module: ModuleType) -> int:
-    """How many tests of a module fail."""
+    """Runs the tests of a module and returns how many fail."""
     result = unittest.TestResult()
     unittest.defaultTestLoader.loadTestsFromModule(module).run(result)
     assert result.testsRun == 2 and not result.errors, result.errors
@@ -158,7 +159,7 @@ def test_golden_graph_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both tests pass, and fail where a rule is switched off."""
     pytest.importorskip("expecttest")
     monkeypatch.delenv("EXPECTTEST_ACCEPT", raising=False)
-    module = imported("golden_graph_test")
+    module = imported("golden_graph_test", monkeypatch)
     assert failures(module) == 0
     monkeypatch.setenv("NORMFX_RULES", "default,-pre_rms_norm")
     assert failures(module) == 2
@@ -166,16 +167,15 @@ def test_golden_graph_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_golden_graph(tmp_path: Path) -> None:
-    """The same as a program."""
+    """It is a program, too."""
     pytest.importorskip("expecttest")
     example("golden_graph_test.py", tmp_path)
-    with pytest.raises(AssertionError, match=r"FAILED \(failures=2\)"):
-        ran(str(EXAMPLES / "golden_graph_test.py"), cwd=tmp_path, environment={"NORMFX_RULES": "default,-pre_rms_norm"})
 
 
 @pytest.mark.slow
 def test_plugin_rule(tmp_path: Path) -> None:
-    """Installed as a package of its own: its rule is used, and can be switched off."""
+    """The package is installed by pip: its rule is used, and can be switched off."""
+    pytest.importorskip("setuptools", minversion="77")  # older ones need another package to build a wheel
     shutil.copytree(EXAMPLES / "plugin_rule", tmp_path / "source")
     installed = tmp_path / "installed"
     offline = ("--no-index", "--no-build-isolation", "--no-deps", "--target", str(installed))

@@ -1,4 +1,4 @@
-"""Use a rule of another package. Before: `pip install ./examples/plugin_rule`."""
+"""Use a rule of another package: run `pip install ./examples/plugin_rule` first."""
 
 import torch
 from torch import Tensor, nn

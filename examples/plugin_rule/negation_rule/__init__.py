@@ -2,8 +2,8 @@
 
     −(γ ⊙ z + β)  ==  γ ⊙ (−1·z) − β
 
-It is normfx's own rule fold_scale with k = −1: identity, cost and edit are that rule's; where it applies, and what
-speaks against it, is written here. docs/write-a-rule.md writes all of it, with a counterexample for each code.
+It is normfx's own rule fold_scale with k = −1: identity, cost and edit are that rule's. This file says where the rule
+applies and when it must not. docs/write-a-rule.md writes the whole rule, with a counterexample for each code.
 """
 
 from collections.abc import Iterator
