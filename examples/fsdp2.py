@@ -41,7 +41,7 @@ class Model(nn.Module):
 
 
 def sharded() -> nn.Module:
-    """Shards the parameters as one group: hooks between groups would cut the residual stream into several graphs."""
+    """Shards the parameters as one group: with a group per block, hooks would end the graph at each block."""
     torch.manual_seed(0)
     model = Model()
     fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))

@@ -16,7 +16,7 @@ def adapted() -> PeftModel:
     """Builds a small GPT-2 with random weights and adapters; only the adapters are trained."""
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=VOCABULARY, n_positions=32, n_embd=64, n_layer=2, n_head=4, use_cache=False,
+        vocab_size=VOCABULARY, n_positions=32, n_embd=64, n_layer=1, n_head=4, use_cache=False,
         attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     lora = LoraConfig(r=4, lora_alpha=16, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)

@@ -30,7 +30,7 @@ def train(compiled: bool) -> list[float]:
     """Trains for 8 steps and returns the loss of each."""
     torch.manual_seed(0)
     config = ViTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=16, patch_size=4,
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=16, patch_size=4,
         num_labels=2, problem_type="single_label_classification",  # else step 1 writes it, and step 2 compiles again
     )  # fmt: skip
     model = ViTForImageClassification(config)
