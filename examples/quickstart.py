@@ -8,7 +8,7 @@ import normfx
 
 def main() -> None:
     torch.manual_seed(0)
-    model = GPT2Model(GPT2Config(n_layer=2, n_embd=64, n_head=4, vocab_size=100, use_cache=False)).eval()
+    model = GPT2Model(GPT2Config(n_layer=2, n_embd=64, n_head=4, use_cache=False)).eval()
     ids = torch.randint(0, 100, (2, 16))
     with torch.no_grad():
         print(normfx.explain(model)(ids))

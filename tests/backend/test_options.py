@@ -25,7 +25,10 @@ NO_ENV: dict[str, str] = {}
         ("none", ()),
         ([], ()),
         ("default,-fold_affine", tuple(r for r in DEFAULT_RULES if r != "fold_affine")),
-        ("-fold_affine, -fold_scale", ("pre_rms_norm", "linear_norm", "fuse_residual_norm", "bake_weights")),
+        (
+            "-fold_affine, -fold_scale",
+            tuple(r for r in DEFAULT_RULES if not r.startswith(("fold_affine", "fold_scale"))),
+        ),
         ("fold_affine", ("fold_affine",)),
         ("fold_affine,pre_rms_norm", ("pre_rms_norm", "fold_affine")),
         (["none", "+linear_norm"], ("linear_norm",)),
