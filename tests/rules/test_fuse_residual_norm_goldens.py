@@ -1,11 +1,11 @@
-"""Fused norms: graphs that someone has read. test_fusion.py proves the same models in float64."""
+"""Fused norms: graphs that someone has read. test_fuse_residual_norm.py proves the same models in float64."""
 
 from __future__ import annotations
 
 from equivalence import transformed
 from excerpts import excerpt
 from expecttest import TestCase
-from test_fusion import Net, ids
+from test_fuse_residual_norm import Net, ids
 
 
 class Goldens(TestCase):
