@@ -36,8 +36,14 @@ def simplify_constants(gm: GraphModule) -> None:
 
 
 def drop_dead_code(graph: Graph) -> None:
-    """Remove nodes without effect, in place. fx's own idea of an effect lacks random ops and torch.vmap's switches."""
-    graph.eliminate_dead_code(_must_stay)
+    """Remove nodes without effect, in place.
+
+    fx's own idea of an effect lacks random ops, torch.vmap's switches and in-place methods. `eliminate_dead_code` goes
+    by it in the bodies of carried nodes, whatever it is told of the graph itself: they are Dynamo's, and stay.
+    """
+    for node in reversed(graph.nodes):
+        if not node.users and not _must_stay(node):
+            graph.erase_node(node)
 
 
 def _must_stay(node: Node) -> bool:

@@ -5,6 +5,7 @@ Answers and gradients are the same, and nothing of the user's runs more often th
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from capturing import Backend, Model, Stack, same, x64
-from equivalence import assert_same_float64
+from equivalence import EagerBackend, assert_same_float64
 from torch import Tensor, library, nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.checkpoint import checkpoint
@@ -41,6 +42,35 @@ class StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return 2 * grad
+
+
+class Observed(torch.autograd.Function):
+    """Adds to buffers what it sees, in the forward and in the backward pass; nothing reads what the writes return."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seen: Tensor, slopes: Tensor) -> Tensor:
+        seen.add_(x.abs().amax())
+        ctx.save_for_backward(slopes)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (slopes,) = ctx.saved_tensors
+        slopes.add_(grad.abs().amax())
+        return grad, None, None
+
+
+class Observing(Model):
+    seen: Tensor
+    slopes: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("slopes", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(Observed.apply(self.first(x), self.seen, self.slopes))
 
 
 def straight_through(x: Tensor) -> Tensor:
@@ -145,6 +175,21 @@ def test_functions_of_torch_are_known() -> None:
     assert all(calls_unknown(graph.call_function(function)) for function in unknown)
     given = graph.call_function(torch.sparse.mm, (fresh(hooked),))
     assert calls_unknown(given)
+
+
+def test_custom_function_that_writes_to_buffers() -> None:
+    """The writes stay in the bodies that the canonical graph carries."""
+    same(Observing().double(), x64(4, 8, grad=True))
+
+
+def test_custom_function_that_writes_to_buffers_in_a_rewritten_graph() -> None:
+    model, x = Observing().double(), x64(4, 8)
+    twin, backend = copy.deepcopy(model), EagerBackend()
+    torch.compile(model, backend=backend, fullgraph=True)(x).square().sum().backward()
+    twin(x).square().sum().backward()
+    assert backend.report.counts["to_rms_norm"] == 1
+    torch.testing.assert_close(dict(model.named_buffers()), dict(twin.named_buffers()))
+    assert twin.seen > 0 and twin.slopes > 0
 
 
 # ---------------------------------------------------------------- operators, hooks

@@ -105,11 +105,13 @@ def compared(runner: Runner, file: str, mode: str) -> dict[str, Any]:
     suspects = [name for name, result in runner.run(failed, "peer").items() if result["outcome"] == "passed"]
     again = runner.run(suspects, mode)
     differing = {name: result for name, result in again.items() if result["outcome"] not in ("passed", "skipped")}
-    passed = sum(result["outcome"] == "passed" for result in results.values()) + len(suspects) - len(differing)
-    print(f"{file}: {mode}: {passed} pass, {len(differing)} differ from {runner.compiler}", flush=True)
+    passing = [result for name, result in {**results, **again}.items() if result["outcome"] == "passed"]
+    passed, compiled = len(passing), sum(result["graphs"] > 0 for result in passing)
+    text = f"{passed} pass, of which {compiled} compile a graph, {len(differing)} differ from {runner.compiler}"
+    print(f"{file}: {mode}: {text}", flush=True)
     for name, result in differing.items():
         print(f"  {name}: {result.get('stage', '')} {result.get('kind', '')}: {result.get('text', '')}", flush=True)
-    return {"passed": passed, "differ": differing}
+    return {"passed": passed, "compiled": compiled, "differ": differing}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -25,11 +25,12 @@ def table(found: Mapping[str, Any], explained: Mapping[str, str]) -> str:
 def _lines(found: Mapping[str, Any], explained: Mapping[str, str]) -> Iterator[str]:
     results: Sequence[Mapping[str, Any]] = sorted(found["results"], key=lambda r: (r["file"], r["compiler"], r["mode"]))
     yield f"torch {found['torch']}\n"
-    yield "| tests | compiler | mode | pass in both | pass only without normfx | of these explained |"
-    yield "|---|---|---|---|---|---|"
+    yield "| tests | compiler | mode | pass in both | of these compile a graph | pass only without normfx | explained |"
+    yield "|---|---|---|---|---|---|---|"
     for r in results:
         known = sum(name in explained for name in r["differ"])
-        yield f"| {r['file']} | {r['compiler']} | {r['mode']} | {r['passed']} | {len(r['differ'])} | {known} |"
+        passed = f"{r['passed']} | {r['compiled']} | {len(r['differ'])}"
+        yield f"| {r['file']} | {r['compiler']} | {r['mode']} | {passed} | {known} |"
     differing = {name: result for r in results for name, result in r["differ"].items()}
     if differing:
         yield "\n| test | what fails | why |"

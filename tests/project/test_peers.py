@@ -12,7 +12,9 @@ TESTS = '''
 import os
 import torch
 from torch._inductor.compile_fx import compile_fx
+from functorch.compile import nop
 from torch._dynamo.testing import CompileCounter
+from torch._functorch import aot_autograd
 from normfx.backend import listening
 
 norm = torch.nn.LayerNorm(4)
@@ -44,8 +46,16 @@ def test_by_a_backend_that_runs_graphs():
     assert not graphs("eager")
 
 
+def test_by_aot_autograd():
+    assert not graphs(lambda gm, inputs: aot_autograd.aot_module_simplified(gm, inputs, nop))
+
+
 def test_by_a_counter():
     assert not graphs(CompileCounter())
+
+
+def test_compiles_nothing():
+    assert norm(torch.ones(2, 4)).shape == (2, 4)
 
 
 def test_dies():
@@ -67,8 +77,9 @@ def test_what_differs_is_found(mode: str, tmp_path: Path) -> None:
     assert run.main(arguments.split()) == 1
     (result,) = json.loads(out.read_text())["results"]
     names = {name.split("::")[-1]: found for name, found in result["differ"].items()}
-    ways = {"test_by_name", "test_by_function", "test_by_a_backend_that_runs_graphs", "test_by_a_counter"}
-    assert set(names) == ways | {"test_dies"} and result["passed"] == 1
+    ways = {"by_name", "by_function", "by_a_backend_that_runs_graphs", "by_aot_autograd", "by_a_counter"}
+    assert set(names) == {f"test_{way}" for way in ways} | {"test_dies"}
+    assert (result["passed"], result["compiled"]) == (2, 1)
     assert names["test_dies"]["outcome"] == "died" and "3" in names["test_dies"]["kind"]
     assert names["test_by_name"]["kind"] == "AssertionError"
 
@@ -76,15 +87,16 @@ def test_what_differs_is_found(mode: str, tmp_path: Path) -> None:
 def test_the_table_names_what_nobody_explained() -> None:
     failure = {"stage": "capture", "kind": "KeyError", "text": "a | b"}
     differ = {"a/test_a.py::T::test_known": failure, "a/test_a.py::T::test_new": failure}
+    counts = {"passed": 7, "compiled": 6}
     found = {
         "torch": "2.14.1",
         "results": [
-            {"file": "a/test_a.py", "compiler": "inductor", "mode": "forced", "passed": 7, "differ": differ},
-            {"file": "a/test_a.py", "compiler": "inductor", "mode": "normfx", "passed": 9, "differ": {}},
+            {"file": "a/test_a.py", "compiler": "inductor", "mode": "forced", **counts, "differ": differ},
+            {"file": "a/test_a.py", "compiler": "inductor", "mode": "normfx", **counts, "differ": {}},
         ],
     }
     lines = table.table(found, {"a/test_a.py::T::test_known": "torch issue 1"}).splitlines()
-    assert "| a/test_a.py | inductor | forced | 7 | 2 | 1 |" in lines
-    assert "| a/test_a.py | inductor | normfx | 9 | 0 | 0 |" in lines
+    assert "| a/test_a.py | inductor | forced | 7 | 6 | 2 | 1 |" in lines
+    assert "| a/test_a.py | inductor | normfx | 7 | 6 | 0 | 0 |" in lines
     assert "| test_a.py::T::test_known | capture KeyError a \\| b | torch issue 1 |" in lines
     assert f"| test_a.py::T::test_new | capture KeyError a \\| b | {table.NEW} |" in lines

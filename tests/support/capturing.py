@@ -31,9 +31,11 @@ class Backend:
     def __call__(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         state = torch.get_rng_state()
         before = [(x, x._version, x.clone()) for x in example_inputs if _real(x)]
+        code = _code(gm)
         captured = capture(gm, example_inputs)
         assert torch.equal(state, torch.get_rng_state())
         assert all(x._version == version and torch.equal(x, value) for x, version, value in before)
+        assert _code(gm) == code
         _check(gm, captured)
         self.seen.append(captured)
         return self.lower(captured.graph_module, example_inputs)
@@ -48,6 +50,11 @@ class Backend:
 
 def _real(x: Any) -> bool:
     return isinstance(x, Tensor) and not isinstance(x, FakeTensor) and not x.is_inference()
+
+
+def _code(gm: torch.fx.GraphModule) -> list[str]:
+    """The code of Dynamo's graph and of the bodies that it carries, which others may compile after normfx."""
+    return [module.graph.python_code("self").src for module in gm.modules() if isinstance(module, torch.fx.GraphModule)]
 
 
 def _check(gm: torch.fx.GraphModule, captured: Captured) -> None:
