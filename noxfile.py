@@ -8,7 +8,7 @@ import nox
 
 VERSIONS = ("2.11", "2.13", "2.14", "newest")
 
-OLDER = ("transformers", "pytest>=8", "pytest-xdist", "expecttest", "hypothesis")
+OLDER = ("transformers", "pytest>=8", "pytest-xdist", "pytest-cov", "expecttest", "hypothesis")
 """What the tests need next to an older torch: timm and torchvision are tied to one torch each, so it goes without."""
 
 nox.options.error_on_missing_interpreters = True
