@@ -98,7 +98,7 @@ def test_reversible_blocks_stay_whole(call: Any) -> None:
 
 
 class Neighbours(nn.Module):
-    """A plain checkpoint before and behind a selective one."""
+    """A plain checkpoint before and after a selective one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,14 +126,14 @@ def test_selective_checkpoints_stay_whole() -> None:
 
 @pytest.mark.slow
 def test_memory_beside_selective_checkpoints() -> None:
-    """What one checkpoint hands to the next is kept, whoever numbers them; and the mean of each row that is centred in
-    front of a checkpoint: of two values here."""
+    """What one checkpoint hands to the next is kept, whichever code numbers them; and, of two values here, the mean of
+    each row that is centred in front of a checkpoint."""
     plain, rewritten = (Partitioned(ROWS, options).run(Neighbours().double(), ids(1, ROWS)) for options in (None, {}))
     assert rewritten.saved_activations <= plain.saved_activations + 2 * 8 * ROWS
 
 
 class Inside(nn.Module):
-    """A module, checkpointed, and a norm behind it."""
+    """A module, checkpointed, and a norm after it."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()

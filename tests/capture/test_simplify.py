@@ -171,7 +171,7 @@ def test_inputs_handed_on_where_no_gradients_are_recorded(hand_on: Callable[[Ten
 
 
 class Joined(nn.Module):
-    """What `use` makes of the first tokens of a concatenation, beside a norm on all of them."""
+    """What `use` makes of the first tokens of a concatenation, next to a norm on all of them."""
 
     def __init__(self, use: Callable[[Tensor], Tensor]) -> None:
         super().__init__()

@@ -152,7 +152,7 @@ def test_distributed_stream(mesh: Any) -> None:
 
 
 def test_nested_input() -> None:
-    """A jagged input, with a stream of its own beside a plain one."""
+    """A jagged input, with a stream of its own next to a plain one."""
     model = nn.ModuleDict({"plain": Model(), "jagged": Model()}).double()
     x, lengths = x64(4, 8), torch.tensor([0, 1, 4])
 

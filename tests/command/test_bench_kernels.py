@@ -59,7 +59,7 @@ def test_results_are_checked(tmp_path: Path) -> None:
         if measured["cell"]["task"] == "forward":
             assert measured["failures"]["one-row-off"].startswith("wrong: out is off by ")
             assert measured["failures"]["one-row-unwritten"].startswith("wrong: out is off by nan of a row, ")
-    # the interpreter cuts bfloat16 off in place of rounding it: the kernels did run, and not a formula of torch
+    # the interpreter cuts bfloat16 off instead of rounding it: the kernels did run, and not a formula of torch
     own, formula = (
         [m["results"][name]["error"] for m in results["cells"] if "normfx-op" in m["results"]]
         for name in ("normfx", "normfx-op")
@@ -112,7 +112,7 @@ class Clock:
 
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Clock], None]]:
-    """A clock in place of a device's, and eager in place of the kernels, which need one."""
+    """A clock instead of a device's, and eager instead of the kernels, which need one."""
     monkeypatch.setattr(kernels, "_check_device", lambda parsed: None)
     monkeypatch.setattr(rivals, "_launches", lambda cell, inputs: rivals.call("eager", cell, inputs))
     yield lambda clock: monkeypatch.setattr(kernels, "DeviceClock", lambda device: clock)

@@ -1,4 +1,4 @@
-"""Bytes and launches of each block of a model on a GPU: plain Inductor beside normfx, from generated code alone.
+"""Bytes and launches of each block of a model on a GPU: plain Inductor next to normfx, from generated code alone.
 
     python tests/cuda/traffic.py                      all cases, as the table of docs/benchmarks/cuda.md
     python tests/cuda/traffic.py "gpt2 8x1024 bfloat16 inference" …

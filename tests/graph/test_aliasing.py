@@ -1,4 +1,4 @@
-"""aliasing: in-place ops nobody else can see are made out-of-place, every other write is a barrier."""
+"""aliasing: in-place ops that no other code can see are made out-of-place, every other write is a barrier."""
 
 from __future__ import annotations
 

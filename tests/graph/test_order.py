@@ -68,7 +68,7 @@ LATE: dict[str, Scale] = {
     "clone": lambda block, h: h * block.gamma.clone(),
     "chain": lambda block, h: h * (torch.sigmoid(block.gamma.clone().view(1, 1, -1)) * 2.0 - block.places[0]),
     "of a product": lambda block, h: h * (block.write.weight @ block.up.weight).diagonal(),
-    "behind a view": lambda block, h: h.unflatten(1, (2, 2)).flatten(1, 2) * (1.0 + block.gamma),
+    "after a view": lambda block, h: h.unflatten(1, (2, 2)).flatten(1, 2) * (1.0 + block.gamma),
     "constant": _constant,
     "shared": _shared,
     "normed": _normed,

@@ -78,7 +78,7 @@ class Composed(nn.Module):
 
 
 class Heads(nn.Module):
-    """Per-head norms of a projection, heads behind each other and interleaved, merged again before a linear."""
+    """Per-head norms of a projection, heads one after the other and interleaved, merged again before a linear."""
 
     def __init__(self) -> None:
         super().__init__()

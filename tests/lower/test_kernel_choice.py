@@ -132,7 +132,7 @@ def test_predicted_bytes() -> None:
     [("", True), ("view", True), ("residual", True), ("producer", False), ("reader", False), ("two readers", False)],
 )
 def test_neighbours(around: str, kernel: bool) -> None:
-    """GELU before the norm, or ReLU behind it, would be computed in Inductor's kernel. Beside a kernel they move 2Nds
+    """GELU before the norm, or ReLU after it, would be computed in Inductor's kernel. Next to a kernel they move 2Nds
     each, forward and backward, more than a second read of x and dy; a second reader moves half of it, and ties lose."""
     text = lowering(2048, 4096, around=around)
     assert text.startswith("triton: ") is kernel, text
@@ -238,8 +238,8 @@ def test_what_was_measured_is_of_norms_between_products(around: str, monkeypatch
 
 
 def test_a_cast_of_autocast_is_a_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The graph does not show it: a product of float32 rows that returns bfloat16. Beside a kernel the rows are written
-    in float32 and read again, and so is their gradient."""
+    """The graph does not show it: a product of float32 rows that returns bfloat16. Next to a kernel the rows are
+    written in float32 and read again, and so is their gradient."""
     monkeypatch.setitem(choice.MEASURED, DEVICE, choice.MEASURED["sm_90"])
     torch.set_autocast_dtype("cuda", torch.bfloat16)
     torch.set_autocast_enabled("cuda", True)

@@ -95,7 +95,7 @@ ODD = ("deep_norm", "merged_patches")
 
 @pytest.mark.parametrize("op", [op for op in (*TOKEN_TRAPS, *WEIGHT_TRAPS) if op not in ODD])
 def test_traps_keep_the_mean(op: str) -> None:
-    """What does not commute with the mean over the features ends the stream: the norm behind it stays a LayerNorm."""
+    """What does not commute with the mean over the features ends the stream: the norm after it stays a LayerNorm."""
     report = Report((fuzz.check((("branch", 0), (op, 0)), {}),))
     refused = report.sites[-1].refusals
     assert [r.code for r in refused if r.rule == "pre_rms_norm"], report.sites[-1].rules

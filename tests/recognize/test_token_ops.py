@@ -227,7 +227,7 @@ def test_shape_reads_do_not_observe() -> None:
 
 
 def test_no_infinity_is_dropped() -> None:
-    """x + inf is NaN behind a norm, and stays so."""
+    """x + inf is NaN after a norm, and stays so."""
 
     def step(m: Any, x: Tensor, ids: Tensor) -> Tensor:
         return torch.where(ids[..., None] > 6, float("inf"), x)

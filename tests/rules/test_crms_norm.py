@@ -249,7 +249,7 @@ SLOW_FLOAT32 = [d if d == torch.bfloat16 else pytest.param(d, marks=pytest.mark.
 @pytest.mark.parametrize("dtype", SLOW_FLOAT32)
 @pytest.mark.parametrize(("basis", "found"), HARD)
 def test_outliers(basis: str, dtype: torch.dtype, found: tuple[int, float, float]) -> None:
-    """The error against float64 beside eager's own. Anywhere, on every row."""
+    """The error against float64 is compared with eager's own: anywhere, on every row."""
     own, eager = _errors(basis, dtype, found)
     assert own <= LOW_PRECISION[dtype] * eager, f"{own / eager:.2f}"
 
@@ -349,7 +349,7 @@ def test_training_under_autocast() -> None:
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 @pytest.mark.parametrize("name", STREAMS)
 def test_low_precision_of_models(name: str, dtype: torch.dtype) -> None:
-    """float32, and bfloat16 under autocast: the error over all outputs of all batches beside eager's own."""
+    """float32, and bfloat16 under autocast: the error over all outputs of all batches is compared with eager's own."""
     case = named(name)
     model = case.make()
     true, compiled = exact(copy.deepcopy(model).double()), torch.compile(model, backend=EagerBackend(CRMS))

@@ -24,7 +24,7 @@ class Net(nn.Module):
 
     post: LN(x + f(x)); deep: LN(αx + f(x)) (DeepNet, equation 4); peri: x + LN(f(LN(x))) (Peri-LN, figure 1);
     swin: x + LN(f(x)), no norm at all before f; mix: a post-norm block and then pre-norm ones (Mix-LN);
-    start: pre-norm behind a norm of the embedding
+    start: pre-norm after a norm of the embedding
     """
 
     def __init__(self, kind: str, d: int = D) -> None:
@@ -213,7 +213,7 @@ def test_a_value_added_to_itself(join: Callable[[Tensor], Tensor]) -> None:
     ],
 )
 def test_native_norms_of_a_cpu(kind: str, rules: str, native: int, records: bool) -> None:
-    """In inference in low precision the LayerNorms that keep their mean are torch's own, behind an add or before it."""
+    """In inference in low precision the LayerNorms that keep their mean are torch's own, after an add or before it."""
     model, backend = Net(kind).to(torch.bfloat16), EagerBackend({"rules": rules})
     torch._dynamo.reset()
     with torch.set_grad_enabled(records):

@@ -1,4 +1,4 @@
-"""Rounding: rows without variance, and low precision on weights that look trained, beside eager's own error."""
+"""Rounding: rows without variance, and low precision on weights that look trained, compared with eager's own error."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def test_the_proof_can_fail(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_center_in_general_dimension() -> None:
-    """The lemma behind every centring rule, for symbolic d: with s = 1ᵀ1 = d, P = I − 11ᵀ/d has P² = P and P1 = 0.
+    """The lemma of every centring rule, for symbolic d: with s = 1ᵀ1 = d, P = I − 11ᵀ/d has P² = P and P1 = 0.
 
     In the algebra spanned by I and J = 11ᵀ, where J·J = d·J and J·1 = d·1, a matrix is a pair (i, j) for i·I + j·J.
     """

@@ -92,7 +92,7 @@ class Partitioned:
     """A backend: normfx's stages, if wanted, then AOTAutograd, by default with the partitioner that Inductor uses.
 
     rows:    the size of a dimension that activations have, and parameters have not
-    options: normfx's, beside LIVE; None leaves normfx out
+    options: normfx's, next to LIVE; None leaves normfx out
     """
 
     def __init__(

@@ -127,7 +127,7 @@ def assert_same_results(
     largest = max((g.abs().max().item() for g in expected_grads.values() if g is not None and g.numel()), default=0.0)
     for name, want in expected_grads.items():
         got = actual_grads[name]
-        assert (got is None) == (want is None), f"gradient of {name}: {got} in place of {want}"
+        assert (got is None) == (want is None), f"gradient of {name}: {got} instead of {want}"
         if want is not None and got is not None:
             _close(got, want, max(want.abs().max().item(), floor * largest), tolerance, f"gradient of {name}")
 

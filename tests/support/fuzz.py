@@ -1,4 +1,4 @@
-"""Many random programs, fast: each is traced once, without Dynamo, and its rewritten graph is run beside eager.
+"""Many random programs, fast: each is traced once, without Dynamo, and its rewritten graph is compared with eager.
 
     python tests/support/fuzz.py --first 0 --count 10000
     python tests/support/fuzz.py --dynamo --count 300

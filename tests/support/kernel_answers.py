@@ -23,10 +23,10 @@ from normfx.kernels.spec import Inner, Spec
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7 if DEVICE == "cpu" else 2.0**-8}
-"""Rounding unit. The interpreter cuts bfloat16 off in place of rounding it: twice the unit."""
+"""Rounding unit. The interpreter cuts bfloat16 off instead of rounding it: twice the unit."""
 
 INNER_EPS = 2e-4
-"""ε of the norm before an add: another than that of the norm behind it."""
+"""ε of the norm before an add: another than that of the norm after it."""
 
 OPERATIONS = 32
 """Roundings in float32 that one entry may have met, of a sum over a row in a tree and of the formula."""
@@ -263,7 +263,7 @@ def dtype_of(spec: Spec, name: str) -> str:
 
 
 def carried_on(inner: Inner, error: float, tensors: dict[str, Tensor], name: str) -> float:
-    """What an error of the sum's gradient, rounded between the two backward kernels, adds to a gradient behind it."""
+    """What an error of the sum's gradient, rounded between the two backward kernels, adds to a gradient after it."""
     if name not in ("x_grad", "inner_weight_grad", "inner_bias_grad"):
         return 0.0
     x = tensors["x"].double()

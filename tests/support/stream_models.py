@@ -25,7 +25,7 @@ class Block(nn.Module):
     pre:       x + f(LN(x))
     deep:      LN(αx + f(x))                                             DeepNet, eq. 4; GLM-130B
     peri:      x + LN(f(LN(x)))                                          Peri-LN, figure 1
-    hybrid:    attention with normalised q, k, v; LN(x + f(x)) behind    HybridNorm, eq. 3
+    hybrid:    attention with normalised q, k, v; then LN(x + f(x))      HybridNorm, eq. 3
     former:    x + LN(head-scaled attention(LN(x))); x + W₂ LN(gelu(W₁ LN(x)))   NormFormer, section 2
     sub:       x + W LN(attention(LN(x))); x + W₂ LN(gelu(W₁ LN(x)))     Foundation Transformers (Magneto), figure 2
     """
@@ -137,7 +137,7 @@ class ScaleNorm(nn.Module):
 
 
 class Exits(nn.Module):
-    """Pre-norm blocks with a head behind each, through the final norm (LayerSkip); `raw` reads the stream itself, as
+    """Pre-norm blocks with a head after each, through the final norm (LayerSkip); `raw` reads the stream itself, as
     "Jump to Conclusions" does."""
 
     def __init__(self, raw: bool = False) -> None:

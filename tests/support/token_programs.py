@@ -1,6 +1,6 @@
 """More steps of random programs: rows picked, written and added by index, experts, gates, windows, norms in odd places.
 
-Each step is a function of a `Step`; its parameters are declared beside it.
+Each step is a function of a `Step`; its parameters are declared next to it.
 """
 
 from __future__ import annotations

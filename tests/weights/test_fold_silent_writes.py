@@ -16,7 +16,7 @@ WIDE = 80
 """Weights of this width are watched by pages where the kernel helps."""
 
 
-# ---------------------------------------------------------------- writers that tell no one
+# ---------------------------------------------------------------- writers that leave no trace
 
 
 def compiled_fused_step(model: nn.Module) -> None:
