@@ -9,23 +9,66 @@ import subprocess
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
 import pytest
 import test_rules
 import torch
-from equivalence import assert_same_float64
+from equivalence import EagerBackend, assert_same_float64
 from paths import ROOT
+from torch import nn
 
 from normfx.errors import NormfxWarning
 from normfx.rules import RULES, plugged
 
 
+def snippets(page: str) -> list[str]:
+    """The Python code on a page."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
 def tutorial() -> str:
     """The rule of docs/write-a-rule.md."""
-    text = (ROOT / "docs" / "write-a-rule.md").read_text(encoding="utf-8")
-    found = re.search(r"```python\n(.*?)```", text, re.DOTALL)
-    assert found is not None
-    return found[1]
+    (code,) = snippets("docs/write-a-rule.md")
+    return code
+
+
+def test_every_page_with_code_is_run() -> None:
+    """By the tests below; the tutorial by those of rules."""
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    found = {str(page.relative_to(ROOT)) for page in pages if snippets(str(page.relative_to(ROOT)))}
+    assert found == {"README.md", "CONTRIBUTING.md", "docs/kernels.md", "docs/write-a-rule.md"}
+
+
+def test_the_code_of_the_readme(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its compiled call is that of the model, its report is printed, and its program computes the same."""
+    compiler, eager = torch.compile, EagerBackend()
+    monkeypatch.setattr(
+        torch, "compile", lambda model, backend: compiler(model, backend=eager if backend == "normfx" else backend)
+    )
+    model, inputs = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6)).double(), torch.randn(3, 6, dtype=torch.float64)
+    names: dict[str, Any] = {"model": model, "inputs": inputs, "args": (inputs,)}
+    (code,) = snippets("README.md")
+    exec(code, names)
+    assert "1 LayerNorm" in capsys.readouterr().out
+    for call in (names["compiled"], names["program"].module()):
+        torch.testing.assert_close(call(inputs), model(inputs), rtol=1e-12, atol=1e-12)
+
+
+def test_the_code_of_the_kernels_page(capsys: pytest.CaptureFixture[str]) -> None:
+    """It prints a kernel."""
+    (code,) = snippets("docs/kernels.md")
+    exec(code, {})
+    assert "@triton.jit" in capsys.readouterr().out
+
+
+def test_the_code_for_contributors() -> None:
+    """The small test of a rule that it shows is one of tests/rules, with what EXPECTTEST_ACCEPT=1 fills in."""
+    (code,) = snippets("CONTRIBUTING.md")
+    head, _, call = code.partition("        self.check(")
+    text = (ROOT / "tests" / "rules" / "test_linear_norm.py").read_text(encoding="utf-8")
+    assert head in text
+    assert call.partition(', """')[0] in text
 
 
 PROGRAM = """
