@@ -9,11 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from normfx import checkout
-from normfx.errors import ExportError, NormfxError, NormfxWarning, OptionError, StageError, VerifyError
+from normfx.errors import ConvertError, ExportError, NormfxError, NormfxWarning, OptionError, StageError, VerifyError
 
 if TYPE_CHECKING:
     from normfx.allocator import release_memory
     from normfx.backend import compiled_report
+    from normfx.converting import convert
     from normfx.explaining import explain
     from normfx.export import rewrite
     from normfx.options import Options
@@ -25,6 +26,7 @@ checkout.register()
 __version__ = "0.1.0"
 
 __all__ = [
+    "ConvertError",
     "ExportError",
     "NormfxError",
     "NormfxWarning",
@@ -34,6 +36,7 @@ __all__ = [
     "StageError",
     "VerifyError",
     "compiled_report",
+    "convert",
     "explain",
     "refold",
     "release_memory",
@@ -44,6 +47,7 @@ _LAZY = {
     "Options": "normfx.options",
     "Report": "normfx.report",
     "compiled_report": "normfx.backend",
+    "convert": "normfx.converting",
     "explain": "normfx.explaining",
     "refold": "normfx.weights.store",
     "release_memory": "normfx.allocator",

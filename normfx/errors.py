@@ -42,6 +42,10 @@ class ExportError(NormfxError, TypeError):
     """normfx.rewrite was given something it cannot rewrite."""
 
 
+class ConvertError(NormfxError, ValueError):
+    """normfx.convert was given something it cannot convert."""
+
+
 class NormfxWarning(UserWarning):
     """A stage failed and the untouched graph is compiled instead, or a setting has no effect."""
 

@@ -28,7 +28,7 @@ FLOORS = (
     ("report",),
     ("logs",),
     ("backend",),
-    ("explaining", "export", "model_input", "doctor"),
+    ("converting", "explaining", "export", "model_input", "doctor"),
     ("bench",),
     ("explain_command", "demo", "survey"),
     ("cli",),

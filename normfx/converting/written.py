@@ -1,0 +1,115 @@
+"""The copy of a model: new values of parameters, and norms of torch.nn."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from normfx.converting.places import Places, Slot
+from normfx.errors import ConvertError
+from normfx.graph.names import module_path
+from normfx.graph.nodes import tensor
+from normfx.ir.form import Form
+from normfx.ir.fused_ops import CALLS, NormCall, norm_call
+
+
+class Copy:
+    """A copy of a model that becomes what its rewritten graph says.
+
+    places: of the values of the rewritten graph in the original
+    norms:  what became of norms that are no longer what they were, by the path of their module
+    """
+
+    def __init__(self, places: Places) -> None:
+        self.places = places
+        self.model = copy.deepcopy(places.model)
+        self.norms: Mapping[str, NormCall] = self._norms()
+
+    def write(self) -> None:
+        """Put new values and norms into the copy."""
+        for slot, value in self._wanted().items():
+            if value not in self.places.names:
+                self._put(slot, self.places.compute(value))
+        for path, call in self.norms.items():
+            self._replace(path, call)
+
+    def _norms(self) -> dict[str, NormCall]:
+        """All calls of a module must have become the same norm."""
+        found: dict[str, NormCall] = {}
+        for node in self.places.captured.graph_module.graph.nodes:
+            if node.target in CALLS:
+                call, path = norm_call(node), module_path(node)
+                seen = found.setdefault(path, call)
+                if (seen.form, seen.vectors) != (call.form, call.vectors):
+                    raise ConvertError(f"normfx.convert: calls of the norm '{path}' became different norms")
+        return found
+
+    def _wanted(self) -> dict[Slot, Node]:
+        """What each place is to hold: everything that reads it must want the same."""
+        wanted: dict[Slot, Node] = {}
+        for user in self.places.captured.graph_module.graph.nodes:
+            if user in self.places.known or module_path(user) in self.norms:
+                continue
+            read = dict.fromkeys(n for n in user.all_input_nodes if n in self.places.known)
+            for anchor in (a for value in read for a in self.places.anchors_of(value)):
+                slot = self.places.slot(anchor, user)
+                if self.places.key(wanted.setdefault(slot, anchor)) != self.places.key(anchor):
+                    raise ConvertError(f"normfx.convert: '{slot}' is read in two ways, which would need two weights")
+        return wanted
+
+    def _put(self, slot: Slot, value: Tensor) -> None:
+        module = self.model.get_submodule(slot.path)
+        before = getattr(module, slot.name)
+        if isinstance(before, Tensor) and not isinstance(before, nn.Parameter):
+            module.register_buffer(slot.name, value.clone())
+            return
+        trained = before is None or before.requires_grad
+        module.register_parameter(slot.name, nn.Parameter(value.clone(), requires_grad=trained))
+
+    def _replace(self, path: str, call: NormCall) -> None:
+        """Put a norm of torch.nn where the norm of this path was."""
+        before, x = self.places.model.get_submodule(path), tensor(call.x)
+        if not path or next(before.children(), None) is not None or not _is_plain(call, x):
+            raise ConvertError(f"normfx.convert: the norm of '{path or 'the model'}' is no module that can be replaced")
+        vectors = {"weight": call.weight, "bias": call.bias}
+        if any(vector is not None and vector not in self.places.names for vector in vectors.values()):
+            raise ConvertError(f"normfx.convert: weight or bias of the norm '{path}' are computed from others")
+        given = {name: self.places.tensor(vector) for name, vector in vectors.items() if vector is not None}
+        made = _module(call.form, x, given)
+        for name, vector in vectors.items():
+            if vector is not None:
+                getattr(made, name).requires_grad_(getattr(self._original(vector), "requires_grad", True))
+        parent, _, name = path.rpartition(".")
+        setattr(self.model.get_submodule(parent), name, made.eval())
+
+    def _original(self, leaf: Node) -> object:
+        path, _, name = self.places.names[leaf].rpartition(".")
+        return getattr(self.places.model.get_submodule(path), name)
+
+
+def _is_plain(call: NormCall, x: Tensor) -> bool:
+    """Whether a norm of torch.nn computes it."""
+    form = call.form
+    wide = torch.promote_types(x.dtype, torch.float32)
+    usual = form.eps_place == "inside" and form.correction == 0 and form.scale == 1 and not form.compressed
+    whole = form.dim == x.ndim - 1 and isinstance(x.shape[-1], int)
+    dtypes = form.out_dtype == x.dtype and form.compute_dtype in (x.dtype, wide)
+    return usual and whole and dtypes and call.residual is None and not form.centre_output
+
+
+def _module(form: Form, x: Tensor, given: Mapping[str, Tensor]) -> nn.Module:
+    """nn.RMSNorm, or nn.LayerNorm where a mean is subtracted or a bias added: of rows without a mean it is the same."""
+    some = next(iter(given.values()), x)
+    width, device, dtype = x.shape[-1], some.device, some.dtype
+    made: nn.Module
+    if form.centres or "bias" in given:  # a weight that is not given is one of ones
+        made = nn.LayerNorm(width, form.eps, bool(given), "bias" in given, device=device, dtype=dtype)
+    else:
+        made = nn.RMSNorm(width, form.eps, bool(given), device=device, dtype=dtype)
+    for name, value in given.items():
+        setattr(made, name, nn.Parameter(value.clone()))
+    return made
