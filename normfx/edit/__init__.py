@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from normfx.edit.surgery import Surgery, output_dims, set_argument
+from normfx.errors import NormfxError
 from normfx.graph.calls import add_call, fake_result
 from normfx.graph.nodes import BAKED, arguments, grad_modes, is_row_major, op_name, tensor, value
 from normfx.ir import ops
@@ -64,7 +65,12 @@ class Edit:
         self._linears = {node: arguments(node) for node in graph.nodes if op_name(node) in LINEARS}
 
     def norm(self, norm: Norm) -> NormState:
-        """What becomes of a norm, to be read and set; the norm is written again as this says."""
+        """What becomes of a norm, to be read and set; the norm is written again as this says.
+
+        Raises NormfxError for a norm that no canonical op computes, which a rule has to refuse.
+        """
+        if norm.fixed:
+            raise NormfxError(f"normfx: a rule was applied to the norm {norm.name} although {norm.fixed}")
         if norm not in self.norms:
             self.norms[norm] = NormState(norm.input, norm.output, norm.out_dtype)
         return self.norms[norm]
@@ -139,7 +145,7 @@ class Edit:
         state.output, state.out_dtype = node, fake.dtype
 
     def fuse(self, site: Residual) -> None:
-        """The norm and the sum it reads become one op (ir/fusion.py), when all norms are written."""
+        """The norm and the sum it reads become one op (edit/fusion.py), when all norms are written."""
         for norm in site.norms:
             self.norm(norm)
         self.fused.append(site)

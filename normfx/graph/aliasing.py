@@ -1,7 +1,7 @@
 """Which values of a canonical graph share storage, and what is written in place.
 
 An in-place write is a barrier: a consumer may not move a read of the value across it. `mutated` names those that
-ir/functionalize.py leaves.
+capture/functionalize.py leaves.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch.fx import Node
 
+from normfx.errors import NormfxError
 from normfx.ir.form import EpsPlace, Form, Kind
 
 NormKind = Literal["LayerNorm", "RMSNorm", "BatchNorm", "GroupNorm", "InstanceNorm"]
@@ -69,8 +70,19 @@ class Norm:
         return Axis(self.dims[0], self.size) if len(self.dims) == 1 and self.size >= 2 else None
 
     @property
+    def fixed(self) -> str:
+        """Why no canonical op says what it computes; "" where one does. A rule must leave a fixed norm as it is."""
+        if self.obstacle:
+            return self.obstacle
+        if len(self.dims) != 1:
+            return f"it runs over the dimensions {self.dims}"
+        return "its eps is a lower bound" if self.eps_place == "clamped" else ""
+
+    @property
     def form(self) -> Form:
-        """The norm as a canonical op, of one that has an axis."""
+        """The norm as a canonical op. Raises NormfxError for a fixed one."""
+        if self.fixed:
+            raise NormfxError(f"normfx: no canonical op computes the norm {self.name}: {self.fixed}")
         kind: Kind = "rms_norm" if self.kind == "RMSNorm" else "layer_norm"
         given = (self.eps, self.eps_place, self.correction)
         return Form(kind, self.dims[0], *given, 1.0, self.compute_dtype, self.out_dtype)

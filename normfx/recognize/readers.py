@@ -65,7 +65,7 @@ def number_factor(node: Node, operand: Node) -> float | None:
 def find_scaled(norm: Norm, facts: Facts) -> Scaled | None:
     """norm(x)·k, when the multiplication is the norm's only reader, in the same gradient mode, and never written."""
     users = [u for u in norm.output.users if op_name(u) not in SHAPE_READS]
-    if norm.obstacle or len(users) != 1 or facts.modes[users[0]] != facts.modes[norm.output]:
+    if norm.fixed or len(users) != 1 or facts.modes[users[0]] != facts.modes[norm.output]:
         return None
     factor = number_factor(users[0], norm.output)
     return None if factor is None or users[0] in facts.written else Scaled(norm, users[0], factor)

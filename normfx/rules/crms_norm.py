@@ -251,6 +251,7 @@ RULE = Rule(
         ),
     },
     identity=identity,
+    mistake=("algebra.compress_input", lambda w, basis, channel: w[1:]),
     candidates=candidates,
     guard=guard,
     cost=cost,

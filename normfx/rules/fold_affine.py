@@ -227,6 +227,7 @@ RULE = Rule(
         ),
     },
     identity=identity,
+    mistake=("fold_affine.fold", lambda w, c, gamma, beta, k: (w * gamma, c)),
     candidates=candidates,
     guard=guard,
     cost=cost,

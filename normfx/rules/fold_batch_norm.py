@@ -215,6 +215,7 @@ RULE = Rule(
         "live_weights": centring.CODES["live_weights"],
     },
     identity=identity,
+    mistake=("fold_batch_norm.fold", lambda w, b, scale, mean, beta: (scale[:, None] * w, scale * b + beta)),
     candidates=candidates,
     guard=guard,
     cost=cost,

@@ -18,7 +18,7 @@ from torch import nn
 from normfx.edit import Edit
 from normfx.graph.nodes import bytes_of
 from normfx.ir.sites import Scaled, Sites
-from normfx.rules import algebra, fold_affine
+from normfx.rules import algebra
 from normfx.rules.rule import Cost, Example, Objection, Rule, SoFar, Symbols
 
 
@@ -35,7 +35,8 @@ def candidates(sites: Sites, so_far: SoFar) -> Iterable[Scaled]:
 
 
 def guard(site: Scaled, so_far: SoFar) -> Iterator[Objection]:
-    """A candidate is a norm whose only reader multiplies by a finite number; nothing speaks against it."""
+    """A candidate is a norm that a canonical op computes and whose only reader multiplies by a finite number: nothing
+    speaks against it."""
     return iter(())
 
 
@@ -69,10 +70,11 @@ RULE = Rule(
     source="Sun et al. 2025 (LayerNorm Scaling)",
     codes={},
     identity=identity,
+    mistake=("algebra.rms_norm", lambda x, eps: x),
     candidates=candidates,
     guard=guard,
     cost=cost,
     rewrite=rewrite,
-    summary=fold_affine.RULE.summary,
+    summary="{norms} {are} computed together with the number that multiplies the output",
     example=Example("scaled", _Scaled, _input),
 )

@@ -160,6 +160,7 @@ RULE = Rule(
         ),
     },
     identity=identity,
+    mistake=("fuse_residual_norm.centred_output", lambda z, gamma, beta: gamma * z + beta),
     candidates=candidates,
     guard=guard,
     cost=cost,

@@ -68,6 +68,7 @@ RULE = Rule(
     source="Jiang et al. 2023, equation 5 applied to a single linear",
     codes={code: text for code, text in centring.CODES.items() if code not in ("opaque_norm", "several_axes")},
     identity=identity,
+    mistake=("algebra.center", lambda a: a),
     candidates=candidates,
     guard=centring.guard,
     cost=centring.cost,

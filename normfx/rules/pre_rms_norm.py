@@ -118,6 +118,7 @@ RULE = Rule(
     source="Jiang et al. 2023, section 3",
     codes=centring.CODES,
     identity=identity,
+    mistake=("algebra.center", lambda a: a),
     candidates=candidates,
     guard=centring.guard,
     cost=centring.cost,

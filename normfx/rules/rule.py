@@ -122,6 +122,8 @@ class Rule(Generic[S]):
     """One identity, where it may be applied, and how.
 
     identity(symbols, d): pairs (lhs, rhs) of sympy expressions that must be equal
+    mistake:              a formula that the identity uses, as "module.function" of normfx.rules, and a wrong one, with
+                          which the identity must not hold: else the proof proves nothing
     candidates(sites, so_far): the sites of a graph to decide
     guard(site, so_far):  every objection; none means apply. It asks what was decided so far, never what a rule would
                           decide
@@ -132,7 +134,8 @@ class Rule(Generic[S]):
     exported:             it is applied to exported programs too (normfx.rewrite)
     for_kernels:          on a GPU it serves generated kernels alone: not decided where none may run a site's norm
     options:              options of its own that a user may give, each with its values, the default first
-    summary:              what the report says first of the {norms} that it was applied to: "{norms} {are} …"
+    summary:              what the report's first sentence says of the norms that it was applied to: "{norms} {are} …"
+                          makes "5 LayerNorms: 3 are …", with "1" or "all" for {norms} where it is so many
     """
 
     name: str
@@ -152,6 +155,7 @@ class Rule(Generic[S]):
     for_kernels: bool = False
     options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     summary: str = ""
+    mistake: tuple[str, Callable[..., Any]] | None = None
 
     def refusals(self, site: S, so_far: SoFar) -> tuple[Refusal, ...]:
         return tuple(self.refuse(code, detail, nodes) for code, detail, nodes in self.guard(site, so_far))

@@ -74,6 +74,8 @@ class Runner:
             environ |= {"PYTHONSAFEPATH": "1", "PYTHONPATH": f"{HERE}:{self.path}"}
             environ |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"}
             command = [sys.executable, "-m", "pytest", "-p", "swap", "-c", os.devnull, "--rootdir", str(self.folder)]
+            # this repository's conftest is not for samples.py
+            command += ["--confcutdir", str(self.folder)]
             command += ["-q", "-p", "no:cacheprovider", "-W", "ignore", f"@{folder}/arguments"]
             command += ["-k", self.select] if self.select else []
             with open(Path(folder, "output"), "w") as output:

@@ -142,8 +142,19 @@ def test_hooks_are_put_off() -> None:
     assert len(packed) == 1
 
 
+class Wrapped(nn.Module):
+    """Dynamo before torch 2.14 leaves modules of torch.nn that are called alone as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+
 def test_compiled_modules() -> None:
-    model = nn.Linear(2, 2)
+    model = Wrapped()
     compiled: Any = torch.compile(model, backend="eager")
     assert modules.original(compiled) is model and modules.original(model) is model
     model.compile(backend=lambda gm, _: lambda *args: (torch.full((1, 2), 7.0),))

@@ -68,3 +68,41 @@ return [%0]
 """,
             rows(2, 3, 4),
         )
+
+    def test_over_two_dimensions(self) -> None:
+        """No canonical op computes it, with whatever factor."""
+
+        class Planes(Scaled):
+            def __init__(self) -> None:
+                super().__init__(0.5)
+                self.norm = nn.LayerNorm((3, 4))
+
+        self.check(
+            Planes(),
+            """\
+norm: no site
+x: f32[2, 3, 4]
+%0 = layer_norm(x, [3, 4], norm.weight, norm.bias): f32[2, 3, 4]  # norm
+%1 = mul(%0, 0.5): f32[2, 3, 4]
+return [%1]
+""",
+            rows(2, 3, 4),
+        )
+
+    def test_over_two_dimensions_of_one_size_without_affine(self) -> None:
+        class Planes(Scaled):
+            def __init__(self) -> None:
+                super().__init__(-2.0)
+                self.norm = nn.RMSNorm((4, 4), elementwise_affine=False)
+
+        self.check(
+            Planes(),
+            """\
+norm: no site
+x: f32[2, 4, 4]
+%0 = rms_norm(x, [4, 4]): f32[2, 4, 4]  # norm
+%1 = mul(%0, -2): f32[2, 4, 4]
+return [%1]
+""",
+            rows(2, 4, 4),
+        )

@@ -53,22 +53,14 @@ def test_identity_is_proved(rule: Rule, d: int) -> None:
         assert sympy.expand(lhs - rhs) == 0  # expands inside the root too, so equal norms become one term
 
 
-WRONG: dict[str, tuple[str, Any]] = {
-    "pre_rms_norm": ("algebra.center", lambda a: a),
-    "linear_norm": ("algebra.center", lambda a: a),
-    "fold_scale": ("algebra.rms_norm", lambda x, eps: x),
-    "fold_affine": ("fold_affine.fold", lambda w, c, gamma, beta, k: (w * gamma, c)),
-    "fuse_residual_norm": ("fuse_residual_norm.centred_output", lambda z, gamma, beta: gamma * z + beta),
-    "fold_batch_norm": ("fold_batch_norm.fold", lambda w, b, scale, mean, beta: (scale[:, None] * w, scale * b + beta)),
-    "crms_norm": ("algebra.compress_input", lambda w, basis, channel: np.delete(w, channel)),
-}
-"""A wrong formula for each rule that has one of its own, and where to put it: the projection left out, β lost, …"""
-
-
-@pytest.mark.parametrize("rule", [r for r in RULES if r.name != "bake_weights"], ids=lambda r: r.name)
+@pytest.mark.parametrize("rule", RULES, ids=lambda r: r.name)
 def test_the_proof_can_fail(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wrong formula makes the two sides of the identity differ. (bake_weights says that products associate.)"""
-    where, formula = WRONG[rule.name]
+    """With a wrong formula the two sides of the identity differ. bake_weights has none of its own."""
+    if rule.name == "bake_weights":
+        assert rule.mistake is None  # products associate
+        return
+    assert rule.mistake is not None, f"give {rule.name} a `mistake`: a formula of its identity, and a wrong one"
+    where, formula = rule.mistake
     monkeypatch.setattr(f"normfx.rules.{where}", formula)
     assert any(sympy.expand(lhs - rhs) != 0 for lhs, rhs in rule.identity(_symbols, 2))
 
@@ -218,9 +210,20 @@ def test_every_refusal_code_has_a_counterexample() -> None:
 
 
 def test_every_refusal_code_is_documented() -> None:
-    text = (ROOT / "docs" / "refusals.md").read_text()
+    """docs/refusals.md has a row for each code and meaning, with the rules that use it."""
+    lines = (ROOT / "docs" / "refusals.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
+    rows = {(code.strip("`"), meaning): set(rules.split(", ")) for code, rules, meaning, _ in cells}
+    wanted: dict[tuple[str, str], set[str]] = {}
     for rule, codes in refusal_codes().items():
         for code, meaning in codes.items():
-            assert f"`{code}`" in text and meaning in text, (rule, code)
-    documented = {line.split("`")[1] for line in text.splitlines() if line.startswith("| `")}
-    assert documented == {code for codes in refusal_codes().values() for code in codes}
+            wanted.setdefault((code, meaning), set()).add(rule)
+    for key, using in wanted.items():
+        assert rows.get(key) == using, f"docs/refusals.md needs | `{key[0]}` | {', '.join(using)} | {key[1]} | … |"
+    assert set(rows) == set(wanted)
+
+
+def test_every_rule_is_documented() -> None:
+    """docs/rules.md has a row for each rule, in the order in which they are decided."""
+    lines = (ROOT / "docs" / "rules.md").read_text().splitlines()
+    assert [line.split("`")[1] for line in lines if line.startswith("| `")][: len(RULES)] == [r.name for r in RULES]

@@ -42,4 +42,5 @@ def accepted(path: Path, text: str) -> None:
     if os.environ.get("EXPECTTEST_ACCEPT") == "1":
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
+    assert path.exists(), f"there is no {path.name} yet: run with EXPECTTEST_ACCEPT=1, and read it"
     assert text == path.read_text(encoding="utf-8")

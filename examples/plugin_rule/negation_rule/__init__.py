@@ -34,8 +34,8 @@ def guard(site: Scaled, so_far: SoFar) -> Iterator[Objection]:
     modes = grad_modes(site.node.graph)
     if modes[site.node] != modes[site.norm.output]:
         yield "gradient_mode", site.node.name, (site.node,)
-    if site.norm.obstacle:
-        yield "opaque_norm", site.norm.obstacle, (site.norm.output,)
+    if site.norm.fixed:
+        yield "opaque_norm", site.norm.fixed, (site.norm.output,)
 
 
 class Negated(nn.Module):
@@ -57,7 +57,7 @@ RULE = replace(
     codes={
         "read_elsewhere": Code("something else reads the norm's output", "none needed: the minus sign stays"),
         "gradient_mode": Code("gradients are recorded for one of the two only", "compute both in one mode"),
-        "opaque_norm": Code("the norm's own statistics are used", "compute them from the norm's input"),
+        "opaque_norm": Code("no canonical op says what the norm computes", "use nn.LayerNorm, over the features alone"),
     },
     candidates=candidates,
     guard=guard,
