@@ -13,12 +13,17 @@ from normfx.plan import Plan
 
 
 def apply_plan(
-    gm: GraphModule, plan: Plan, values: Mapping[Node, Tensor] | None = None, options: Mapping[str, str] | None = None
+    gm: GraphModule,
+    plan: Plan,
+    values: Mapping[Node, Tensor] | None = None,
+    options: Mapping[str, str] | None = None,
+    share: bool = True,
 ) -> Rewritten:
     """Apply all decisions of a plan to a graph, which is changed.
 
     values:  present values of parameters, as far as they are known
     options: of the rules
+    share:   norms that have become equal are computed once
     """
     edit = Edit(gm.graph, values or {}, options or {})
     for decision in plan.applied():
@@ -27,7 +32,7 @@ def apply_plan(
         edit.norm(norm)
     if not plan.changes:
         return Rewritten()
-    done = write_norms(edit)
+    done = write_norms(edit, share)
     gm.graph.lint()
     gm.recompile()
     return done

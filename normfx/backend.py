@@ -176,6 +176,7 @@ class Work:
     """A graph on its way through the stages: what it starts with, and what each stage finds for later ones.
 
     freezes: the canonical graph is wanted even if no rule applies
+    parameters_only: rules may exchange parameters and norms, and add no op and drop none
     excess:  weights whose folds do not fit into the memory that folds may take
     stage:   the one that runs, or failed; seconds: by stage
     """
@@ -184,6 +185,7 @@ class Work:
     freezes: bool = False
     original: GraphModule | None = None
     example_inputs: Sequence[Any] = ()
+    parameters_only: bool = False
     captured: Captured = field(init=False)
     values: Mapping[Node, torch.Tensor] = field(default_factory=dict)
     sites: Sites = field(init=False)
@@ -261,6 +263,8 @@ def _recognize(work: Work) -> None:
         work.excess = beyond(work.canonical.graph, keeps, rooms(work.settings.fold_memory), work.values)
         live = (weights - keeps) | work.excess
     work.sites = recognize(facts_of(work.canonical.graph, weights, live), module_path, source_line)
+    if work.parameters_only:
+        work.sites = replace(work.sites, streams=tuple(stream.of_parameters() for stream in work.sites.streams))
 
 
 def _decide(work: Work) -> None:
@@ -277,7 +281,7 @@ def _draw(work: Work) -> None:
 
 def _rewrite(work: Work) -> None:
     """The plan, carried out."""
-    work.done = apply_plan(work.canonical, work.plan, work.values, work.settings.rule_options)
+    work.done = apply_plan(work.canonical, work.plan, work.values, work.settings.rule_options, not work.parameters_only)
     keep_folds(work.canonical.graph, work.captured.weights)
 
 
@@ -373,9 +377,14 @@ def transform(gm: GraphModule, example_inputs: Sequence[Any], settings: Options,
     return Transformed(gm, report)
 
 
-def transform_canonical(captured: Captured, settings: Options) -> tuple[bool, GraphReport]:
-    """Rewrite a canonical graph in place. Returns whether anything was applied, and the report."""
-    work = Work(settings)
+def transform_canonical(
+    captured: Captured, settings: Options, parameters_only: bool = False
+) -> tuple[bool, GraphReport]:
+    """Rewrite a canonical graph in place. Returns whether anything was applied, and the report.
+
+    parameters_only: see Work
+    """
+    work = Work(settings, parameters_only=parameters_only)
     work.captured = captured
     _run(work, exported=True)
     return work.plan.changes, work.report

@@ -9,23 +9,26 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from normfx.compat.operators import OpOverload
-from normfx.converting.places import Places
+from normfx.converting.places import Places, Slot
 from normfx.errors import ConvertError
 from normfx.graph.names import module_path
-from normfx.graph.nodes import arguments
+from normfx.graph.nodes import arguments, op_name, tensor
 
 
-def prove(rewritten: Places, copied: Places, norms: frozenset[str]) -> None:
-    """Raises ConvertError where the two graphs are not the same. norms: the paths of modules that were exchanged"""
+def prove(rewritten: Places, copied: Places, norms: frozenset[str], ones: frozenset[Slot]) -> None:
+    """Raises ConvertError where the two graphs are not the same.
+
+    norms: the paths of modules that were exchanged; ones: parameters of the copy that are ones
+    """
     numbers: dict[Any, int] = {}
-    if _outputs(rewritten, norms, numbers) != _outputs(copied, norms, numbers):
+    if _outputs(rewritten, norms, frozenset(), numbers) != _outputs(copied, norms, ones, numbers):
         raise ConvertError(
             "normfx.convert: the copy's graph is not the rewritten one. Does the model's forward choose what to do by "
             "its weights or the classes of its norms? Else please report it"
         )
 
 
-def _outputs(places: Places, norms: frozenset[str], numbers: dict[Any, int]) -> list[int]:
+def _outputs(places: Places, norms: frozenset[str], ones: frozenset[Slot], numbers: dict[Any, int]) -> list[int]:
     """What a graph computes, as numbers: equal ones for equal ops on equal operands."""
     gm, known = places.captured.graph_module, places.known
     inputs = [node for node in gm.graph.find_nodes(op="placeholder") if node not in known]
@@ -34,7 +37,12 @@ def _outputs(places: Places, norms: frozenset[str], numbers: dict[Any, int]) -> 
     for node in gm.graph.nodes:
         if node in known or node in of or node.op == "output":
             continue
-        path = module_path(node)
+        path, factors = module_path(node), [n for n in node.all_input_nodes if n in places.names]
+        if op_name(node) == "aten::mul.Tensor" and len(factors) == 1 and places.slot(factors[0], node) in ones:
+            (x,) = (n for n in node.all_input_nodes if n is not factors[0])
+            if tensor(x).shape == tensor(node).shape and tensor(x).dtype == tensor(node).dtype:
+                of[node] = of[x]
+                continue
         if path in norms:
             operands = [n for n in node.all_input_nodes if n not in known]
             inside = [entering[n] if n in entering and module_path(n) == path else {of[n]} for n in operands]

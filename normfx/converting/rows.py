@@ -46,7 +46,7 @@ def _rows_of(node: Node) -> Node | None:
     source, dim, size, inner, dtype = args
     if source.op != "call_function" or entry_readers(source) != [node]:
         return None
-    rows, name = tensor(source), op_name(source)
+    rows, name = tensor(source), op_name(source).partition(".")[0]
     if dim % rows.ndim != rows.ndim - 1 or inner != 1 or rows.shape[-1] != size or size == 1 or rows.dtype != dtype:
         return None
     if name == "aten::embedding":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.fx import Node
 from normfx.converting.places import Places, Slot
 from normfx.errors import ConvertError
 from normfx.graph.names import module_path
-from normfx.graph.nodes import tensor
+from normfx.graph.nodes import op_name, tensor
 from normfx.ir.form import Form
 from normfx.ir.fused_ops import CALLS, NormCall, norm_call
 
@@ -20,20 +20,28 @@ from normfx.ir.fused_ops import CALLS, NormCall, norm_call
 class Copy:
     """A copy of a model that becomes what its rewritten graph says.
 
-    places: of the values of the rewritten graph in the original
-    norms:  what became of norms that are no longer what they were, by the path of their module
+    places:   of the values of the rewritten graph in the original
+    original: of those of its graph as it is
+    means:    all norms are nn.LayerNorm with all their parameters, and none becomes nn.RMSNorm
+    norms:    what became of norms that are no longer what they were, by the path of their module
+    ones:     factors that were folded into weights, and are ones from now on
     """
 
-    def __init__(self, places: Places) -> None:
-        self.places = places
+    def __init__(self, places: Places, original: Places, means: bool) -> None:
+        self.places, self.original, self.means = places, original, means
         self.model = copy.deepcopy(places.model)
         self.norms: Mapping[str, NormCall] = self._norms()
+        self.ones: frozenset[Slot] = frozenset()
 
     def write(self) -> None:
         """Put new values and norms into the copy."""
-        for slot, value in self._wanted().items():
+        wanted = self._wanted()
+        self.ones = frozenset(self._factors()) - wanted.keys()
+        for slot, value in wanted.items():
             if value not in self.places.names:
                 self._put(slot, self.places.compute(value))
+        for slot in self.ones:
+            self._put(slot, torch.ones_like(getattr(self.model.get_submodule(slot.path), slot.name)))
         for path, call in self.norms.items():
             self._replace(path, call)
 
@@ -61,6 +69,13 @@ class Copy:
                     raise ConvertError(f"normfx.convert: '{slot}' is read in two ways, which would need two weights")
         return wanted
 
+    def _factors(self) -> Iterator[Slot]:
+        """Parameters by which the original multiplies a value."""
+        for user in self.original.captured.graph_module.graph.nodes:
+            if user in self.original.known or op_name(user) != "aten::mul.Tensor" or module_path(user) in self.norms:
+                continue
+            yield from (self.original.slot(n, user) for n in user.all_input_nodes if n in self.original.names)
+
     def _put(self, slot: Slot, value: Tensor) -> None:
         module = self.model.get_submodule(slot.path)
         before = getattr(module, slot.name)
@@ -73,13 +88,15 @@ class Copy:
     def _replace(self, path: str, call: NormCall) -> None:
         """Put a norm of torch.nn where the norm of this path was."""
         before, x = self.places.model.get_submodule(path), tensor(call.x)
-        if not path or next(before.children(), None) is not None or not _is_plain(call, x):
-            raise ConvertError(f"normfx.convert: the norm of '{path or 'the model'}' is no module that can be replaced")
+        if not path or next(before.children(), None) is not None:
+            raise ConvertError(f"normfx.convert: the norm in '{path or 'the model'}' is not a module of its own")
+        if not _is_plain(call, x):
+            raise ConvertError(f"normfx.convert: no norm of torch.nn computes what '{path}' does: {call.form}")
         vectors = {"weight": call.weight, "bias": call.bias}
         if any(vector is not None and vector not in self.places.names for vector in vectors.values()):
             raise ConvertError(f"normfx.convert: weight or bias of the norm '{path}' are computed from others")
         given = {name: self.places.tensor(vector) for name, vector in vectors.items() if vector is not None}
-        made = _module(call.form, x, given)
+        made = _module(call.form, x, given, self.means)
         for name, vector in vectors.items():
             if vector is not None:
                 getattr(made, name).requires_grad_(getattr(self._original(vector), "requires_grad", True))
@@ -101,13 +118,17 @@ def _is_plain(call: NormCall, x: Tensor) -> bool:
     return usual and whole and dtypes and call.residual is None and not form.centre_output
 
 
-def _module(form: Form, x: Tensor, given: Mapping[str, Tensor]) -> nn.Module:
-    """nn.RMSNorm, or nn.LayerNorm where a mean is subtracted or a bias added: of rows without a mean it is the same."""
+def _module(form: Form, x: Tensor, given: Mapping[str, Tensor], means: bool) -> nn.Module:
+    """nn.RMSNorm, or nn.LayerNorm where a mean is subtracted or a bias added: of rows without a mean it is the same.
+
+    means: nn.LayerNorm in any case, with a weight and a bias, if only of ones and zeros
+    """
     some = next(iter(given.values()), x)
     width, device, dtype = x.shape[-1], some.device, some.dtype
     made: nn.Module
-    if form.centres or "bias" in given:  # a weight that is not given is one of ones
-        made = nn.LayerNorm(width, form.eps, bool(given), "bias" in given, device=device, dtype=dtype)
+    if means or form.centres or "bias" in given:
+        affine, bias = (True, True) if means else (bool(given), "bias" in given)
+        made = nn.LayerNorm(width, form.eps, affine, bias, device=device, dtype=dtype)
     else:
         made = nn.RMSNorm(width, form.eps, bool(given), device=device, dtype=dtype)
     for name, value in given.items():

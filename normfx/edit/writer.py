@@ -29,8 +29,8 @@ class Rewritten:
     shared: Mapping[Norm, Norm] = field(default_factory=dict)
 
 
-def write_norms(edit: Edit) -> Rewritten:
-    """Write the norms, drop what they no longer need, join what is asked for."""
+def write_norms(edit: Edit, share: bool = True) -> Rewritten:
+    """Write the norms, drop what they no longer need, join what is asked for. share: compute equal norms once"""
     graph = edit.surgery.graph
     storages = storages_of(graph)
     leaving = {norm for norm, state in edit.norms.items() if may_leave(state.output, storages)}
@@ -42,7 +42,8 @@ def write_norms(edit: Edit) -> Rewritten:
     alive = set(graph.nodes)  # a norm that only a dropped value read is gone
     fusion = Fusion(graph, {norm: node for norm, node in written.items() if node in alive})
     fusion.centre_outputs()
-    fusion.share(leaving)
+    if share:
+        fusion.share(leaving)
     for site in edit.fused:
         if site.norm in fusion.written:
             fusion.fuse(site)

@@ -167,6 +167,19 @@ class Stream:
     obstacle: str = ""
     detail: str = ""
 
+    def of_parameters(self) -> Stream:
+        """The stream, of which only what parameters alone decide may be centred, and rows looked up in a table."""
+        barred = {
+            leaf: replace(leaf, obstacle="uncentred_input")
+            for leaf in self.leaves
+            if leaf.explicit and not leaf.obstacle and leaf.kind != "embedding"
+        }
+        reads = {
+            reader: tuple(barred.get(item, item) if isinstance(item, Leaf) else item for item in operands)
+            for reader, operands in self.reads.items()
+        }
+        return replace(self, leaves=tuple(barred.get(leaf, leaf) for leaf in self.leaves), reads=reads)
+
     def part(self, norms: Iterable[Norm]) -> Stream:
         """The part of the stream that feeds these norms."""
         chosen = tuple(norms)

@@ -37,7 +37,7 @@ def test_every_page_with_code_is_run() -> None:
     """By the tests below; the tutorial by those of rules."""
     pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
     found = {str(page.relative_to(ROOT)) for page in pages if snippets(str(page.relative_to(ROOT)))}
-    assert found == {"README.md", "CONTRIBUTING.md", "docs/kernels.md", "docs/write-a-rule.md"}
+    assert found == {"README.md", "CONTRIBUTING.md", "docs/convert.md", "docs/kernels.md", "docs/write-a-rule.md"}
 
 
 def test_the_code_of_the_readme(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,13 +46,22 @@ def test_the_code_of_the_readme(capsys: pytest.CaptureFixture[str], monkeypatch:
     monkeypatch.setattr(
         torch, "compile", lambda model, backend: compiler(model, backend=eager if backend == "normfx" else backend)
     )
-    model, inputs = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6)).double(), torch.randn(3, 6, dtype=torch.float64)
+    model, inputs = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6)).double().eval(), torch.randn(3, 6).double()
     names: dict[str, Any] = {"model": model, "inputs": inputs, "args": (inputs,)}
     (code,) = snippets("README.md")
     exec(code, names)
     assert "1 LayerNorm" in capsys.readouterr().out
-    for call in (names["compiled"], names["program"].module()):
+    for call in (names["compiled"], names["program"].module(), names["converted"]):
         torch.testing.assert_close(call(inputs), model(inputs), rtol=1e-12, atol=1e-12)
+
+
+def test_the_code_of_the_page_on_converting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It writes the converted weights."""
+    monkeypatch.chdir(tmp_path)
+    model = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6)).eval()
+    (code,) = snippets("docs/convert.md")
+    exec(code, {"model": model, "args": (torch.randn(3, 6),)})
+    assert torch.load("weights.pt")["0.weight"].mean(0).abs().max() < 1e-6
 
 
 def test_the_code_of_the_kernels_page(capsys: pytest.CaptureFixture[str]) -> None:

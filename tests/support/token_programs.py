@@ -250,10 +250,7 @@ TOKEN_TRAPS: dict[str, Form] = {
         lambda at: at.x + 0.5 * at.part(at.x), lambda: nn.LayerNorm((TOKENS, WIDTH))
     ),
     "plane_rms_norm": Form(lambda at: at.x - F.rms_norm(at.x, (TOKENS, WIDTH)) / 3.0),
-    "plane_norms": Form(
-        lambda at: at.part[1](F.layer_norm(at.x, (TOKENS, WIDTH)) * 2.0 + at.part[0](at.x)),
-        lambda: nn.ModuleList([nn.LayerNorm((TOKENS, WIDTH)), nn.LayerNorm(WIDTH)]),
-    ),
+    "plane_without_affine": Form(lambda at: at.x - F.layer_norm(at.x, (TOKENS, WIDTH)) * 2.0),
     "shuffle": Form(lambda at: at.x.view(BATCH, TOKENS, 2, 4).transpose(2, 3).flatten(2) * at.vector, shape=(WIDTH,)),
     "product": Form(lambda at: torch.addcmul(at.x, at.x, at.first)),
     "max": Form(lambda at: torch.maximum(at.x, at.first)),

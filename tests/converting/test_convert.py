@@ -1,0 +1,178 @@
+"""normfx.convert: the copy computes the same, with other weights and norms; where it cannot, it says why."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import named
+from torch import Tensor, nn
+
+import normfx
+from normfx.converting.written import Copy
+
+FAMILIES = {
+    "gpt2": {"RMSNorm": 5},
+    "vit": {"RMSNorm": 4, "LayerNorm": 1},  # the last one's output is returned, with its bias
+    "timm vit layer scale": {"RMSNorm": 5},
+    "bert post-norm": {"LayerNorm": 5},
+    "encoder": {"LayerNorm": 5},  # it looks at the biases of its norms
+    "gpt_neox parallel": {"RMSNorm": 5},
+    "opt": {"RMSNorm": 5},
+    "whisper": {"RMSNorm": 7, "LayerNorm": 5},  # a GELU starts the encoder's stream
+    "dinov2": {"RMSNorm": 4, "LayerNorm": 1},
+    "bloom": {"LayerNorm": 6},
+    "gptj": {"RMSNorm": 3},
+    "phi": {"RMSNorm": 3},
+    "mixer": {"LayerNorm": 5},
+    "torchvision vit": {"RMSNorm": 5},
+}
+IN_FLOAT32 = {"llama": {"RMSNorm": 5}, "gemma2": {"RMSNorm": 5, "Gemma2RMSNorm": 4}}
+"""Their norms compute in float32 whatever comes; Gemma's weight is 1 + w, folded where linears read it."""
+QUICK = {"gpt2", "timm vit layer scale", "encoder"}
+
+
+def moved(model: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return model.eval()
+
+
+def norms(model: nn.Module) -> dict[str, int]:
+    names = [type(m).__name__ for m in model.modules() if type(m).__name__.endswith("Norm")]
+    return {name: names.count(name) for name in names}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in FAMILIES])
+def test_families(name: str, tmp_path: Path) -> None:
+    """In float64; saved and loaded; the model is as it was."""
+    case = named(name)
+    torch.manual_seed(0)
+    model = moved(case.build().double())
+    inputs = tuple(x.double() if x.is_floating_point() else x for x in case.inputs())
+    before = copy.deepcopy(model.state_dict())
+    converted = normfx.convert(model, inputs)
+    assert norms(converted) == FAMILIES[name]
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    torch.save(converted.state_dict(), tmp_path / "weights.pt")
+    with torch.no_grad():
+        want = model(*inputs)
+        for p in converted.parameters():
+            p.zero_()
+        converted.load_state_dict(torch.load(tmp_path / "weights.pt"))
+        torch.testing.assert_close(converted(*inputs), want, rtol=1e-11, atol=1e-11 * want.abs().max().item())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IN_FLOAT32)
+def test_norms_that_compute_in_float32(name: str) -> None:
+    case = named(name)
+    torch.manual_seed(0)
+    model, inputs = moved(case.build()), case.inputs()
+    converted = normfx.convert(model, inputs)
+    assert norms(converted) == IN_FLOAT32[name]
+    with torch.no_grad():
+        want = model(*inputs)
+        torch.testing.assert_close(converted(*inputs), want, rtol=1e-5, atol=1e-5 * want.abs().max().item())
+
+
+class Block(nn.Module):
+    """A stream with one branch; `case` says what else its forward does."""
+
+    calls: Tensor
+
+    def __init__(self, case: str = "", width: int = 8) -> None:
+        super().__init__()
+        self.case, self.table = case, nn.Embedding(11, width)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, 12, bias=False), nn.Linear(12, width)
+        self.head = nn.Linear(width, 11, bias=False)
+        self.head.weight = self.table.weight
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, ids: Tensor) -> Any:
+        x = self.table(ids)
+        if self.case == "asks for the class" and type(self.norm1) is nn.RMSNorm:
+            x = x * 2
+        if self.case == "asks for the weights" and self.head.weight is not self.table.weight:
+            x = x * 2
+        y = self.norm1(x)
+        if self.case == "norm inside":
+            y = F.layer_norm(x, (8,), self.norm1.weight, self.norm1.bias)
+        h = self.up(y)
+        x = x + self.down(torch.relu(h))
+        if self.case == "in place":
+            self.calls += 1
+        z = self.head(self.norm2(x))
+        return (z, self.down(torch.sin(h))) if self.case == "two ways" else z
+
+
+def ids(tokens: int = 5) -> tuple[Tensor]:
+    return (torch.randint(0, 11, (2, tokens), generator=torch.Generator().manual_seed(tokens)),)
+
+
+def test_what_was_shared_becomes_two() -> None:
+    """An embedding whose rows are centred, and a head that took γ on; where nothing changes they stay one."""
+    model = moved(Block().double())
+    converted = normfx.convert(model, ids())
+    assert model.head.weight is model.table.weight
+    assert converted.head.weight is not converted.table.weight
+    assert converted.up.bias is not None and model.up.bias is None  # β of the norm before it
+    assert converted.table.weight.mean(-1).abs().max() < 1e-15
+    untouched = normfx.convert(model, ids(), options={"rules": "none"})
+    assert untouched.head.weight is untouched.table.weight
+
+
+def test_for_every_length() -> None:
+    model = moved(Block().double())
+    shapes = ({1: torch.export.Dim("tokens", min=2, max=64)},)
+    converted = normfx.convert(model, ids(), dynamic_shapes=shapes)
+    for tokens in (2, 9, 40):
+        torch.testing.assert_close(converted(*ids(tokens)), model(*ids(tokens)), rtol=1e-12, atol=1e-12)
+
+
+def test_a_forward_that_asks_for_the_class_of_a_norm() -> None:
+    """It keeps its LayerNorms, of rows without a mean."""
+    model = moved(Block("asks for the class").double())
+    converted = normfx.convert(model, ids())
+    assert norms(converted) == {"LayerNorm": 2}
+    torch.testing.assert_close(converted(*ids()), model(*ids()), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("asks for the weights", "not the rewritten one"),
+        ("norm inside", "not a module of its own"),
+        ("two ways", "read in two ways"),
+        ("in place", "writes in place"),
+    ],
+)
+def test_refused(case: str, message: str) -> None:
+    with pytest.raises(normfx.ConvertError, match=message):
+        normfx.convert(moved(Block(case).double()), ids())
+
+
+def test_what_is_no_model_in_eval_mode() -> None:
+    with pytest.raises(normfx.ConvertError, match=r"call model.eval\(\)"):
+        normfx.convert(Block(), ids())
+    wrong: Any = torch.relu
+    with pytest.raises(normfx.ConvertError, match=r"takes an nn\.Module, not"):
+        normfx.convert(wrong, ids())
+    with pytest.raises(normfx.ConvertError, match="cannot be exported"):
+        normfx.convert(Block().eval(), (torch.zeros(2, 3),))
+    with pytest.raises(normfx.OptionError):
+        normfx.convert(Block().eval(), ids(), options={"rule": "all"})
+
+
+def test_values_that_are_not_written_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graphs are the same then, the outputs are not."""
+    monkeypatch.setattr(Copy, "_put", lambda self, slot, value: None)
+    with pytest.raises(normfx.ConvertError, match=r"is off by|not the rewritten one"):
+        normfx.convert(moved(Block().double()), ids())
