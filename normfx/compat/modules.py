@@ -31,6 +31,12 @@ def uncompiled(model: Callable[..., Any]) -> Iterator[None]:
         model._compiled_call_impl = compiled
 
 
+def own_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """The parameters and buffers of a module itself, also those that other modules share."""
+    yield from module._parameters.items()
+    yield from module._buffers.items()
+
+
 def drop_tensors(module: torch.nn.Module) -> None:
     """A module holds no parameters or buffers of its own any more."""
     module._parameters.clear()

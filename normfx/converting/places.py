@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from normfx.capture.trace import Captured
+from normfx.compat.modules import own_tensors
 from normfx.errors import ConvertError
 from normfx.graph.names import module_path
 from normfx.graph.nodes import parameter_only
@@ -98,8 +99,8 @@ class Places:
         held = self._held.get(name)
         if held is not None and path in self._paths:
             module = self.model.get_submodule(path)
-            for own in (*module._parameters, *module._buffers):
-                if getattr(module, own) is held:
+            for own, each in own_tensors(module):
+                if each is held:
                     return Slot(self._path[id(module)], own)
         path, _, own = name.rpartition(".")
         return Slot(path if held is None else self._path[id(self.model.get_submodule(path))], own)
