@@ -28,8 +28,8 @@ def prove(rewritten: Places, copied: Places, norms: frozenset[str], ones: frozen
         )
 
 
-def _outputs(places: Places, norms: frozenset[str], ones: frozenset[Slot], numbers: dict[Any, int]) -> list[int]:
-    """What a graph computes, as numbers: equal ones for equal ops on equal operands."""
+def _outputs(places: Places, norms: frozenset[str], ones: frozenset[Slot], numbers: dict[Any, int]) -> str:
+    """What a graph returns. Values are numbers: equal ones for equal ops on equal operands."""
     gm, known = places.captured.graph_module, places.known
     inputs = [node for node in gm.graph.find_nodes(op="placeholder") if node not in known]
     of = {node: numbers.setdefault(("input", i), len(numbers)) for i, node in enumerate(inputs)}
@@ -51,7 +51,8 @@ def _outputs(places: Places, norms: frozenset[str], ones: frozenset[Slot], numbe
         else:
             key = (_target(gm, node), repr(map_arg(_arguments(node), _shown(node, places, of))))
         of[node] = numbers.setdefault(key, len(numbers))
-    return [of[node] for node in gm.graph.output_node().all_input_nodes if node not in known]
+    output = gm.graph.output_node()
+    return repr(map_arg(output.args, _shown(output, places, of)))
 
 
 def _arguments(node: Node) -> Any:
