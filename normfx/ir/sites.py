@@ -205,7 +205,7 @@ class Stream:
 
 @dataclass(frozen=True, eq=False)
 class Scaled:
-    """norm(x)·k with a number k, where only the multiplication reads the norm."""
+    """norm(x)·k with a number k; of those in `Sites.scaled` only the multiplication reads the norm."""
 
     norm: Norm
     node: Node
