@@ -53,6 +53,7 @@ def norms(model: nn.Module) -> dict[str, int]:
 def test_families(name: str, tmp_path: Path) -> None:
     """In float64; saved and loaded; the model is as it was."""
     case = named(name)
+    pytest.importorskip(case.package)
     torch.manual_seed(0)
     model = moved(case.build().double())
     inputs = tuple(x.double() if x.is_floating_point() else x for x in case.inputs())
@@ -73,6 +74,7 @@ def test_families(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", IN_FLOAT32)
 def test_norms_that_compute_in_float32(name: str) -> None:
     case = named(name)
+    pytest.importorskip(case.package)
     torch.manual_seed(0)
     model, inputs = moved(case.build()), case.inputs()
     converted = normfx.convert(model, inputs)
