@@ -39,7 +39,7 @@ def module_norm(kind: str, shape: tuple[int, ...], draw: random.Random) -> nn.Mo
         return nn.GroupNorm(draw.choice([g for g in (1, 2, 3, channels) if channels % g == 0]), channels, affine=affine)
     if kind == "instance" and rank in (3, 4):
         made = nn.InstanceNorm1d if rank == 3 else nn.InstanceNorm2d
-        return made(channels, affine=affine, track_running_stats=flag)
+        return made(channels, affine=affine, track_running_stats=flag or shape[2:].count(1) == rank - 2)
     if kind == "batch":
         return (nn.BatchNorm2d if rank == 4 else nn.BatchNorm1d)(channels, affine=affine, track_running_stats=flag)
     return nn.Identity()
