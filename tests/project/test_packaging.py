@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -39,6 +40,15 @@ def test_command() -> None:
     assert script.value == "normfx.cli:main"
     done = subprocess.run([sys.executable, "-m", "normfx.cli", "--help"], capture_output=True, text=True, check=True)
     assert "demo" in done.stdout
+
+
+def test_every_folder_is_a_package() -> None:
+    """An editable install finds a folder that the wheel would lack."""
+    table = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    folders = {
+        path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in ROOT.glob("normfx/**/__init__.py")
+    }
+    assert set(table["tool"]["setuptools"]["packages"]) == folders | {"normfx.kernels"}
 
 
 @pytest.mark.slow

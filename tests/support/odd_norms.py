@@ -56,6 +56,8 @@ class WrittenNorm(nn.Module):
             draw.choice(("inside", "outside", "bound")),
             draw.choice(("w", "1 + w", "exp w", "-w")),
         )
+        if all(shape[d] == 1 for d in self.dims):
+            self.correction = 0  # of one entry there is no other deviation
         sizes = tuple(n if d - len(shape) in self.dims else 1 for d, n in enumerate(shape))
         sizes = sizes if draw.random() < 0.5 else sizes[min(self.dims) :]
         self.weight = nn.Parameter(torch.randn(sizes)) if draw.random() < 0.6 else None
