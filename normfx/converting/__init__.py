@@ -89,10 +89,13 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-2}
 
 def _compare(model: nn.Module, copied: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> None:
     """The copy runs, and gives the same: torch.export may take another way through a model than a call."""
-    try:
-        wanted, found = (pytree.tree_leaves(m(*args, **(kwargs or {}))) for m in (model, copied))
-    except Exception as error:
-        raise ConvertError(f"normfx.convert: the copy does not run ({type(error).__name__}: {error})") from error
+    results = []
+    for what, each in (("model", model), ("copy", copied)):
+        try:
+            results.append(pytree.tree_leaves(each(*args, **(kwargs or {}))))
+        except Exception as error:
+            raise ConvertError(f"normfx.convert: the {what} does not run ({type(error).__name__}: {error})") from error
+    wanted, found = results
     for want, got in zip(wanted, found, strict=True):
         if isinstance(want, torch.Tensor) and want.is_floating_point() and want.numel():
             off, size = (got - want).abs().max().item(), want.abs().max().item()
