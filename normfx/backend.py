@@ -239,7 +239,7 @@ def _capture(work: Work) -> None:
     """Dynamo's graph → the canonical one, in ATen before autograd and autocast."""
     assert work.original is not None
     work.captured = capture(work.original, work.example_inputs)
-    work.values = _values(work.captured, work.example_inputs)
+    work.values = work.captured.values(work.example_inputs)
 
 
 def _functionalize(work: Work) -> None:
@@ -388,13 +388,6 @@ def transform_canonical(
     work.captured = captured
     _run(work, exported=True)
     return work.plan.changes, work.report
-
-
-def _values(captured: Captured, example_inputs: Sequence[Any]) -> dict[Node, torch.Tensor]:
-    """Real values of parameters, buffers and constants."""
-    inputs = captured.graph_module.graph.find_nodes(op="placeholder")
-    pairs = zip(inputs, example_inputs, strict=True)
-    return {n: x for n, x in pairs if n in captured.weights and type(x) in (torch.Tensor, torch.nn.Parameter)}
 
 
 def _count_folds(gm: GraphModule, weights: frozenset[Any]) -> tuple[int, int]:

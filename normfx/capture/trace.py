@@ -88,6 +88,11 @@ class Captured:
         """The parameters, buffers and constants that want a gradient."""
         return frozenset(node for node in self.weights if self.sources[node].requires_grad)
 
+    def values(self, example_inputs: Sequence[Any]) -> dict[Node, torch.Tensor]:
+        """Real values of the plain ones among the parameters, buffers and constants."""
+        pairs = zip(self.graph_module.graph.find_nodes(op="placeholder"), example_inputs, strict=True)
+        return {n: x for n, x in pairs if n in self.weights and type(x) in (torch.Tensor, torch.nn.Parameter)}
+
 
 def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> Captured:
     """Canonical form of a Dynamo graph, under the grad mode and autocast of the call.

@@ -61,7 +61,8 @@ def attribute_sources(gm: GraphModule) -> dict[str, Any] | None:
 
 
 def set_attribute_sources(gm: GraphModule, sources: dict[str, Any]) -> None:
-    gm._param_name_to_source = sources  # type: ignore[assignment]
+    held: Any = gm
+    held._param_name_to_source = sources
 
 
 def symbol_of(item: Any) -> str | None:
@@ -76,5 +77,6 @@ def trace_artifact(name: str, encoding: str, text: Callable[[], str]) -> None:
 
 def with_inputs_apart(function: Callable[..., Any]) -> Callable[..., Any]:
     """Tells Dynamo to hand a compiled function its inputs one by one, not in a list."""
-    function._boxed_call = False  # type: ignore[attr-defined]
+    marked: Any = function
+    marked._boxed_call = False
     return function

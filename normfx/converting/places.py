@@ -94,7 +94,7 @@ class Places:
         return self._bias_of(found) if new_bias else found
 
     def _slot_of(self, leaf: Node, user: Node) -> Slot:
-        """In the module of `user` where that holds the parameter, since one tensor may have several places."""
+        """The module of `user` goes first if it holds the parameter, since one tensor may have several places."""
         name, path = self.names[leaf], module_path(user)
         held = self._held.get(name)
         if held is not None and path in self._paths:

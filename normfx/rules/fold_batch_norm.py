@@ -147,7 +147,7 @@ class _Block(nn.Module):
 
 
 def moved(norm: nn.Module) -> nn.Module:
-    """With statistics, weight and bias that are not those of a fresh module, with which a wrong fold would not show."""
+    """Change statistics, weight and bias: with those of a fresh module a wrong fold would not show."""
     with torch.no_grad():
         for name, tensor in (*norm.named_parameters(), *norm.named_buffers()):
             if tensor.is_floating_point():

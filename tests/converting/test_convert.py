@@ -51,7 +51,7 @@ def norms(model: nn.Module) -> dict[str, int]:
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in FAMILIES])
 def test_families(name: str, tmp_path: Path) -> None:
-    """In float64; saved and loaded; the model is as it was."""
+    """The copy is saved, loaded and compared in float64; the model is as it was."""
     case = named(name)
     pytest.importorskip(case.package)
     torch.manual_seed(0)

@@ -167,7 +167,7 @@ def test_compiled_modules() -> None:
 
 
 def test_what_dynamo_says() -> None:
-    """Of each input where it comes from, and the id of the compilation."""
+    """Dynamo says where each input comes from, and the id of the compilation."""
     seen: dict[str, Any] = {}
 
     def backend(gm: torch.fx.GraphModule, _: object) -> Any:

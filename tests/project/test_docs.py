@@ -34,7 +34,7 @@ def tutorial() -> str:
 
 
 def test_every_page_with_code_is_run() -> None:
-    """By the tests below; the tutorial by those of rules."""
+    """The tests below run these pages; those of rules run the tutorial."""
     pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
     found = {str(page.relative_to(ROOT)) for page in pages if snippets(str(page.relative_to(ROOT)))}
     assert found == {"README.md", "CONTRIBUTING.md", "docs/convert.md", "docs/kernels.md", "docs/write-a-rule.md"}

@@ -179,8 +179,8 @@ def private_attributes(tree: ast.AST, imports: Iterable[tuple[ast.stmt, str, str
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
             name, holder = node.attr, ast.unparse(node.value)
-        elif _asks_by_name(node):
-            name, holder = str(node.args[1].value), ast.unparse(node.args[0])  # type: ignore[attr-defined]
+        elif (asked := _asked_by_name(node)) is not None:
+            holder, name = asked
         else:
             continue
         if _is_private(name) and name not in own and holder.partition(".")[0] not in of_torch:
@@ -188,11 +188,12 @@ def private_attributes(tree: ast.AST, imports: Iterable[tuple[ast.stmt, str, str
     return found
 
 
-def _asks_by_name(node: ast.AST) -> bool:
-    """getattr(x, "_y"), hasattr, setattr, delattr."""
-    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or len(node.args) < 2:
-        return False
-    return node.func.id in ("getattr", "hasattr", "setattr", "delattr") and isinstance(node.args[1], ast.Constant)
+def _asked_by_name(node: ast.AST) -> tuple[str, str] | None:
+    """("x", "_y") for getattr(x, "_y"), hasattr, setattr and delattr; None for any other node."""
+    match node:
+        case ast.Call(ast.Name("getattr" | "hasattr" | "setattr" | "delattr"), [holder, ast.Constant(str(name)), *_]):
+            return ast.unparse(holder), name
+    return None
 
 
 def _is_self(node: ast.AST) -> bool:

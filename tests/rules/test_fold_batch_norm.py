@@ -225,7 +225,7 @@ def test_only_what_wants_a_gradient_gets_one() -> None:
 
 @pytest.mark.parametrize("rows", [1, 64])
 def test_live_weights_are_priced(rows: int) -> None:
-    """With gradients, few rows do not pay for folding the weight in every call; many do."""
+    """Few rows do not pay for folding the weight in every call when gradients are recorded; many do."""
     model = moved(chain(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)))
     _, report = transformed(model, (images(rows, 4, 6, 6),), {"fold": "auto"})
     assert (folded(report), codes(report)) == (([False], {"live_weights"}) if rows == 1 else ([True], set()))

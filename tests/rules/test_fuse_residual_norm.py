@@ -213,7 +213,7 @@ def test_a_value_added_to_itself(join: Callable[[Tensor], Tensor]) -> None:
     ],
 )
 def test_native_norms_of_a_cpu(kind: str, rules: str, native: int, records: bool) -> None:
-    """In inference in low precision the LayerNorms that keep their mean are torch's own, after an add or before it."""
+    """LayerNorms that keep their mean are torch's own in low-precision inference, next to an add or not."""
     model, backend = Net(kind).to(torch.bfloat16), EagerBackend({"rules": rules})
     torch._dynamo.reset()
     with torch.set_grad_enabled(records):

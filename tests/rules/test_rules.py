@@ -55,7 +55,7 @@ def test_identity_is_proved(rule: Rule, d: int) -> None:
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: r.name)
 def test_the_proof_can_fail(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a wrong formula the two sides of the identity differ. bake_weights has none of its own."""
+    """A wrong formula makes the two sides of the identity differ. bake_weights has none of its own."""
     if rule.name == "bake_weights":
         assert rule.mistake is None  # products associate
         return

@@ -76,7 +76,8 @@ class WrittenNorm(nn.Module):
             y, mean, _ = torch.native_layer_norm(x, x.shape[-1:], None, None, self.eps)
             return y + mean if self.correction else y
         if self.kind == "normalize":
-            return F.normalize(x, dim=dims[0] if len(dims) == 1 else dims, eps=self.eps)  # type: ignore[arg-type]
+            along: Any = dims[0] if len(dims) == 1 else dims  # torch's annotation lacks several
+            return F.normalize(x, dim=along, eps=self.eps)
         if self.kind == "deviation":
             return (x - x.mean(dims, keepdim=True)) / (x.std(dims, correction=self.correction, keepdim=True) + self.eps)
         y = x - x.mean(dims, keepdim=True) if self.kind == "centred" else x
