@@ -53,7 +53,10 @@ class Copy:
                 call, path = norm_call(node), module_path(node)
                 seen = found.setdefault(path, call)
                 if (seen.form, seen.vectors) != (call.form, call.vectors):
-                    raise ConvertError(f"normfx.convert: calls of the norm '{path}' became different norms")
+                    raise ConvertError(
+                        f"normfx.convert: calls of the norm '{path}' became different norms; with "
+                        "options={'rules': 'default,-fold_affine'} they may become one"
+                    )
         return found
 
     def _wanted(self) -> dict[Slot, Node]:

@@ -161,6 +161,44 @@ def test_refused(case: str, message: str) -> None:
         normfx.convert(moved(Block(case).double()), ids())
 
 
+class Shared(nn.Module):
+    """One linear layer and one norm at several places; γ could be folded at the last one only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.norm, self.leave = nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2)
+        self.branches = nn.ModuleList([nn.Linear(6, 6)] * 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        for branch in self.branches:
+            x = x + branch(torch.relu(self.norm(x)))
+        return self.leave(self.norm(x))
+
+
+def test_modules_at_several_places() -> None:
+    model, x = moved(Shared().double()), torch.randn(3, 4, dtype=torch.float64)
+    with pytest.raises(normfx.ConvertError, match="became different norms"):
+        normfx.convert(model, (x,))
+    converted = normfx.convert(model, (x,), options={"rules": "default,-fold_affine"})
+    assert converted.branches[0] is converted.branches[1]
+    assert converted.branches[0].weight.mean(0).abs().max() < 1e-15
+    torch.testing.assert_close(converted(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+def test_weights_changed_before_the_next_conversion() -> None:
+    """Each conversion reads the weights of its own moment."""
+    model = moved(Block().double())
+    first = normfx.convert(model, ids())
+    before = first(*ids())
+    with torch.no_grad():
+        model.down.weight.mul_(1.5)
+    torch.testing.assert_close(first(*ids()), before, rtol=0, atol=0)
+    second = normfx.convert(model, ids())
+    torch.testing.assert_close(second(*ids()), model(*ids()), rtol=1e-12, atol=1e-12)
+    assert (second(*ids()) - before).abs().max() > 1e-3
+
+
 def test_what_is_no_model_in_eval_mode() -> None:
     with pytest.raises(normfx.ConvertError, match=r"call model.eval\(\)"):
         normfx.convert(Block(), ids())
