@@ -42,8 +42,7 @@ def write_norms(edit: Edit, share: bool = True) -> Rewritten:
     alive = set(graph.nodes)  # a norm that only a dropped value read is gone
     fusion = Fusion(graph, {norm: node for norm, node in written.items() if node in alive})
     fusion.centre_outputs()
-    if share:
-        fusion.share(leaving)
+    fusion.share(leaving if share else fusion.written)
     for site in edit.fused:
         if site.norm in fusion.written:
             fusion.fuse(site)
