@@ -41,7 +41,7 @@ from normfx.lower.hoist import Folding
 from normfx.lower.inductor import check_options, compile_graph, inductor_options
 from normfx.lower.native import use_native_norms
 from normfx.lower.outside import keep_folds_outside, keepable_weights
-from normfx.lower.products import with_products
+from normfx.lower.products import plain_rows, with_products
 from normfx.lower.stored import store_sums
 from normfx.lower.triton import Lowered, lower_norms
 from normfx.lower.verified import verified
@@ -307,7 +307,10 @@ def _tell(work: Work) -> None:
 
 def _fold(work: Work) -> None:
     """Folds of parameters that need no gradient leave the graph: their values are kept."""
-    work.folding, work.memory = keep_folds_outside(work.captured, work.settings, not work.freezes, work.values)
+    settings = work.settings
+    plain_row = plain_rows(inductor_options(settings.mode, settings.inductor), settings.products)
+    packs = not work.freezes
+    work.folding, work.memory = keep_folds_outside(work.captured, settings, packs, work.values, plain_row)
 
 
 def _store(work: Work) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,16 +28,21 @@ def keepable_weights(captured: Captured, settings: Options) -> frozenset[Node]:
 
 
 def keep_folds_outside(
-    captured: Captured, settings: Options, packs: bool, values: Mapping[Node, torch.Tensor]
+    captured: Captured,
+    settings: Options,
+    packs: bool,
+    values: Mapping[Node, torch.Tensor],
+    plain_row: Callable[[torch.dtype], bool],
 ) -> tuple[Folding | None, Mapping[str, Any]]:
     """Take the folds out of the graph, as far as they fit into the memory that they may take.
 
-    packs: and the weights of its linear layers, where packed ones are faster
+    packs:     and the weights of its linear layers, where packed ones are faster
+    plain_row: whether products of one row are as fast by weights of a dtype that are not packed
     Returns them and the fields of records.FoldReport that say what fitted.
     """
     gm, free = captured.graph_module, keepable_weights(captured, settings)
     if packs:
-        pack_linears(gm, free)
+        pack_linears(gm, free, plain_row)
     devices = {tensor(node).device for node in free}
     budgets = functools.cache(partial(budget, settings.fold_memory))
     names = {node: source.name for node, source in captured.sources.items()}

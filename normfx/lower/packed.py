@@ -9,6 +9,7 @@ W changed.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch.fx import GraphModule, Node
 from normfx.compat import onednn
 from normfx.graph.aliasing import escaping, storages_of
 from normfx.graph.calls import add_call
-from normfx.graph.nodes import BAKED, arguments, op_name, parameter_only, value
+from normfx.graph.nodes import BAKED, arguments, entries, op_name, parameter_only, shape, tensor, value
 from normfx.graph.regions import is_autocast
 from normfx.ir.ops import define
 from normfx.lower.gemm import packed_is_faster
@@ -26,7 +27,7 @@ from normfx.weights.handles import value_of
 from normfx.weights.kept import folded, records_gradients
 
 ROWS = 128
-"""Rows of the input that oneDNN is told to expect when it chooses a layout; any number of rows may come."""
+"""Rows of the input that oneDNN is told to expect when it chooses a layout, unless it is one; any number may come."""
 
 LEAST = {torch.float32: 2**16, torch.bfloat16: 2**15}
 """Entries of the smallest weights worth packing: the call itself costs 10 µs more than a plain product."""
@@ -38,9 +39,9 @@ def _multiply() -> Any:
     return onednn.linear()
 
 
-def _pack(weight: Tensor, out: int) -> Tensor:
-    """A matrix whose output features lie along dimension `out` → the same, packed."""
-    return onednn.pack((weight.t() if out else weight).contiguous(), ROWS)
+def _pack(weight: Tensor, out: int, rows: int) -> Tensor:
+    """A matrix whose output features lie along dimension `out` → the same, packed for so many rows."""
+    return onednn.pack((weight.t() if out else weight).contiguous(), rows)
 
 
 def _packed_linear(x: Tensor, handle: Tensor, bias: Tensor | None, features: int) -> Tensor:
@@ -48,7 +49,7 @@ def _packed_linear(x: Tensor, handle: Tensor, bias: Tensor | None, features: int
     return result
 
 
-PACK = define("pack(Tensor weight, int out) -> Tensor", _pack, "CPU")
+PACK = define("pack(Tensor weight, int out, int rows) -> Tensor", _pack, "CPU")
 PACKED_LINEAR = define(
     "packed_linear(Tensor x, Tensor handle, Tensor? bias, int features) -> Tensor",
     _packed_linear,
@@ -56,7 +57,7 @@ PACKED_LINEAR = define(
     (torch.Tag.flexible_layout,),
 )
 # what a graph is given instead of a packed weight is its handle
-library.register_fake(PACK, lambda weight, out: weight.new_empty(1, dtype=torch.int64))
+library.register_fake(PACK, lambda weight, out, rows: weight.new_empty(1, dtype=torch.int64))
 library.register_fake(PACKED_LINEAR, lambda x, handle, bias, features: x.new_empty((*x.shape[:-1], features)))
 
 
@@ -68,11 +69,16 @@ class Product(NamedTuple):
     bias: Node | None
     out: int
 
+    @property
+    def of_one_row(self) -> bool:
+        return bool(entries(shape(self.x)[:-1]) == 1)
 
-def pack_linears(gm: GraphModule, free: frozenset[Node]) -> None:
+
+def pack_linears(gm: GraphModule, free: frozenset[Node], plain_row: Callable[[torch.dtype], bool]) -> None:
     """Let the linear layers of a graph multiply by packed weights, in place, where that is faster.
 
-    free: parameters that may be kept. Every packed weight is one of `kept_values` afterwards.
+    free:      parameters that may be kept. Every packed weight is one of `kept_values` afterwards.
+    plain_row: whether products of one row are as fast by weights of a dtype that are not packed
     """
     graph = gm.graph
     products = {node: p for node in graph.nodes if (p := _product(node))}
@@ -82,18 +88,21 @@ def pack_linears(gm: GraphModule, free: frozenset[Node]) -> None:
     products = {node: p for node, p in products.items() if p.weight in known}
     storages = storages_of(graph)
     outside, kept = escaping(graph, storages), folded(known)
-    packs: dict[tuple[Node, int], Node] = {}
-    for node, (x, weight, bias, out) in products.items():
-        fake = value(weight)
-        assert fake is not None
+    packs: dict[tuple[Node, int, int], Node] = {}
+    for node, product in products.items():
+        x, weight, bias, out = product
+        fake = tensor(weight)
         if storages[weight] & outside or not (weight in free or weight in kept) or not packed_is_faster(fake.dtype):
             continue
-        if (weight, out) not in packs:
+        if product.of_one_row and plain_row(fake.dtype):
+            continue
+        form = weight, out, 1 if product.of_one_row else ROWS
+        if form not in packs:
             with graph.inserting_before(node):
-                packs[weight, out] = add_call(graph, PACK, (weight, out), node)
-            packs[weight, out].meta[BAKED] = True
+                packs[form] = add_call(graph, PACK, form, node)
+            packs[form].meta[BAKED] = True
         with graph.inserting_before(node):
-            new = add_call(graph, PACKED_LINEAR, (x, packs[weight, out], bias, int(fake.shape[out])), node)
+            new = add_call(graph, PACKED_LINEAR, (x, packs[form], bias, int(fake.shape[out])), node)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
 
@@ -102,7 +111,7 @@ def unpack(gm: GraphModule, node: Node) -> None:
     """Let the products by a packed weight multiply by the weight itself again, in place; other nodes stay."""
     if node.target is not PACK:
         return
-    weight, out = node.args
+    weight, out, _ = node.args
     for product in list(node.users):
         x, _, bias, _ = product.args
         with gm.graph.inserting_before(product):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -31,6 +31,9 @@ HOOK = "post_grad_custom_post_pass"
 
 LEAST = 2**26
 """Floating-point operations of the smallest products considered: the call itself costs 10 µs more than ATen's."""
+
+LEAST_READ = 2**18
+"""Entries of the smallest matrix that products of few rows are considered for: reading it takes longer than that."""
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
@@ -58,14 +61,28 @@ def with_products(patches: Mapping[str, Any], products: str = "auto") -> dict[st
 
     products: "auto", "aten" or "onednn", as in normfx.options
     """
-
-    def setting(name: str) -> Any:
-        return patches[name] if name in patches else getattr(inductor_config, name)
-
-    tuned = products == "auto" and (setting("max_autotune") or setting("max_autotune_gemm"))
-    if products == "aten" or tuned or not onednn_works(torch.float32):
+    if not _replaces(patches, products):
         return dict(patches)
-    return {**patches, HOOK: FasterProducts(products == "auto", setting(HOOK))}
+    return {**patches, HOOK: FasterProducts(products == "auto", _setting(patches, HOOK))}
+
+
+def plain_rows(patches: Mapping[str, Any], products: str) -> Callable[[torch.dtype], bool]:
+    """Says whether products of one row by weights of a dtype need no packing under these options: the pass lets oneDNN
+    multiply by the weights as they are, which is as fast and takes no memory."""
+
+    def plain_row(dtype: torch.dtype) -> bool:
+        return dtype == torch.float32 and _replaces(patches, products) and rates.plain_row_is_fast()
+
+    return plain_row
+
+
+def _replaces(patches: Mapping[str, Any], products: str) -> bool:
+    tuned = products == "auto" and (_setting(patches, "max_autotune") or _setting(patches, "max_autotune_gemm"))
+    return products != "aten" and not tuned and onednn_works(torch.float32)
+
+
+def _setting(patches: Mapping[str, Any], name: str) -> Any:
+    return patches[name] if name in patches else getattr(inductor_config, name)
 
 
 class FasterProducts(CustomGraphPass):
@@ -109,7 +126,10 @@ def _product(node: Node) -> Product | None:
     if bias and (bias[0].ndim != 1 or bias[0].shape[0] != b.shape[1]):
         return None
     rows, inner, columns = _hint(a.shape[0]), _hint(a.shape[1]), _hint(b.shape[1])
-    if rows is None or inner is None or columns is None or 2 * rows * inner * columns < LEAST:
+    if rows is None or inner is None or columns is None:
+        return None
+    read = rows <= rates.FEW_ROWS and inner * columns >= LEAST_READ
+    if not read and 2 * rows * inner * columns < LEAST:
         return None
     return Product(rows, inner, columns, _is_transposed(a), _is_transposed(b))
 

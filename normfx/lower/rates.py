@@ -1,7 +1,9 @@
 """Which library multiplies two float32 matrices faster on this machine: measured once for each class of shapes.
 
 A class has sizes rounded to powers of two and the layouts of both operands; rows and columns of large products count as
-fewer, which changes the time but hardly the rate. What was measured is kept for other processes (measurements.py).
+fewer, which changes the time but hardly the rate. Few rows, as when a model decodes a token at a time, take as long as
+reading the other matrix from memory: they are multiplied by one copy of it after another, more than caches hold.
+What was measured is kept for other processes (measurements.py).
 """
 
 from __future__ import annotations
@@ -9,13 +11,13 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from normfx.compat.onednn import linear
+from normfx.compat.onednn import linear, pack
 from normfx.compat.tracing import disable_current_modes
 from normfx.lower import measurements
 
@@ -27,8 +29,22 @@ SECONDS = 0.2
 
 MARGIN = 1.05
 
+FILE_ROW = "row"
+ROW_IN, ROW_OUT = 1024, 4096
+ROW_MARGIN = 1.1
+"""A plain weight may be so much slower than a packed one: it takes no memory."""
+
 MOST = 2**32
 """Floating-point operations of the largest product that is measured."""
+
+FEW_ROWS = 16
+"""Up to so many rows, what limits a product is reading the other matrix from memory."""
+
+MOST_READ = 2**23
+"""Entries of the largest matrix that is measured with few rows."""
+
+READ_BYTES = 2**26
+"""Bytes of its copies together: more than the caches of two cores hold."""
 
 
 class Product(NamedTuple):
@@ -75,7 +91,8 @@ def measured() -> dict[Product, float]:
 
 def _class(product: Product) -> Product:
     rows, inner, columns = (1 << round(math.log2(size)) for size in (product.rows, product.inner, product.columns))
-    while 2 * rows * inner * columns > MOST:
+    few = rows <= FEW_ROWS
+    while 2 * rows * inner * columns > MOST or (few and inner * columns > MOST_READ):
         largest = max(rows, columns)
         if largest <= 512:
             inner //= 2
@@ -91,18 +108,50 @@ def _measure(product: Product) -> float:
     rows, inner, columns, a_transposed, b_transposed = product
     with disable_current_modes(), torch.inference_mode(False), torch.no_grad():
         a = _matrix(rows, inner, a_transposed)
-        b = _matrix(inner, columns, b_transposed)
-        rivals: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (torch.mm, onednn)
-        best = [float("inf")] * 2
-        begin = time.perf_counter()
-        for done in range(ROUNDS):
-            if done >= 3 and time.perf_counter() - begin > SECONDS:
-                break
-            for i, multiply in enumerate(rivals):
-                start = time.perf_counter()
-                multiply(a, b)
-                best[i] = min(best[i], time.perf_counter() - start)
-    return best[0] / best[1]
+        count = math.ceil(READ_BYTES / (4 * inner * columns)) if rows <= FEW_ROWS else 1
+        copies = [_matrix(inner, columns, b_transposed) for _ in range(count)]
+        plain, own = _best(lambda: _each(torch.mm, a, copies), lambda: _each(onednn, a, copies))
+    return plain / own
+
+
+@functools.cache
+def plain_row_is_fast() -> bool:
+    """Whether oneDNN multiplies one row by a weight as it is as fast as by a packed one; a few processes measure it."""
+    with disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+        row = _matrix(1, ROW_IN, False)
+        count = READ_BYTES // (4 * ROW_IN * ROW_OUT)
+
+        def both() -> measurements.Pair:
+            weights = [_matrix(ROW_OUT, ROW_IN, False) for _ in range(count)]
+            packed = [pack(weight, 1) for weight in weights]
+            return _best(lambda: _each(_linear, row, packed), lambda: _each(_linear, row, weights))
+
+        packed, plain = measurements.least(FILE_ROW, "float32 row, packed and plain", both)
+        return packed / plain > 1 / ROW_MARGIN
+
+
+def _each(multiply: Callable[[Tensor, Tensor], Tensor], a: Tensor, matrices: Sequence[Tensor]) -> None:
+    for matrix in matrices:
+        multiply(a, matrix)
+
+
+def _linear(row: Tensor, weight: Tensor) -> Tensor:
+    result: Tensor = _multiply()(row, weight, None, "none", [], "")
+    return result
+
+
+def _best(*calls: Callable[[], None]) -> tuple[float, float]:
+    """Seconds of each of two calls, the least of several interleaved rounds."""
+    best = [float("inf")] * 2
+    begin = time.perf_counter()
+    for done in range(ROUNDS):
+        if done >= 3 and time.perf_counter() - begin > SECONDS:
+            break
+        for i, call in enumerate(calls):
+            start = time.perf_counter()
+            call()
+            best[i] = min(best[i], time.perf_counter() - start)
+    return best[0], best[1]
 
 
 def _matrix(rows: int, columns: int, transposed: bool) -> Tensor:

@@ -18,7 +18,8 @@ from models import CASES, Case
 from torch import Tensor, nn
 from writes import WRITES
 
-from normfx.lower import gemm, packed
+from normfx.compat import onednn
+from normfx.lower import gemm, packed, rates
 from normfx.weights import handles, store
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch was built without oneDNN")
@@ -28,6 +29,7 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 def _packs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pack small weights too, whatever this machine is fast at, in the dtypes that its oneDNN can pack."""
     monkeypatch.setattr(packed, "packed_is_faster", gemm.onednn_works)
+    monkeypatch.setattr(rates, "plain_row_is_fast", lambda: False)
     monkeypatch.setattr(packed, "LEAST", dict.fromkeys(packed.LEAST, 1))
 
 
@@ -181,6 +183,19 @@ PRODUCTS: dict[str, tuple[Callable[..., Any], int]] = {
 def test_products(name: str) -> None:
     product, packs = PRODUCTS[name]
     assert packed_products(Reads(product), torch.randn(3, 5, 8)) == 1 + packs
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_one_row(plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row is multiplied by a weight packed for one row, or by the weight itself where that is as fast."""
+    monkeypatch.setattr(rates, "plain_row_is_fast", lambda: plain)
+    hints: list[int] = []
+    pack = onednn.pack
+    monkeypatch.setattr(onednn, "pack", lambda weight, rows: hints.append(rows) or pack(weight, rows))
+    model = Reads(PRODUCTS["linear"][0])
+    assert packed_products(model, torch.randn(1, 1, 8)) == (0 if plain else 2)
+    assert hints == ([] if plain else [1, 1])
+    assert packed_products(model, torch.randn(2, 1, 8)) == 2 and hints[-2:] == [packed.ROWS] * 2
 
 
 def test_not_in_double() -> None:

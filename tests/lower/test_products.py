@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import normfx
 from normfx.lower import measurements, products, rates
-from normfx.lower.products import ADDMM, HOOK, MM, FasterProducts, with_products
+from normfx.lower.products import ADDMM, HOOK, MM, FasterProducts, plain_rows, with_products
 from normfx.lower.rates import Product
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch was built without oneDNN")
@@ -72,7 +72,8 @@ def test_the_same_result(bias: Tensor | None, transposed: tuple[int, ...]) -> No
     [
         ("float64", torch.mm, (LEFT.double(), RIGHT.double())),
         ("bfloat16", torch.mm, (LEFT.bfloat16(), RIGHT.bfloat16())),
-        ("small", torch.mm, (LEFT[:8], RIGHT)),
+        ("small", torch.mm, (LEFT[:24], RIGHT)),
+        ("few rows, a small matrix", torch.mm, (LEFT[:1], RIGHT)),
         ("a matrix is added", torch.addmm, (torch.randn(256, 384), LEFT, RIGHT)),
         ("one number is added", torch.addmm, (torch.randn(1), LEFT, RIGHT)),
         ("a factor", lambda *args: torch.addmm(*args, alpha=2), (BIAS, LEFT, RIGHT)),
@@ -92,6 +93,29 @@ def test_no_rows_at_all(op: Any, sizes: tuple[int, int, int]) -> None:
     bias = [torch.randn(columns)] if op is ADDMM else []
     a, b = torch.randn(rows, inner), torch.randn(inner, columns)
     torch.testing.assert_close(op(*bias, a, b), torch.addmm(*bias, a, b) if bias else a @ b)
+
+
+@pytest.mark.parametrize("rows", [1, 3, rates.FEW_ROWS])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_few_rows(rows: int, transposed: bool) -> None:
+    """Decoding reads a weight for a few rows: oneDNN may, though there is little to compute; the result is the same."""
+    weight = torch.randn(768, 512)
+    a, b = LEFT[:rows], weight.t() if transposed else torch.randn(512, 768)
+    gm = traced(torch.mm, a, b)
+    assert onednn_products(gm) == [MM]
+    exact, actual, eager = a.double() @ b.double(), gm(a, b), a @ b
+    assert actual.shape == eager.shape and actual.stride() == eager.stride()
+    assert (actual - exact).square().mean().sqrt() <= 2.5 * (eager - exact).square().mean().sqrt()
+
+
+def test_few_rows_are_measured_with_a_matrix_that_is_read_from_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies that no cache holds together, not one that stays there."""
+    read: list[int] = []
+    monkeypatch.setattr(rates, "_each", lambda multiply, a, copies: read.append(sum(b.nbytes for b in copies)))
+    monkeypatch.setattr(rates, "_best", lambda *calls: (float(len([call() for call in calls])), 1.0))
+    assert rates._measure(Product(1, 1024, 2048, False, True)) == 2.0
+    assert rates._measure(Product(64, 1024, 2048, False, True)) == 2.0
+    assert read == [rates.READ_BYTES] * 2 + [4 * 1024 * 2048] * 2
 
 
 def test_only_where_it_was_measured_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,6 +203,7 @@ def test_classes(rows: int, inner: int, columns: int) -> None:
     """Bounded work; a class is its own class; sizes stay near, or are large ones that were reduced."""
     of_class = rates._class(Product(rows, inner, columns, False, True))
     assert 2 * of_class.rows * of_class.inner * of_class.columns <= rates.MOST
+    assert of_class.rows > rates.FEW_ROWS or of_class.inner * of_class.columns <= rates.MOST_READ
     assert rates._class(of_class) == of_class
     for size, reduced in zip((rows, inner, columns), of_class[:3], strict=True):
         assert reduced <= 1.5 * size and (reduced >= 0.66 * size or reduced >= 256)
@@ -211,6 +236,34 @@ def test_a_pass_of_the_users_runs_first() -> None:
     assert "marks" in patches[HOOK].uuid()
     assert with_products({HOOK: _Marks(None)}, "onednn")[HOOK].uuid() is None  # it may not be cached
     assert with_products({}, "onednn")[HOOK].uuid() != with_products({}, "auto")[HOOK].uuid()
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_plain_rows(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row needs no packed weight only where the pass runs, and where the machine was measured to be as fast."""
+    monkeypatch.setattr(measurements, "least", lambda name, key, measure: (1.0, 1.05 if fast else 1.2))
+    rates.plain_row_is_fast.cache_clear()
+    try:
+        assert plain_rows({}, "auto")(torch.float32) == fast
+        assert not plain_rows({}, "auto")(torch.bfloat16)
+        assert not plain_rows({}, "aten")(torch.float32)
+        assert not plain_rows({"max_autotune": True}, "auto")(torch.float32)
+        assert plain_rows({"max_autotune": True}, "onednn")(torch.float32) == fast
+    finally:
+        rates.plain_row_is_fast.cache_clear()
+
+
+def test_a_row_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rates, "READ_BYTES", 2**24)
+    rates.plain_row_is_fast.cache_clear()
+    try:
+        assert rates.plain_row_is_fast() in (True, False)
+        packed, plain, count = json.loads(measurements.path(rates.FILE_ROW).read_text())[
+            "float32 row, packed and plain"
+        ]
+        assert packed > 0 and plain > 0 and count == 1
+    finally:
+        rates.plain_row_is_fast.cache_clear()
 
 
 def test_switched_off() -> None:
