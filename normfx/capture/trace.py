@@ -265,6 +265,8 @@ class _Canonicaliser(torch.fx.Interpreter):
     def _create(self, n: Node, args: Any, kwargs: Any, target: Any = None) -> torch.fx.Proxy:
         proxy: torch.fx.Proxy = self.tracer.create_proxy(n.op, target or n.target, args, kwargs, name=n.name)
         proxy.node.meta.update({k: v for k, v in n.meta.items() if k != "example_value"})
+        if n.op == "call_method":
+            _keep_example_value(n.args[0], proxy.node.args[0])
         return proxy
 
     def _arguments(self, n: Node) -> tuple[Any, Any]:
@@ -287,6 +289,12 @@ class _Canonicaliser(torch.fx.Interpreter):
         if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             return proxy_tensor.get_proxy_slot(value, tracer, value, lambda slot: slot.force())
         return value
+
+
+def _keep_example_value(before: Any, now: Any) -> None:
+    """AOTAutograd's cache takes methods of tensors alone, and knows a tensor by the value that Dynamo noted."""
+    if isinstance(before, Node) and isinstance(now, Node) and "example_value" in before.meta:
+        now.meta.setdefault("example_value", before.meta["example_value"])
 
 
 def _unwrapped(value: Any) -> Any:

@@ -169,6 +169,20 @@ def test_nested_input() -> None:
     _agree([got, *grads[0]], [want, *grads[1]])
 
 
+def test_methods_of_a_subclass_can_be_cached() -> None:
+    """AOTAutograd's cache asks whether a method is one of a tensor's, of inputs and of what was computed."""
+    backend = Backend()
+    weight = Packed(torch.randint(-9, 9, (8, 8), dtype=torch.int8), torch.rand(8, 1, dtype=torch.float64))
+    x = x64(4, 8)
+
+    def call(x: Tensor, weight: Tensor) -> Tensor:
+        return x @ weight.clone().detach()
+
+    torch.testing.assert_close(torch.compile(call, backend=backend, fullgraph=True)(x, weight), call(x, weight))
+    methods = backend.graph.find_nodes(op="call_method")
+    assert len(methods) == 2 and all("example_value" in node.args[0].meta for node in methods)
+
+
 def test_inputs_and_outputs_of_a_subclass() -> None:
     model = Model().double()
     nested = torch.nested.nested_tensor_from_jagged(x64(4, 8), torch.tensor([0, 1, 4]))

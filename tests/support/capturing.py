@@ -60,6 +60,9 @@ def _code(gm: torch.fx.GraphModule) -> list[str]:
 def _check(gm: torch.fx.GraphModule, captured: Captured) -> None:
     canonical = captured.graph_module
     verify(canonical, "capture")
+    if all("example_value" in node.args[0].meta for node in gm.graph.find_nodes(op="call_method")):
+        for node in canonical.graph.find_nodes(op="call_method"):
+            assert "example_value" in node.args[0].meta, f"AOTAutograd would not cache {node}"
     old, new = gm.graph.find_nodes(op="placeholder"), canonical.graph.find_nodes(op="placeholder")
     assert [n.name for n in old] == [n.name for n in new]
     assert all(n in captured.sources for n in new)
