@@ -70,6 +70,21 @@ def test_families(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(converted(*inputs), want, rtol=1e-11, atol=1e-11 * want.abs().max().item())
 
 
+def test_saved_and_loaded_with_safetensors(tmp_path: Path) -> None:
+    """As docs/convert.md says: a model of the same class is converted, and takes the weights of the first."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    case = named("gpt2")
+    torch.manual_seed(0)
+    model, inputs = moved(case.build().double()), case.inputs()
+    safetensors.save_model(normfx.convert(model, inputs), str(tmp_path / "converted.safetensors"))
+    other = normfx.convert(case.build().double().eval(), inputs)
+    missing, unexpected = safetensors.load_model(other, str(tmp_path / "converted.safetensors"))
+    assert not missing and not unexpected
+    with torch.no_grad():
+        want = model(*inputs)
+        torch.testing.assert_close(other(*inputs), want, rtol=1e-11, atol=1e-11 * want.abs().max().item())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", IN_FLOAT32)
 def test_norms_that_compute_in_float32(name: str) -> None:
