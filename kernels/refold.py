@@ -95,7 +95,9 @@ def refold_source(dtype: torch.dtype) -> Source:
         "                    block = tl.load(weight + at * columns + col, mask=(at < rows) & real, other=0.0)",
         "                    total += block.to(tl.float32)",
         "                mean = tl.sum(total, 0, keep_dims=True) / rows",
-        f"            gamma = tl.load(gamma_address.to({pointer}) + col, mask=real & (gamma_address != 0), other=1.0)",
+        # Triton 3.9's interpreter takes no mask that was made of one number's comparison
+        "            gammas = tl.where(gamma_address != 0, columns, 0)",
+        f"            gamma = tl.load(gamma_address.to({pointer}) + col, mask=col < gammas, other=1.0)",
         "            scale = gamma.to(tl.float32)",
         f"            for begin in range(0, rows, {ROWS}):",
         f"                at = begin + tl.arange(0, {ROWS})[:, None]",
