@@ -58,6 +58,8 @@ def _normalise(
         mean_square = mean_square * _unbiased(x, form)
     if form.eps_place == "outside":
         rstd = (mean_square.sqrt() + form.eps).reciprocal()
+    elif form.eps_place == "clamped":
+        rstd = torch.rsqrt(mean_square.clamp_min(form.eps))
     else:
         rstd = torch.rsqrt(mean_square + form.eps)
     factor = rstd * k if k != 1.0 else rstd

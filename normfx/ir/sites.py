@@ -74,9 +74,7 @@ class Norm:
         """Why no canonical op says what it computes; "" where one does. A rule must leave a fixed norm as it is."""
         if self.obstacle:
             return self.obstacle
-        if len(self.dims) != 1:
-            return f"it runs over the dimensions {self.dims}"
-        return "its eps is a lower bound" if self.eps_place == "clamped" else ""
+        return "" if len(self.dims) == 1 else f"it runs over the dimensions {self.dims}"
 
     @property
     def form(self) -> Form:

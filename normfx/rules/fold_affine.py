@@ -60,8 +60,6 @@ def objections(site: Readers) -> Iterator[Objection]:
     if norm.weight is None and norm.bias is None:
         yield "no_affine", "", (norm.output,)
         return
-    if norm.eps_place == "clamped":
-        yield "opaque_norm", "its eps is a lower bound", (norm.output,)
     outputs = tuple(node for node in site.others if node.op == "output")
     if outputs:
         yield "returned", "", outputs
