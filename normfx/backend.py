@@ -262,7 +262,8 @@ def _recognize(work: Work) -> None:
         keeps = keepable_weights(work.captured, work.settings)
         work.excess = beyond(work.canonical.graph, keeps, rooms(work.settings.fold_memory), work.values)
         live = (weights - keeps) | work.excess
-    work.sites = recognize(facts_of(work.canonical.graph, weights, live), module_path, source_line)
+    facts = facts_of(work.canonical.graph, weights, live)
+    work.sites = recognize(facts, module_path, source_line, work.parameters_only)
     if work.parameters_only:
         work.sites = replace(work.sites, streams=tuple(stream.of_parameters() for stream in work.sites.streams))
 

@@ -92,7 +92,7 @@ class Linear:
 
     weight_arg, bias_arg: names of schema arguments (bias_arg None: the op has no bias slot)
     in_dim:               dimension of the weight that runs over the input features
-    groups:               of a convolution (0: it is none)
+    groups:               of a convolution (0: it is none); its in_dim runs over the channels of one group
     """
 
     node: Node
@@ -222,6 +222,7 @@ class Readers:
     path:    the row-preserving nodes between
     axes:    the norm's features inside of its output and of each node between
     others:  readers that are not linears over the feature axis
+    padded:  of these, convolutions over the features to which β cannot move: at a border not all of the weight is summed
     shared:  readers whose weight is also read after another norm with other γ or β
     live:    values of parameters alone whose folds would be computed in every call
     """
@@ -230,6 +231,7 @@ class Readers:
     linears: tuple[tuple[Linear, Axis, float], ...]
     path: tuple[Node, ...]
     others: tuple[Node, ...]
+    padded: tuple[Node, ...] = ()
     shared: tuple[Node, ...] = ()
     live: frozenset[Node] = frozenset()
     axes: Mapping[Node, Axis] = field(default_factory=dict)

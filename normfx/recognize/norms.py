@@ -34,7 +34,12 @@ INSTANCE_NORMS = frozenset({"aten::instance_norm"})
 
 
 def find_norms(
-    graph: Graph, parameters: frozenset[Node], name: Naming, source: Naming, blocked: frozenset[Node] | None = None
+    graph: Graph,
+    parameters: frozenset[Node],
+    name: Naming,
+    source: Naming,
+    blocked: frozenset[Node] | None = None,
+    modules: bool = False,
 ) -> tuple[Norm, ...]:
     """All norms of `graph`, in the order of their output nodes.
 
@@ -42,6 +47,8 @@ def find_norms(
     name:       module path of a node, "" when unknown; norms of one module become "path", "path#2", …
     source:     source line of a node, "" when unknown
     blocked:    values whose memory is written in place (found here when not given)
+    modules:    norms will be modules of torch.nn: ops after a norm are no part of it, and no such module has a lower
+                bound as its ε
 
     Norms that no rule may touch (their inside is read elsewhere, their affine is computed from data, they
     normalise over the batch) are listed with an obstacle. What is not exactly a norm is not listed.
@@ -57,8 +64,11 @@ def find_norms(
     blocked = mutated(graph) if blocked is None else blocked
     order = order_of(graph, blocked)
     whole = (_whole(node, parameters, blocked, name, source) for node in graph.nodes)
-    norms = [with_affine(norm, order, parameters) for norm in whole if norm is not None]
+    norms = [norm if modules else with_affine(norm, order, parameters) for norm in whole if norm is not None]
     norms += [_from_spelled(found, name, source) for found in find_spelled(order, parameters)]
+    if modules:
+        bound = "its eps is a lower bound"
+        norms = [replace(n, obstacle=n.obstacle or bound) if n.eps_place == "clamped" else n for n in norms]
     norms.sort(key=lambda norm: position[norm.output])
     return tuple(_named(norms))
 
