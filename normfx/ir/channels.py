@@ -1,6 +1,7 @@
-"""Folds of an affine map of each channel into the weight and bias of a linear or convolution: of a BatchNorm with running
-statistics, which is s·(x − mean) + β with s = γ/sqrt(var + ε) (maths M16), and of a norm's γ and β, over the channels that
-a convolution reads (M7).
+"""Folds of an affine map of each channel into the weight and bias of a linear or convolution.
+
+Of a BatchNorm with running statistics, which is s·(x − mean) + β with s = γ/sqrt(var + ε) (maths M16), and of a norm's
+γ and β over the channels that a convolution reads (M7).
 
 Bodies of canonical ops (ir/ops.py): products and sums in float32 or better, rounded once. Running statistics have no
 gradient, in eager mode neither. γ and β count as rows of numbers, whatever dimensions of size 1 they have: torch takes

@@ -222,7 +222,7 @@ class Readers:
     path:    the row-preserving nodes between
     axes:    the norm's features inside of its output and of each node between
     others:  readers that are not linears over the feature axis
-    padded:  of these, convolutions over the features to which β cannot move: at a border not all of the weight is summed
+    padded:  of these, convolutions over the features that cannot take β: at a border they do not add all of Wβ
     shared:  readers whose weight is also read after another norm with other γ or β
     live:    values of parameters alone whose folds would be computed in every call
     """

@@ -16,9 +16,7 @@ from normfx.recognize.residual import find_residuals
 from normfx.recognize.stream import find_streams
 
 
-def recognize(
-    facts: Facts, name: Callable[[Node], str], source: Callable[[Node], str], modules: bool = False
-) -> Sites:
+def recognize(facts: Facts, name: Callable[[Node], str], source: Callable[[Node], str], modules: bool = False) -> Sites:
     """All sites of a canonical graph.
 
     name, source: module path and source line of a node ("" when unknown); modules: norms will be modules of torch.nn

@@ -226,8 +226,9 @@ RULE = Rule(
         "no_affine": Code("the norm has neither weight nor bias", "none needed"),
         "returned": Code("the graph returns the norm's output", "none needed: γ and β stay in the norm"),
         "padded_reader": Code(
-            "a convolution that pads with zeros, or a transposed one, reads its output: at a border it would not add all of β",
-            "none needed: γ and β stay in the norm; a norm without a bias is folded, and so is one read without padding",
+            "a convolution that pads with zeros, or a transposed one, reads its output: at a border it does not add "
+            "all of Wβ",
+            "none needed: γ and β stay in the norm; without a bias or without padding they are folded",
         ),
         "reader_not_linear": Code(
             "an op other than a linear over the norm's features reads its output",

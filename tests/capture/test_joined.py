@@ -65,7 +65,15 @@ ALL = 5
 
 @pytest.mark.parametrize(
     ("case", "converted"),
-    [("chunk", ALL), ("split", ALL), ("sizes", ALL), ("elsewhere", 0), ("written", None), ("returned", 4), ("tapped", 4)],
+    [
+        ("chunk", ALL),
+        ("split", ALL),
+        ("sizes", ALL),
+        ("elsewhere", 0),
+        ("written", None),
+        ("returned", 4),
+        ("tapped", 4),
+    ],
 )
 @pytest.mark.parametrize("training", [False, True])
 def test_reversible(case: str, converted: int | None, training: bool) -> None:

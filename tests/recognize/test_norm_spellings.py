@@ -105,16 +105,16 @@ SPELLINGS: dict[str, Case] = {
     "layer_norm in bf16": Case(
         lambda p, x: F.layer_norm(x, (D,), p["w"], p["b"], EPS), "LayerNorm", affine="wb", dtype=BF16
     ),
-    "F.layer_norm, then γ + 1": Case(lambda p, x: F.layer_norm(x, (D,), eps=EPS) * (p["w"] + 1), "LayerNorm", affine="w"),
+    "F.layer_norm, then γ + 1": Case(
+        lambda p, x: F.layer_norm(x, (D,), eps=EPS) * (p["w"] + 1), "LayerNorm", affine="w"
+    ),
     "F.layer_norm, then γ and β": Case(
         lambda p, x: torch.addcmul(p["b"], p["w"], F.layer_norm(x, (D,), eps=EPS)), "LayerNorm", affine="wb"
     ),
     "native_layer_norm, then γ": Case(
         lambda p, x: torch.native_layer_norm(x, [D], None, None, EPS)[0] * p["w"], "LayerNorm", affine="w"
     ),
-    "F.rms_norm, then β": Case(
-        lambda p, x: F.rms_norm(x, (D,), p["w"], EPS) + p["b"].exp(), "RMSNorm", affine="wb"
-    ),
+    "F.rms_norm, then β": Case(lambda p, x: F.rms_norm(x, (D,), p["w"], EPS) + p["b"].exp(), "RMSNorm", affine="wb"),
     "F.rms_norm in bf16, then γ in float32": Case(
         lambda p, x: F.rms_norm(x, (D,), None, EPS) * p["w"].float(), "RMSNorm", affine="w", dtype=BF16
     ),

@@ -129,7 +129,9 @@ return [%4]
         )
 
     def test_weight_and_bias_after_the_norm(self) -> None:
-        self.check(After("plain"), """\
+        self.check(
+            After("plain"),
+            """\
 norm: applied
 add: no site
 x: f32[3, 4]
@@ -139,10 +141,13 @@ x: f32[3, 4]
 %3 = scale_features(read.weight, %0, dim=1): f32[5, 4]
 %4 = linear(%1, %3, %2): f32[3, 5]
 return [%4]
-""")
+""",
+        )
 
     def test_weight_after_a_clamped_length(self) -> None:
-        self.check(After("length"), """\
+        self.check(
+            After("length"),
+            """\
 rms_norm: applied
 add: no site
 x: f32[3, 4]
@@ -151,10 +156,13 @@ x: f32[3, 4]
 %2 = scale_features(read.weight, %0, dim=1): f32[5, 4]
 %3 = linear(%1, %2, read.bias): f32[3, 5]
 return [%3]
-""")
+""",
+        )
 
     def test_the_norm_is_read_without_its_weight(self) -> None:
-        self.check(After("read"), """\
+        self.check(
+            After("read"),
+            """\
 norm: no_affine
 add: no site
 x: f32[3, 4]
@@ -165,10 +173,13 @@ x: f32[3, 4]
 %4 = linear(%3, read.weight, read.bias): f32[3, 5]
 %5 = tanh(%0): f32[3, 4]
 return [%4, %5]
-""")
+""",
+        )
 
     def test_weight_computed_from_data(self) -> None:
-        self.check(After("data"), """\
+        self.check(
+            After("data"),
+            """\
 norm: no_affine
 x: f32[3, 4]
 %0 = layer_norm(x, dim=1, eps=1e-05): f32[3, 4]  # norm
@@ -177,4 +188,5 @@ x: f32[3, 4]
 %3 = mul(%0, %2): f32[3, 4]
 %4 = linear(%3, read.weight, read.bias): f32[3, 5]
 return [%4]
-""")
+""",
+        )

@@ -76,7 +76,12 @@ def _decided(model: nn.Module, wanted: str, x: Tensor, rules: str = "fold_affine
 @pytest.mark.parametrize("rules", ["fold_affine", "all"])
 def test_written_norm_in_one_and_three_dimensions(rules: str) -> None:
     torch.manual_seed(0)
-    _decided(moved(nn.Sequential(WrittenChannelNorm(CHANNELS), _conv(2, 2))), "applied", torch.randn(2, CHANNELS, 4, 4), rules)
+    _decided(
+        moved(nn.Sequential(WrittenChannelNorm(CHANNELS), _conv(2, 2))),
+        "applied",
+        torch.randn(2, CHANNELS, 4, 4),
+        rules,
+    )
     line = nn.Sequential(ChannelNorm(CHANNELS), nn.Conv1d(CHANNELS, 4, 3))
     _decided(moved(line), "applied", torch.randn(2, CHANNELS, 7), rules)
     volume = nn.Sequential(ChannelNorm(CHANNELS), nn.Conv3d(CHANNELS, 4, 2))

@@ -1,5 +1,5 @@
-"""More steps of random programs: norms whose γ and β are ops after them, norms over channels that convolutions read, and
-streams that are joined and split again."""
+"""More steps of random programs: norms whose γ and β are ops after them, norms over channels that convolutions read,
+and streams that are joined and split again."""
 
 from __future__ import annotations
 

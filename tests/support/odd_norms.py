@@ -2,8 +2,8 @@
 
 Norms of torch.nn over one dimension or several, with and without weight and bias; norms written out along any
 dimensions, with ε inside, outside or as a bound, and weights in several forms; before them linears, sums or a
-convolution, after them numbers, parameters, weights and biases, convolutions, casts, views, writes in place, linears, sums, other norms. A model is a
-function of its number.
+convolution, after them numbers, parameters, weights and biases, convolutions, casts, views, writes in place, linears,
+sums, other norms. A model is a function of its number.
 """
 
 from __future__ import annotations
@@ -140,7 +140,9 @@ class Net(nn.Module):
             "subtracted": lambda: 1 - y * k,
             "scaled linear": lambda: self.inner(y * k),
             "sandwich": lambda: self.second(h + k * y),
-            "affine": lambda: torch.addcmul(self.beta, y, self.gamma + 1) if k == 0.5 else y * (1 + self.gamma) + self.beta,
+            "affine": lambda: (
+                torch.addcmul(self.beta, y, self.gamma + 1) if k == 0.5 else y * (1 + self.gamma) + self.beta
+            ),
             "channels": lambda: self.convolution(y),
         }
         done: Tensor = after.get(self.after, lambda: y)()
