@@ -82,10 +82,10 @@ class Places:
         base: object = anchor
         new_bias = False
         while isinstance(base, Node) and base not in self.names:
-            if base.target in (ops.FOLD_SHIFT, ops.INPUT_SHIFT):
+            if base.target is ops.FOLD_SHIFT:
                 weight, _, bias = base.args[:3]
                 base, new_bias = (weight, True) if bias is None else (bias, new_bias)
-            elif base.target in (ops.CENTER, ops.SCALE_FEATURES, ops.SCALE_CHANNELS):
+            elif base.target in (ops.CENTER, ops.SCALE_FEATURES):
                 base = base.args[0]
             else:
                 raise ConvertError(f"normfx.convert: the weight of '{module_path(user)}' is computed from others")

@@ -26,7 +26,7 @@ def recognize(facts: Facts, name: Callable[[Node], str], source: Callable[[Node]
     return Sites(
         norms=norms,
         streams=find_streams(facts, norms),
-        readers=find_all_readers(facts, [n for n in norms if n.kind != "BatchNorm"]),
+        readers=find_all_readers(facts, [n for n in norms if n.kind != "BatchNorm"], not modules),
         scaled=scaled,
         residuals=tuple(find_residuals(facts, norms, scaled.values())),
         batch_norms=tuple(find_batch_norms(facts, norms)),

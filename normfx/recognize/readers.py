@@ -44,10 +44,11 @@ token scales."""
 NUMBER_SCALES = frozenset({"aten::mul.Tensor", "aten::mul.Scalar", "aten::div.Tensor", "aten::div.Scalar"})
 
 
-def find_all_readers(facts: Facts, norms: Iterable[Norm]) -> dict[Norm, Readers]:
-    """Readers of each norm, with the weights that norms of different γ or β share."""
+def find_all_readers(facts: Facts, norms: Iterable[Norm], convolutions: bool = True) -> dict[Norm, Readers]:
+    """Readers of each norm, with the weights that norms of different γ or β share. convolutions: they may take γ and β
+    (a norm over channels is seldom a module of torch.nn itself)"""
     constants = Constants(facts.written)
-    found = {norm: find_readers(norm, facts, constants) for norm in norms}
+    found = {norm: find_readers(norm, facts, constants, convolutions) for norm in norms}
     affines: dict[Node, set[tuple[Node | None, Node | None]]] = {}
     for norm, readers in found.items():
         for linear, _, _ in readers.linears:
@@ -83,7 +84,7 @@ def find_scaled(norm: Norm, facts: Facts) -> Scaled | None:
     return None if factor is None or users[0] in facts.written else Scaled(norm, users[0], factor)
 
 
-def find_readers(norm: Norm, facts: Facts, constants: Constants) -> Readers:
+def find_readers(norm: Norm, facts: Facts, constants: Constants, convolutions: bool = True) -> Readers:
     """Walk forwards from a norm's output along its feature axis.
 
     Nothing in another gradient mode than the norm can take γ and β on: they would gain or lose gradients.
@@ -103,7 +104,7 @@ def find_readers(norm: Norm, facts: Facts, constants: Constants) -> Readers:
         for user in entry_readers(node):
             same_mode = modes[user] == modes[norm.output]
             linear = linear_reader(user, node, axis, facts.parameters, norm.bias is not None)
-            if linear is None and (over := channel_reader(user, node, axis, facts.parameters)) is not None:
+            if linear is None and convolutions and (over := channel_reader(user, node, axis, facts.parameters)):
                 linear = None if norm.bias is not None and not sums_all(user) else over
                 padded += [user] if linear is None and same_mode else []
             factor_here = number_factor(user, node)
