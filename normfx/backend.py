@@ -17,7 +17,7 @@ from normfx.allocator import keep_freed_memory, keeps_freed_memory, memory_line
 from normfx.apply import apply_plan
 from normfx.capture.cleanup import drop_dead_code
 from normfx.capture.functionalize import functionalize_local
-from normfx.capture.simplify import drop_identities, read_parts
+from normfx.capture.simplify import drop_identities, read_joined, read_parts
 from normfx.capture.specialize import specialize_epsilons
 from normfx.capture.trace import Captured, capture
 from normfx.checks.verify import Checked, verify
@@ -250,7 +250,8 @@ def _functionalize(work: Work) -> None:
 def _simplify(work: Work) -> None:
     """Ops that do nothing go, and parts of what was joined are read directly."""
     drop_identities(work.canonical)
-    if read_parts(work.canonical, mutated(work.canonical.graph)):
+    written = mutated(work.canonical.graph)
+    if read_joined(work.canonical, written) + read_parts(work.canonical, written):
         drop_dead_code(work.canonical.graph)
 
 
@@ -262,7 +263,8 @@ def _recognize(work: Work) -> None:
         keeps = keepable_weights(work.captured, work.settings)
         work.excess = beyond(work.canonical.graph, keeps, rooms(work.settings.fold_memory), work.values)
         live = (weights - keeps) | work.excess
-    work.sites = recognize(facts_of(work.canonical.graph, weights, live), module_path, source_line)
+    facts = facts_of(work.canonical.graph, weights, live)
+    work.sites = recognize(facts, module_path, source_line, work.parameters_only)
     if work.parameters_only:
         work.sites = replace(work.sites, streams=tuple(stream.of_parameters() for stream in work.sites.streams))
 

@@ -21,6 +21,7 @@ from normfx.graph.nodes import (
 )
 
 _JOINS = frozenset({"aten::cat", "aten::concat", "aten::concatenate"})
+_SPLITS = frozenset({"aten::chunk", "aten::split.Tensor", "aten::split.sizes", "aten::split_with_sizes"})
 _CASTS = frozenset({"aten::to.dtype", "aten::to.dtype_layout", "aten::to.device", "aten::to.other", "aten::type_as"})
 
 
@@ -81,6 +82,65 @@ def read_parts(gm: GraphModule, written: frozenset[Node]) -> int:
     if count:
         gm.recompile()
     return count
+
+
+def read_joined(gm: GraphModule, written: frozenset[Node]) -> int:
+    """What is joined and split again at the same places is read directly, in place. Returns the number of splits.
+
+    cat([a, b]).chunk(2) is (a, b): reversible networks pass two streams on as one. Left alone: as in `read_parts`, and
+    splits in a part of the graph that records no gradients, of which the graph has others: read directly, a value would
+    get gradients there.
+    """
+    modes, storages = grad_modes(gm.graph), storages_of(gm.graph)
+    unrecorded = not any(modes.values())
+    count = 0
+    for split in list(gm.graph.nodes):
+        pieces = _pieces(split)
+        if not pieces or not (unrecorded or modes[split]):
+            continue
+        joined = arguments(split)["self"]
+        nodes = {split, joined, *(node for pair in pieces for node in pair)}
+        if any(modes[piece] != modes[joined] or may_leave(piece, storages) for piece, _ in pieces) or nodes & written:
+            continue
+        parts = arguments(joined)["tensors"]
+        passed = {part for piece, part in pieces if _returns_gradients(piece, piece.users, modes)}
+        others = set(joined.users) - {split}
+        if not passed.issuperset(parts) and not _returns_gradients(joined, others, modes):
+            continue  # a part might lose its gradient, which is 0
+        for piece, part in pieces:
+            piece.replace_all_uses_with(part)
+        count += 1
+    if count:
+        gm.recompile()
+    return count
+
+
+def _pieces(split: Node) -> list[tuple[Node, Node]]:
+    """The parts of a split that are read, each with the part of a concatenation that it is; empty where one is none."""
+    if op_name(split) not in _SPLITS or op_name(arguments(split)["self"]) not in _JOINS:
+        return []
+    args = arguments(split)
+    joined = args["self"]
+    ndim = len(shape(joined))
+    dim = args["dim"] % ndim
+    if arguments(joined)["dim"] % ndim != dim:
+        return []
+    parts = {(first, end): part for part, first, end in _places(arguments(joined)["tensors"], dim, ndim)}
+    begins = [0]
+    for piece in split.meta["val"]:
+        if piece.ndim != ndim or not isinstance(piece.shape[dim], int):
+            return []
+        begins.append(begins[-1] + piece.shape[dim])
+    found = []
+    for piece in split.users:
+        if not is_getitem(piece) or not isinstance(piece.args[1], int):
+            return []
+        index = piece.args[1] % (len(begins) - 1)
+        part = parts.get((begins[index], begins[index + 1]))
+        if part is None or not _laid_out_alike(part, joined, 0):
+            return []
+        found.append((piece, part))
+    return found
 
 
 def _returns_gradients(joined: Node, readers: Iterable[Node], modes: Mapping[Node, bool]) -> bool:

@@ -106,18 +106,24 @@ class Edit:
         set_argument(node, name, zero)
 
     def fold_reader(self, linear: Linear, axis: Axis, gamma: Node | None, beta: Node | None, factor: float) -> None:
-        """Move γ into the reader's weight and β into its bias, created when missing."""
+        """Move γ into the reader's weight and β into its bias, created when missing.
+
+        In a convolution γ and β are of its channels; β may move to one that sums over all of its weight everywhere.
+        """
         node, now = linear.node, arguments(linear.node)
         weight, bias = now[linear.weight_arg], linear.bias and now[linear.bias_arg or ""]
         fake_weight, fake_out = value(weight), value(node)
         assert fake_weight is not None and fake_out is not None
-        sizes = (axis.dim, axis.size, axis.inner)
+        over = linear.groups > 0
+        sizes = (axis.dim, linear.groups) if over else (axis.dim, axis.size, axis.inner)
         with self.surgery.before(node, weight, bias, gamma, beta):
             if beta is not None:
                 dtype = fake_weight.dtype if linear.bias_arg is not None else fake_out.dtype
-                bias = add_call(self.surgery.graph, ops.FOLD_SHIFT, (weight, beta, bias, factor, *sizes, dtype), node)
+                op, rest = (ops.INPUT_SHIFT, sizes[1:]) if over else (ops.FOLD_SHIFT, sizes)
+                bias = add_call(self.surgery.graph, op, (weight, beta, bias, factor, *rest, dtype), node)
             if gamma is not None:
-                weight = self.surgery.fold(ops.SCALE_FEATURES, (weight, gamma, *sizes), node)
+                op = ops.SCALE_CHANNELS if over else ops.SCALE_FEATURES
+                weight = self.surgery.fold(op, (weight, gamma, *sizes), node)
         set_argument(node, linear.weight_arg, weight)
         if beta is None:
             return

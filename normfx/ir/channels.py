@@ -1,5 +1,7 @@
-"""The folds of a BatchNorm with running statistics, which is an affine map of each channel: s·(x − mean) + β with
-s = γ/sqrt(var + ε) (maths M16).
+"""Folds of an affine map of each channel into the weight and bias of a linear or convolution.
+
+Of a BatchNorm with running statistics, which is s·(x − mean) + β with s = γ/sqrt(var + ε) (maths M16), and of a norm's
+γ and β over the channels that a convolution reads (M7).
 
 Bodies of canonical ops (ir/ops.py): products and sums in float32 or better, rounded once. Running statistics have no
 gradient, in eager mode neither. γ and β count as rows of numbers, whatever dimensions of size 1 they have: torch takes
@@ -28,7 +30,7 @@ def channel_shift(
 
 
 def scale_channels(weight: Tensor, scale: Tensor, dim: int, groups: int, dtype: torch.dtype) -> Tensor:
-    """W ⊙ s along dimension 0 or 1 of a linear's or convolution's weight.
+    """W ⊙ s along dimension 0 or 1 of a linear's or convolution's weight; s may be one number.
 
     Where the channels of dimension 1 are those of one group, dimension 0 runs over the groups: each block of its
     entries has its own part of s.
@@ -36,10 +38,20 @@ def scale_channels(weight: Tensor, scale: Tensor, dim: int, groups: int, dtype: 
     return (_wide(weight) * _spread(scale, weight, dim, groups)).to(dtype)
 
 
+def input_shift(
+    weight: Tensor, shift: Tensor, bias: Tensor | None, factor: float, groups: int, dtype: torch.dtype
+) -> Tensor:
+    """c + k·Σ W ⊙ β over the input channels of each group and all places: what a convolution without padding makes of
+    the bias c and of rows k·β."""
+    total = (_wide(weight) * _spread(_wide(shift), weight, 1, groups)).flatten(1).sum(1)
+    total = total if factor == 1.0 else total * factor
+    return (total if bias is None else _wide(bias) + total).to(dtype)
+
+
 def _spread(vector: Tensor, weight: Tensor, dim: int, groups: int) -> Tensor:
-    """A number for each channel, shaped to broadcast to a weight."""
+    """A number for each channel, or one for all, shaped to broadcast to a weight."""
     ones = [1] * (weight.ndim - 2)
-    if dim == 0:
+    if dim == 0 or vector.numel() == 1:
         return vector.reshape(-1, 1, *ones)
     rows, columns = weight.shape[0] // groups, weight.shape[1]
     blocks = vector.reshape(groups, 1, columns).expand(groups, rows, columns)

@@ -23,7 +23,7 @@ class Form(NamedTuple):
                  −Σx, is not stored ("Pre-RMSNorm and Pre-CRMSNorm Transformers", Jiang et al. 2023, section 3.2)
     dim:         the dimension that is normalised
     eps:         with v the mean square of x − μ, rstd = 1/sqrt(v + eps) if eps_place is "inside", 1/(sqrt(v) + eps) if
-                 it is "outside"; no op computes "clamped", 1/sqrt(max(v, eps))
+                 it is "outside", 1/sqrt(max(v, eps)) if it is "clamped"
     correction:  c of the divisor d − c of v, where d counts the entries that are stored
     scale:       k
     compute_dtype, out_dtype: in which the norm is computed, and to which it is rounded once, last

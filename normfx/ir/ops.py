@@ -16,7 +16,7 @@ from torch import Tensor, library
 
 from normfx.compat.operators import OpOverload
 from normfx.compat.tracing import functorch_is_active
-from normfx.ir.channels import channel_scale, channel_shift, scale_channels
+from normfx.ir.channels import channel_scale, channel_shift, input_shift, scale_channels
 from normfx.ir.form import Form, Kind, schema
 
 
@@ -58,6 +58,8 @@ def _normalise(
         mean_square = mean_square * _unbiased(x, form)
     if form.eps_place == "outside":
         rstd = (mean_square.sqrt() + form.eps).reciprocal()
+    elif form.eps_place == "clamped":
+        rstd = torch.rsqrt(mean_square.clamp_min(form.eps))
     else:
         rstd = torch.rsqrt(mean_square + form.eps)
     factor = rstd * k if k != 1.0 else rstd
@@ -328,12 +330,17 @@ CHANNEL_SHIFT = define(
 SCALE_CHANNELS = define(
     "scale_channels(Tensor weight, Tensor scale, int dim, int groups, ScalarType dtype) -> Tensor", scale_channels
 )
+INPUT_SHIFT = define(
+    "input_shift(Tensor weight, Tensor shift, Tensor? bias, float factor, int groups, ScalarType dtype) -> Tensor",
+    input_shift,
+)
 CHANNEL_FOLDS = {
     CHANNEL_SCALE: channel_scale,
     CHANNEL_SHIFT: channel_shift,
     SCALE_CHANNELS: scale_channels,
+    INPUT_SHIFT: input_shift,
 }
-"""Those of a BatchNorm, and their bodies."""
+"""Those of an affine map of channels, and their bodies."""
 FOLDS = frozenset({CENTER, SCALE_FEATURES, FOLD_SHIFT, COMPRESS, COMPRESS_INPUT, *CHANNEL_FOLDS})
 """Ops that make folded weights, or the centred copies of activations."""
 BODIES = {

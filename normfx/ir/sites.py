@@ -74,9 +74,7 @@ class Norm:
         """Why no canonical op says what it computes; "" where one does. A rule must leave a fixed norm as it is."""
         if self.obstacle:
             return self.obstacle
-        if len(self.dims) != 1:
-            return f"it runs over the dimensions {self.dims}"
-        return "its eps is a lower bound" if self.eps_place == "clamped" else ""
+        return "" if len(self.dims) == 1 else f"it runs over the dimensions {self.dims}"
 
     @property
     def form(self) -> Form:
@@ -94,7 +92,7 @@ class Linear:
 
     weight_arg, bias_arg: names of schema arguments (bias_arg None: the op has no bias slot)
     in_dim:               dimension of the weight that runs over the input features
-    groups:               of a convolution (0: it is none)
+    groups:               of a convolution (0: it is none); its in_dim runs over the channels of one group
     """
 
     node: Node
@@ -224,6 +222,7 @@ class Readers:
     path:    the row-preserving nodes between
     axes:    the norm's features inside of its output and of each node between
     others:  readers that are not linears over the feature axis
+    padded:  of these, convolutions over the features that cannot take β: at a border they do not add all of Wβ
     shared:  readers whose weight is also read after another norm with other γ or β
     live:    values of parameters alone whose folds would be computed in every call
     """
@@ -232,6 +231,7 @@ class Readers:
     linears: tuple[tuple[Linear, Axis, float], ...]
     path: tuple[Node, ...]
     others: tuple[Node, ...]
+    padded: tuple[Node, ...] = ()
     shared: tuple[Node, ...] = ()
     live: frozenset[Node] = frozenset()
     axes: Mapping[Node, Axis] = field(default_factory=dict)

@@ -110,7 +110,7 @@ def _objection(node: Node, call: NormCall) -> str:
         if form.dim % max(x.ndim, 1) != x.ndim - 1 or not isinstance(width, int):
             return "it does not run over the last dimension, of a fixed size"
         if form.eps_place != "inside":
-            return "ε is added to the root"
+            return "ε is added to the root" if form.eps_place == "outside" else "ε is a lower bound"
         if form.compute_dtype not in (torch.float32, x.dtype) or not _has_kernel(x, form.out_dtype):
             return f"it is computed in {form.compute_dtype} and returned as {form.out_dtype}"
     for vector in (value(v) for v in call.vectors):

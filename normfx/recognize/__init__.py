@@ -16,14 +16,17 @@ from normfx.recognize.residual import find_residuals
 from normfx.recognize.stream import find_streams
 
 
-def recognize(facts: Facts, name: Callable[[Node], str], source: Callable[[Node], str]) -> Sites:
-    """All sites of a canonical graph. name, source: module path and source line of a node ("" when unknown)."""
-    norms = find_norms(facts.graph, facts.parameters, name, source, facts.written)
+def recognize(facts: Facts, name: Callable[[Node], str], source: Callable[[Node], str], modules: bool = False) -> Sites:
+    """All sites of a canonical graph.
+
+    name, source: module path and source line of a node ("" when unknown); modules: norms will be modules of torch.nn
+    """
+    norms = find_norms(facts.graph, facts.parameters, name, source, facts.written, modules)
     scaled = {norm: found for norm in norms if (found := find_scaled(norm, facts)) is not None}
     return Sites(
         norms=norms,
         streams=find_streams(facts, norms),
-        readers=find_all_readers(facts, [n for n in norms if n.kind != "BatchNorm"]),
+        readers=find_all_readers(facts, [n for n in norms if n.kind != "BatchNorm"], not modules),
         scaled=scaled,
         residuals=tuple(find_residuals(facts, norms, scaled.values())),
         batch_norms=tuple(find_batch_norms(facts, norms)),

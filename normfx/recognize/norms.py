@@ -14,8 +14,10 @@ from torch.fx import Graph, Node
 from normfx.graph.aliasing import mutated
 from normfx.graph.nodes import arguments, op_name, value
 from normfx.ir.sites import Norm, NormKind
+from normfx.recognize.affine import with_affine
+from normfx.recognize.formula import Formula
 from normfx.recognize.rows import readers
-from normfx.recognize.spelled import Spelled, find_spelled
+from normfx.recognize.spelled import Spelled, find_spelled, order_of
 
 Naming = Callable[[Node], str]
 
@@ -32,7 +34,12 @@ INSTANCE_NORMS = frozenset({"aten::instance_norm"})
 
 
 def find_norms(
-    graph: Graph, parameters: frozenset[Node], name: Naming, source: Naming, blocked: frozenset[Node] | None = None
+    graph: Graph,
+    parameters: frozenset[Node],
+    name: Naming,
+    source: Naming,
+    blocked: frozenset[Node] | None = None,
+    modules: bool = False,
 ) -> tuple[Norm, ...]:
     """All norms of `graph`, in the order of their output nodes.
 
@@ -40,6 +47,8 @@ def find_norms(
     name:       module path of a node, "" when unknown; norms of one module become "path", "path#2", …
     source:     source line of a node, "" when unknown
     blocked:    values whose memory is written in place (found here when not given)
+    modules:    norms will be modules of torch.nn: ops after a norm are no part of it, and no such module has a lower
+                bound as its ε
 
     Norms that no rule may touch (their inside is read elsewhere, their affine is computed from data, they
     normalise over the batch) are listed with an obstacle. What is not exactly a norm is not listed.
@@ -53,8 +62,13 @@ def find_norms(
     """
     position = {node: k for k, node in enumerate(graph.nodes)}
     blocked = mutated(graph) if blocked is None else blocked
-    norms = [norm for node in graph.nodes if (norm := _whole(node, parameters, blocked, name, source)) is not None]
-    norms += [_from_spelled(found, name, source) for found in find_spelled(graph, parameters, blocked)]
+    order = order_of(graph, blocked)
+    whole = (_whole(node, parameters, blocked, name, source) for node in graph.nodes)
+    norms = [norm if modules else with_affine(norm, order, parameters) for norm in whole if norm is not None]
+    norms += [_from_spelled(found, name, source) for found in find_spelled(order, parameters)]
+    if modules:
+        bound = "its eps is a lower bound"
+        norms = [replace(n, obstacle=n.obstacle or bound) if n.eps_place == "clamped" else n for n in norms]
     norms.sort(key=lambda norm: position[norm.output])
     return tuple(_named(norms))
 
@@ -88,8 +102,14 @@ def _from_spelled(found: Spelled, name: Naming, source: Naming) -> Norm:
         bias=formula.bias,
         compute_dtype=found.compute_dtype,
         out_dtype=found.output.meta["val"].dtype,
-        obstacle=found.obstacle,
+        obstacle=found.obstacle or _vanishing_bound(formula, found.compute_dtype),
     )
+
+
+def _vanishing_bound(formula: Formula, dtype: torch.dtype) -> str:
+    """‖x‖ ≥ ε bounds x² by ε², which may be 0 in the dtype of the squares: then rows of zeros would become 0/0."""
+    lost = formula.eps_place == "clamped" and formula.eps < torch.finfo(dtype).tiny
+    return f"the square of its eps, a lower bound, is below the normal numbers of {dtype}" if lost else ""
 
 
 @dataclass(frozen=True)

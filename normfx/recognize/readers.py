@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 from torch.fx import Node
 
 from normfx.graph.facts import Facts
-from normfx.graph.nodes import SHAPE_READS, arguments, entry_readers, is_getitem, occurrences, op_name, shape, value
+from normfx.graph.nodes import (
+    SHAPE_READS,
+    arguments,
+    entry_readers,
+    extent,
+    is_getitem,
+    is_one,
+    occurrences,
+    op_name,
+    shape,
+    value,
+)
 from normfx.ir.sites import Axis, Linear, Norm, Readers, Scaled
 from normfx.recognize.axes import reshape_axis
 from normfx.recognize.flow import CASTS, CONVOLUTIONS, PARTS, RESHAPES, Constants, flow
@@ -32,10 +44,11 @@ token scales."""
 NUMBER_SCALES = frozenset({"aten::mul.Tensor", "aten::mul.Scalar", "aten::div.Tensor", "aten::div.Scalar"})
 
 
-def find_all_readers(facts: Facts, norms: Iterable[Norm]) -> dict[Norm, Readers]:
-    """Readers of each norm, with the weights that norms of different γ or β share."""
+def find_all_readers(facts: Facts, norms: Iterable[Norm], convolutions: bool = True) -> dict[Norm, Readers]:
+    """Readers of each norm, with the weights that norms of different γ or β share. convolutions: they may take γ and β
+    (a norm over channels is seldom a module of torch.nn itself)"""
     constants = Constants(facts.written)
-    found = {norm: find_readers(norm, facts, constants) for norm in norms}
+    found = {norm: find_readers(norm, facts, constants, convolutions) for norm in norms}
     affines: dict[Node, set[tuple[Node | None, Node | None]]] = {}
     for norm, readers in found.items():
         for linear, _, _ in readers.linears:
@@ -71,7 +84,7 @@ def find_scaled(norm: Norm, facts: Facts) -> Scaled | None:
     return None if factor is None or users[0] in facts.written else Scaled(norm, users[0], factor)
 
 
-def find_readers(norm: Norm, facts: Facts, constants: Constants) -> Readers:
+def find_readers(norm: Norm, facts: Facts, constants: Constants, convolutions: bool = True) -> Readers:
     """Walk forwards from a norm's output along its feature axis.
 
     Nothing in another gradient mode than the norm can take γ and β on: they would gain or lose gradients.
@@ -80,6 +93,7 @@ def find_readers(norm: Norm, facts: Facts, constants: Constants) -> Readers:
     linears: list[tuple[Linear, Axis, float]] = []
     path: list[Node] = []
     others: list[Node] = []
+    padded: list[Node] = []
     axis = norm.axis
     axes = {norm.output: axis} if axis is not None else {}
     work = [(norm.output, axis, 1.0)] if axis is not None else []
@@ -90,6 +104,9 @@ def find_readers(norm: Norm, facts: Facts, constants: Constants) -> Readers:
         for user in entry_readers(node):
             same_mode = modes[user] == modes[norm.output]
             linear = linear_reader(user, node, axis, facts.parameters, norm.bias is not None)
+            if linear is None and convolutions and (over := channel_reader(user, node, axis, facts.parameters)):
+                linear = None if norm.bias is not None and not sums_all(user) else over
+                padded += [user] if linear is None and same_mode else []
             factor_here = number_factor(user, node)
             onward = _forward(user, node, axis, constants) if passes_rows(user) else None
             if not same_mode:
@@ -108,7 +125,7 @@ def find_readers(norm: Norm, facts: Facts, constants: Constants) -> Readers:
                 work.append((user, onward, factor))
             else:
                 others.append(user)
-    return Readers(norm, tuple(linears), tuple(path), tuple(others), live=facts.live, axes=axes)
+    return Readers(norm, tuple(linears), tuple(path), tuple(others), tuple(padded), live=facts.live, axes=axes)
 
 
 def passes_rows(user: Node) -> bool:
@@ -158,6 +175,29 @@ def linear_reader(user: Node, node: Node, axis: Axis, parameters: frozenset[Node
     if weight.ndim != 2 and (weight.ndim < 2 or len(shape(node)) < 2):
         return None
     return None if shifted and op_name(user) == "aten::_grouped_mm" else found
+
+
+def channel_reader(user: Node, node: Node, axis: Axis, parameters: frozenset[Node]) -> Linear | None:
+    """The convolution through which `user` reads `node` over its features, which are all of the channels."""
+    found = convolution(user)
+    if found is None or found.value is not node or occurrences(user, node) != 1 or not of_parameters(found, parameters):
+        return None
+    channels = len(shape(node)) - len(shape(found.weight)) + 1
+    whole = axis.inner == 1 and extent(shape(node)[axis.dim]) == axis.size
+    return found if axis.dim == channels and whole else None
+
+
+def sums_all(node: Node) -> bool:
+    """Whether each entry that a convolution computes is a sum over all of its weight: it pads nothing, and is not
+    transposed."""
+    args = arguments(node)
+    places = shape(args["weight"])[2:]
+    padding: Any = args["padding"]
+    if isinstance(padding, str):
+        unpadded = padding == "valid" or all(is_one(n) for n in places)
+    else:
+        unpadded = all(isinstance(n, int) and n == 0 for n in padding)
+    return unpadded and not args.get("transposed", "transpose" in op_name(node))
 
 
 def convolution(node: Node) -> Linear | None:

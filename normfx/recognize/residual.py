@@ -58,8 +58,8 @@ def _residual(norm: Norm, add: Node, terms: Mapping[str, Node], outputs: Mapping
 
 
 def _obstacle(norm: Norm, add: Node, terms: Mapping[str, Node], facts: Facts) -> tuple[str, str]:
-    if norm.obstacle or norm.eps_place == "clamped":
-        return "opaque_norm", norm.obstacle or "its eps is a lower bound"
+    if norm.obstacle:
+        return "opaque_norm", norm.obstacle
     if norm.axis is None:
         return "several_axes", f"dimensions {norm.dims} of {add.name}"
     written = [node for node in (add, *terms.values()) if node in facts.written]
@@ -105,7 +105,7 @@ def _other_readers(norm: Norm, add: Node) -> list[Node]:
 
 def _feeds(inner: Norm, output: Node, add: Node, facts: Facts) -> bool:
     """Whether this norm and the add can be one op."""
-    plain = not inner.obstacle and inner.eps_place != "clamped" and inner.axis is not None
+    plain = not inner.obstacle and inner.axis is not None
     return (
         plain
         and inner.kind in ("LayerNorm", "RMSNorm")

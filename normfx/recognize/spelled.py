@@ -13,7 +13,7 @@ of the epsilon. All steps are identities: a look-alike has another expression, a
 from __future__ import annotations
 
 import heapq
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Container, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -67,20 +67,23 @@ class Order:
     blocked: frozenset[Node]
 
 
-def find_spelled(graph: Graph, parameters: frozenset[Node], blocked: frozenset[Node]) -> Iterator[Spelled]:
-    """All spelled-out norms that contain no `blocked` node, each output once."""
+def order_of(graph: Graph, blocked: frozenset[Node]) -> Order:
     nodes = tuple(graph.nodes)
-    order = Order(nodes, {node: k for k, node in enumerate(nodes)}, regions(graph), blocked)
+    return Order(nodes, {node: k for k, node in enumerate(nodes)}, regions(graph), blocked)
+
+
+def find_spelled(order: Order, parameters: frozenset[Node]) -> Iterator[Spelled]:
+    """All spelled-out norms that contain no blocked node, each output once."""
     tried: set[tuple[Node, int, Hashable]] = set()
     outputs: set[Node] = set()
-    for seed in nodes:
+    for seed in order.nodes:
         for x, dim in sorted(_candidates(seed, parameters), key=lambda c: order.position[c[0]]):
             attempt = (x, dim, order.region[seed])
-            if x in blocked or attempt in tried:
+            if x in order.blocked or attempt in tried:
                 continue
             tried.add(attempt)
             rows = Rows(x, dim, parameters, HANDLERS)
-            _expand(rows, order, order.region[seed])
+            expand(rows, x, order, order.region[seed])
             for norm in _norms(rows):
                 if norm.output not in outputs:
                     outputs.add(norm.output)
@@ -115,9 +118,9 @@ def _candidates(seed: Node, parameters: frozenset[Node]) -> set[tuple[Node, int]
     return {(node, dims[0]) for node in found}
 
 
-def _expand(rows: Rows, order: Order, region: Hashable) -> None:
-    """Give expressions to everything downstream of x, in graph order, as far as there are any."""
-    queue = [order.position[user] for user in rows.x.users]
+def expand(rows: Rows, start: Node, order: Order, region: Hashable) -> None:
+    """Give expressions to everything downstream of a node that has one, in graph order, as far as there are any."""
+    queue = [order.position[user] for user in start.users]
     heapq.heapify(queue)
     last = -1
     while queue:
@@ -150,14 +153,21 @@ def _norms(rows: Rows) -> Iterator[Spelled]:
 
 
 def _last(core: Node, formulas: Mapping[Node, Formula]) -> Node:
-    """Follow only readers while they are the same norm with more affine; a widening cast is no end."""
-    node = end = core
-    while len(users := readers(node)) == 1 and users[0] in formulas:
-        before, node = node, users[0]
+    """The last node that is the same norm with more affine; a widening cast is no end."""
+    before = end = core
+    for node in only_readers(core, formulas):
         widened = _dtype(before) != _dtype(node) and widens(_dtype(before), _dtype(node))
         if not widened or op_name(node) not in CASTS:
             end = node
+        before = node
     return end
+
+
+def only_readers(node: Node, among: Container[Node]) -> Iterator[Node]:
+    """The only reader of a value, the only reader of that, and so on, as long as they are among these nodes."""
+    while len(users := readers(node)) == 1 and users[0] in among:
+        (node,) = users
+        yield node
 
 
 def _dtype(node: Node) -> torch.dtype:

@@ -58,9 +58,8 @@ def find_streams(facts: Facts, norms: Iterable[Norm]) -> tuple[Stream, ...]:
     for norm in outputs.values():
         if norm.kind != "LayerNorm":
             continue
-        if norm.obstacle or norm.eps_place == "clamped":
-            detail = norm.obstacle or "its eps is a lower bound"
-            alone.append(Stream((norm,), (), obstacle="opaque_norm", detail=detail))
+        if norm.obstacle:
+            alone.append(Stream((norm,), (), obstacle="opaque_norm", detail=norm.obstacle))
         elif norm.axis is None:
             detail = f"dimensions {norm.dims} of {norm.input.name}"
             alone.append(Stream((norm,), (), obstacle="several_axes", detail=detail))

@@ -104,6 +104,9 @@ def guard(site: Compressed, so_far: SoFar) -> Iterator[Objection]:
         yield "split_features", ", ".join(node.name for node in split), split
         return
     folded = so_far.applied(fold_affine.RULE)
+    over = tuple(linear.node for readers in site.readers for linear, _, _ in readers.linears if linear.groups)
+    if over:  # a convolution over the channels keeps their number
+        yield "reader_not_linear", ", ".join(node.name for node in over), over
     for readers in site.readers:
         if readers not in folded:
             yield from _objections(readers)

@@ -49,7 +49,8 @@ def guard(site: Readers, so_far: SoFar) -> Iterator[Objection]:
 
 
 def objections(site: Readers) -> Iterator[Objection]:
-    """γ and β can move only if every reader is a linear over the norm's features, with a floating weight."""
+    """γ and β can move only if every reader is a linear or convolution over the norm's features, with a floating
+    weight."""
     norm = site.norm
     if norm.obstacle:
         yield "opaque_norm", norm.obstacle, (norm.output,)
@@ -60,12 +61,12 @@ def objections(site: Readers) -> Iterator[Objection]:
     if norm.weight is None and norm.bias is None:
         yield "no_affine", "", (norm.output,)
         return
-    if norm.eps_place == "clamped":
-        yield "opaque_norm", "its eps is a lower bound", (norm.output,)
     outputs = tuple(node for node in site.others if node.op == "output")
     if outputs:
         yield "returned", "", outputs
-    others = tuple(node for node in site.others if node.op != "output")
+    if site.padded:
+        yield "padded_reader", ", ".join(node.name for node in site.padded), site.padded
+    others = tuple(node for node in site.others if node.op != "output" and node not in site.padded)
     if others:
         yield "reader_not_linear", ", ".join(node.name for node in others), others
     if site.shared:
@@ -146,6 +147,7 @@ class _Read(nn.Module):
         self.tap = tap
         self.norm = nn.LayerNorm(6) if norm is None else norm
         self.read = nn.Linear(6, 4)
+        self.convolution = nn.Conv1d(6, 4, 3, padding=1)
         self.register_buffer("packed", torch.arange(24, dtype=torch.int8).reshape(4, 6))
 
     def forward(self, x: torch.Tensor) -> Any:
@@ -155,6 +157,8 @@ class _Read(nn.Module):
         y = self.norm(x)
         if self.tap == "unread":
             return x + 0.0 * y.shape[0]
+        if self.tap == "convolution":
+            return self.convolution(y.transpose(1, 2))
         if self.tap == "padding":
             y = nn.functional.pad(y, (0, 0, 1, 1))
         weight = self.packed.to(x.dtype) * 0.1 if self.tap == "packed" else self.read.weight
@@ -221,6 +225,11 @@ RULE = Rule(
         ),
         "no_affine": Code("the norm has neither weight nor bias", "none needed"),
         "returned": Code("the graph returns the norm's output", "none needed: γ and β stay in the norm"),
+        "padded_reader": Code(
+            "a convolution that pads with zeros, or a transposed one, reads its output: at a border it does not add "
+            "all of Wβ",
+            "none needed: γ and β stay in the norm; without a bias or without padding they are folded",
+        ),
         "reader_not_linear": Code(
             "an op other than a linear over the norm's features reads its output",
             "none needed: γ and β stay in the norm",
@@ -235,6 +244,7 @@ RULE = Rule(
     summary="γ and β of {norms} are folded into the weights that read them",
     example=Example("read", _Read, _input),
     counterexamples=(
+        Example("padded convolution", lambda: _Read("convolution"), _input, "padded_reader"),
         Example("padded rows", lambda: _Read("padding"), _input, "reader_not_linear"),
         Example("nonlinear reader", lambda: _Read("activation"), _input, "reader_not_linear"),
         Example("returned", lambda: _Read("output"), _input, "returned"),

@@ -231,3 +231,30 @@ def test_values_that_are_not_written_are_noticed(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Copy, "_put", lambda self, slot, value: None)
     with pytest.raises(normfx.ConvertError, match=r"is off by|not the rewritten one"):
         normfx.convert(moved(Block().double()), ids())
+
+
+class Spelled(nn.Module):
+    """A norm whose weight is an op after it, or a clamped length, before a linear; or one that a convolution reads."""
+
+    def __init__(self, case: str) -> None:
+        super().__init__()
+        self.case, self.enter, self.norm = case, nn.Linear(8, 8), nn.LayerNorm(8, elementwise_affine=case == "channels")
+        self.gamma, self.read, self.patches = nn.Parameter(torch.zeros(8)), nn.Linear(8, 3), nn.Conv1d(8, 3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.enter(x)
+        if self.case == "channels":
+            out: Tensor = self.patches(self.norm(y).transpose(1, 2))
+            return out
+        y = self.norm(y) if self.case == "affine" else F.normalize(y, dim=-1) * 8**0.5
+        out = self.read(y * (self.gamma + 1))
+        return out
+
+
+@pytest.mark.parametrize("case", ["affine", "length", "channels"])
+def test_what_stands_after_a_norm_stays(case: str) -> None:
+    """The copy runs the model's code: ops after a norm remain, and so does what no module of torch.nn computes."""
+    model, x = moved(Spelled(case).double()), torch.randn(2, 5, 8, dtype=torch.float64)
+    converted = normfx.convert(model, (x,))
+    assert norms(converted) == {"LayerNorm" if case == "length" or case == "channels" else "RMSNorm": 1}
+    torch.testing.assert_close(converted(x), model(x), rtol=1e-11, atol=1e-11)

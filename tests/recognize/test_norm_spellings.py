@@ -105,6 +105,25 @@ SPELLINGS: dict[str, Case] = {
     "layer_norm in bf16": Case(
         lambda p, x: F.layer_norm(x, (D,), p["w"], p["b"], EPS), "LayerNorm", affine="wb", dtype=BF16
     ),
+    "F.layer_norm, then γ + 1": Case(
+        lambda p, x: F.layer_norm(x, (D,), eps=EPS) * (p["w"] + 1), "LayerNorm", affine="w"
+    ),
+    "F.layer_norm, then γ and β": Case(
+        lambda p, x: torch.addcmul(p["b"], p["w"], F.layer_norm(x, (D,), eps=EPS)), "LayerNorm", affine="wb"
+    ),
+    "native_layer_norm, then γ": Case(
+        lambda p, x: torch.native_layer_norm(x, [D], None, None, EPS)[0] * p["w"], "LayerNorm", affine="w"
+    ),
+    "F.rms_norm, then β": Case(lambda p, x: F.rms_norm(x, (D,), p["w"], EPS) + p["b"].exp(), "RMSNorm", affine="wb"),
+    "F.rms_norm in bf16, then γ in float32": Case(
+        lambda p, x: F.rms_norm(x, (D,), None, EPS) * p["w"].float(), "RMSNorm", affine="w", dtype=BF16
+    ),
+    "F.layer_norm in float32, cast, then γ": Case(
+        lambda p, x: F.layer_norm(x.float(), (D,), eps=EPS).to(x.dtype) * p["w"], "LayerNorm", affine="w", dtype=BF16
+    ),
+    "F.layer_norm, then a scalar γ": Case(
+        lambda p, x: p["g"] * F.layer_norm(x, (D,), None, None, EPS), "LayerNorm", affine="g"
+    ),
     "two-pass": Case(_two_pass, "LayerNorm", affine="wb"),
     "mean computed twice": Case(
         lambda p, x: centre(x) / torch.sqrt(mean(centre(x) ** 2) + EPS) * p["w"] + p["b"],

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from rule_test import RuleTest, rows
 from torch import Tensor, nn
 
@@ -16,6 +18,25 @@ class Readers(nn.Module):
     def forward(self, x: Tensor) -> Any:
         z = self.norm(x)
         return [reader(z) for reader in self.readers]
+
+
+class After(nn.Module):
+    """A norm whose weight and bias are ops after it, or of which something else is made, read by a linear layer."""
+
+    def __init__(self, case: str) -> None:
+        super().__init__()
+        self.case, self.norm, self.read = case, nn.LayerNorm(4, elementwise_affine=False), nn.Linear(4, 5)
+        self.gamma, self.beta = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))
+        self.condition = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        if self.case == "length":
+            return self.read(F.normalize(x, dim=-1) * 2.0 * (self.gamma + 1))
+        y = self.norm(x)
+        if self.case == "data":
+            return self.read(y * (self.condition(x) + 1))
+        out = self.read(y * (self.gamma + 1) + self.beta)
+        return (out, y.tanh()) if self.case == "read" else out
 
 
 class FoldAffine(RuleTest):
@@ -105,4 +126,67 @@ args.0: f32[3, 2, 4]
 return [%4]
 """,
             rows(3, 2, 4),
+        )
+
+    def test_weight_and_bias_after_the_norm(self) -> None:
+        self.check(
+            After("plain"),
+            """\
+norm: applied
+add: no site
+x: f32[3, 4]
+%0 = add(gamma, 1): f32[4]
+%1 = layer_norm(x, dim=1, eps=1e-05): f32[3, 4]
+%2 = fold_shift(read.weight, beta, bias=read.bias, dim=1): f32[5]
+%3 = scale_features(read.weight, %0, dim=1): f32[5, 4]
+%4 = linear(%1, %3, %2): f32[3, 5]
+return [%4]
+""",
+        )
+
+    def test_weight_after_a_clamped_length(self) -> None:
+        self.check(
+            After("length"),
+            """\
+rms_norm: applied
+add: no site
+x: f32[3, 4]
+%0 = add(gamma, 1): f32[4]
+%1 = rms_norm(x, dim=1, eps=2.5e-25, eps_place=clamped): f32[3, 4]
+%2 = scale_features(read.weight, %0, dim=1): f32[5, 4]
+%3 = linear(%1, %2, read.bias): f32[3, 5]
+return [%3]
+""",
+        )
+
+    def test_the_norm_is_read_without_its_weight(self) -> None:
+        self.check(
+            After("read"),
+            """\
+norm: no_affine
+add: no site
+x: f32[3, 4]
+%0 = layer_norm(x, dim=1, eps=1e-05): f32[3, 4]  # norm
+%1 = add(gamma, 1): f32[4]
+%2 = mul(%0, %1): f32[3, 4]
+%3 = add(%2, beta): f32[3, 4]
+%4 = linear(%3, read.weight, read.bias): f32[3, 5]
+%5 = tanh(%0): f32[3, 4]
+return [%4, %5]
+""",
+        )
+
+    def test_weight_computed_from_data(self) -> None:
+        self.check(
+            After("data"),
+            """\
+norm: no_affine
+x: f32[3, 4]
+%0 = layer_norm(x, dim=1, eps=1e-05): f32[3, 4]  # norm
+%1 = linear(x, condition.weight, condition.bias): f32[3, 4]
+%2 = add(%1, 1): f32[3, 4]
+%3 = mul(%0, %2): f32[3, 4]
+%4 = linear(%3, read.weight, read.bias): f32[3, 5]
+return [%4]
+""",
         )

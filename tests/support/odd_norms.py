@@ -2,8 +2,8 @@
 
 Norms of torch.nn over one dimension or several, with and without weight and bias; norms written out along any
 dimensions, with ε inside, outside or as a bound, and weights in several forms; before them linears, sums or a
-convolution, after them numbers, parameters, casts, views, writes in place, linears, sums, other norms. A model is a
-function of its number.
+convolution, after them numbers, parameters, weights and biases, convolutions, casts, views, writes in place, linears,
+sums, other norms. A model is a function of its number.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BEFORE = ("nothing", "linear", "linear", "sum", "convolution")
 AFTER = (
     "number", "quotient", "negation", "parameter", "linear", "linear", "nothing", "sum", "scaled sum", "cast",
     "in place",
-    "transposed", "half", "subtracted", "scaled linear", "sandwich",
+    "transposed", "half", "subtracted", "scaled linear", "sandwich", "affine", "affine", "channels",
 )  # fmt: skip
 
 
@@ -100,6 +100,7 @@ class Net(nn.Module):
         self.read = nn.Linear(width, 3) if draw.random() < 0.7 else nn.Identity()
         self.convolution = nn.Conv1d(self.shape[1], self.shape[1], 1) if len(self.shape) == 3 else nn.Identity()
         self.before, self.after, self.k = draw.choice(BEFORE), draw.choice(AFTER), draw.choice((0.5, -2.0, 3, 1 / 3))
+        self.gamma, self.beta = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
         self.factor, self.stream = nn.Parameter(torch.tensor(0.7)), draw.random() < 0.5
 
     def _norm(self, draw: random.Random) -> nn.Module:
@@ -139,6 +140,10 @@ class Net(nn.Module):
             "subtracted": lambda: 1 - y * k,
             "scaled linear": lambda: self.inner(y * k),
             "sandwich": lambda: self.second(h + k * y),
+            "affine": lambda: (
+                torch.addcmul(self.beta, y, self.gamma + 1) if k == 0.5 else y * (1 + self.gamma) + self.beta
+            ),
+            "channels": lambda: self.convolution(y),
         }
         done: Tensor = after.get(self.after, lambda: y)()
         return done

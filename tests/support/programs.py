@@ -6,6 +6,8 @@ import torch
 from border_programs import BORDER_OBSERVERS, BORDER_OPS
 from border_programs import FORMS as BORDER_FORMS
 from hypothesis import strategies as st
+from norm_programs import FORMS as NORM_FORMS
+from norm_programs import NORM_OBSERVERS, NORM_OPS
 from token_programs import FORMS as TOKEN_FORMS
 from token_programs import TOKEN_OBSERVERS, TOKEN_OPS, TOKEN_TRAPS, At
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from weight_programs import FORMS as WEIGHT_FORMS
 from weight_programs import WEIGHT_OBSERVERS, WEIGHT_OPS, WEIGHT_TRAPS
 
 BATCH, TOKENS, WIDTH, HEADS, VOCABULARY = 2, 4, 8, 2, 11
-FORMS = TOKEN_FORMS | WEIGHT_FORMS | BORDER_FORMS
+FORMS = TOKEN_FORMS | WEIGHT_FORMS | BORDER_FORMS | NORM_FORMS
 
 STREAM_OPS = (
     "branch", "branch", "branch", "write", "layer_scale", "conv_write", "head_write", "number", "add_number", "negate",
@@ -22,7 +24,7 @@ STREAM_OPS = (
     "add_table", "roll", "flip", "cut_and_pad", "join_token", "cumsum", "token_mean",
     "swap_axes", "split_heads", "mix_tokens", "mix_tokens_bias", "mask", "choose", "gather", "depth_mean", "stack_sum",
     "inplace_add", "cast", "dropout_eval", "half", "detach", "matmul_tokens", "divide_token", "double_view",
-    "frozen_write", "detached_scale", *TOKEN_OPS, *WEIGHT_OPS,
+    "frozen_write", "detached_scale", *TOKEN_OPS, *WEIGHT_OPS, *NORM_OPS,
 )  # fmt: skip
 """Ops a centred stream passes, or writers."""
 BREAKING_OPS = (
@@ -53,11 +55,13 @@ OBSERVERS = (
     "moved_frozen",
     *TOKEN_OBSERVERS,
     *WEIGHT_OBSERVERS,
+    *NORM_OBSERVERS,
 )
 
 NORMS = frozenset(OBSERVERS) - {
     *TOKEN_OBSERVERS,
     *WEIGHT_OBSERVERS,
+    *NORM_OBSERVERS,
     "raw_out",
     "raw_linear",
     "feature_mean",
