@@ -264,7 +264,9 @@ def _recognize(work: Work) -> None:
         live = (weights - keeps) | work.excess
     work.sites = recognize(facts_of(work.canonical.graph, weights, live), module_path, source_line)
     if work.parameters_only:
-        work.sites = replace(work.sites, streams=tuple(stream.of_parameters() for stream in work.sites.streams))
+        streams = tuple(stream.of_parameters() for stream in work.sites.streams)
+        readers = {norm: found.of_parameters() for norm, found in work.sites.readers.items()}
+        work.sites = replace(work.sites, streams=streams, readers=readers)
 
 
 def _decide(work: Work) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from normfx.edit.surgery import Surgery, output_dims, set_argument
+from normfx.edit.surgery import Surgery, output_dims, set_argument, set_weight, weight_of
 from normfx.errors import NormfxError
 from normfx.graph.calls import add_call, fake_result
 from normfx.graph.nodes import BAKED, arguments, grad_modes, is_row_major, op_name, tensor, value
@@ -108,17 +108,19 @@ class Edit:
     def fold_reader(self, linear: Linear, axis: Axis, gamma: Node | None, beta: Node | None, factor: float) -> None:
         """Move γ into the reader's weight and β into its bias, created when missing."""
         node, now = linear.node, arguments(linear.node)
-        weight, bias = now[linear.weight_arg], linear.bias and now[linear.bias_arg or ""]
+        weight, bias = weight_of(linear), linear.bias and now[linear.bias_arg or ""]
         fake_weight, fake_out = value(weight), value(node)
         assert fake_weight is not None and fake_out is not None
         sizes = (axis.dim, axis.size, axis.inner)
-        with self.surgery.before(node, weight, bias, gamma, beta):
+        place = linear.holder
+        with self.surgery.before(place, weight, bias, gamma, beta):
             if beta is not None:
                 dtype = fake_weight.dtype if linear.bias_arg is not None else fake_out.dtype
                 bias = add_call(self.surgery.graph, ops.FOLD_SHIFT, (weight, beta, bias, factor, *sizes, dtype), node)
+                bias = self.surgery.lay_out(bias, linear)
             if gamma is not None:
-                weight = self.surgery.fold(ops.SCALE_FEATURES, (weight, gamma, *sizes), node)
-        set_argument(node, linear.weight_arg, weight)
+                weight = self.surgery.fold(ops.SCALE_FEATURES, (weight, gamma, *sizes), place)
+        set_weight(linear, weight)
         if beta is None:
             return
         if linear.bias_arg is not None:
@@ -167,10 +169,10 @@ class Edit:
                 for user in leaf.users:
                     self._redirect(user, leaf.node, copy)
         for linear, axis in [(linear, axis) for found in readers for linear, axis, _ in found.linears]:
-            weight = arguments(linear.node)[linear.weight_arg]
+            weight = weight_of(linear)
             with self.surgery.before(linear.node, weight):
                 folded = self.surgery.fold(ops.COMPRESS_INPUT, (weight, axis.dim, *sizes), linear.node)
-            set_argument(linear.node, linear.weight_arg, folded)
+            set_weight(linear, folded)
         for norm in stream.norms:
             self.norm(norm).stored = stored
         self.widths.update({node: (axis, stored.width) for node, axis in inside.items()})
