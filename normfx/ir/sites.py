@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -93,6 +93,11 @@ class Linear:
     weight_arg, bias_arg: names of schema arguments (bias_arg None: the op has no bias slot)
     in_dim:               dimension of the weight that runs over the input features
     groups:               of a convolution (0: it is none); its in_dim runs over the channels of one group
+    part:                 where weight_arg is a list, the weight's place in it
+    out_dims:             for each dimension of the weight but in_dim, the dimension of the node that it becomes; None:
+                          the last ones, as in the weight
+    takes_shift:          whether a value that does not depend on the row may be added to all rows: Wβ
+    lookup:               the op that reads a stack of weights, where each row has its own: `weight` is the stack then
     """
 
     node: Node
@@ -103,6 +108,20 @@ class Linear:
     bias_arg: str | None
     in_dim: int
     groups: int = 0
+    part: int | None = None
+    out_dims: tuple[int, ...] | None = None
+    takes_shift: bool = True
+    lookup: Node | None = None
+
+    @property
+    def unusual(self) -> bool:
+        """Whether it is a product other than rows times a weight, or looks its weight up."""
+        return self.part is not None or self.out_dims is not None or self.lookup is not None
+
+    @property
+    def holder(self) -> Node:
+        """The node whose argument `weight_arg` is the weight."""
+        return self.node if self.lookup is None else self.lookup
 
 
 LeafKind = Literal["parameter", "centred", "scaled", "embedding", "norm", "raw", "value"]
@@ -235,10 +254,27 @@ class Readers:
     shared: tuple[Node, ...] = ()
     live: frozenset[Node] = frozenset()
     axes: Mapping[Node, Axis] = field(default_factory=dict)
+    computed: frozenset[Node] = frozenset()
 
     @property
     def norms(self) -> tuple[Norm, ...]:
         return (self.norm,)
+
+    def of_parameters(self) -> Readers:
+        """The readers, of which only those may take γ and β on whose weights parameters alone decide.
+
+        Not einsum and the like either: the module that multiplies so has no place for Wβ.
+        """
+        return self._without(lambda linear: linear.weight in self.computed or linear.unusual)
+
+    def without_weights(self, barred: frozenset[Node]) -> Readers:
+        """The readers, of which those with one of these weights count as something other than a linear."""
+        return self._without(lambda linear: linear.weight in barred)
+
+    def _without(self, barred: Callable[[Linear], bool]) -> Readers:
+        others = tuple(linear.node for linear, _, _ in self.linears if barred(linear))
+        kept = tuple(found for found in self.linears if not barred(found[0]))
+        return replace(self, linears=kept, others=(*self.others, *others)) if others else self
 
 
 @dataclass(frozen=True, eq=False)
