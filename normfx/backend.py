@@ -266,7 +266,9 @@ def _recognize(work: Work) -> None:
     facts = facts_of(work.canonical.graph, weights, live)
     work.sites = recognize(facts, module_path, source_line, work.parameters_only)
     if work.parameters_only:
-        work.sites = replace(work.sites, streams=tuple(stream.of_parameters() for stream in work.sites.streams))
+        streams = tuple(stream.of_parameters() for stream in work.sites.streams)
+        readers = {norm: found.of_parameters() for norm, found in work.sites.readers.items()}
+        work.sites = replace(work.sites, streams=streams, readers=readers)
 
 
 def _decide(work: Work) -> None:

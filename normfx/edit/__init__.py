@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from normfx.edit.surgery import Surgery, output_dims, set_argument
+from normfx.edit.surgery import Surgery, output_dims, set_argument, set_weight, weight_of
 from normfx.errors import NormfxError
 from normfx.graph.calls import add_call, fake_result
 from normfx.graph.nodes import BAKED, arguments, grad_modes, is_row_major, op_name, tensor, value
@@ -111,20 +111,22 @@ class Edit:
         In a convolution γ and β are of its channels; β may move to one that sums over all of its weight everywhere.
         """
         node, now = linear.node, arguments(linear.node)
-        weight, bias = now[linear.weight_arg], linear.bias and now[linear.bias_arg or ""]
+        weight, bias = weight_of(linear), linear.bias and now[linear.bias_arg or ""]
         fake_weight, fake_out = value(weight), value(node)
         assert fake_weight is not None and fake_out is not None
         over = linear.groups > 0
         sizes = (axis.dim, linear.groups) if over else (axis.dim, axis.size, axis.inner)
-        with self.surgery.before(node, weight, bias, gamma, beta):
+        place = linear.holder
+        with self.surgery.before(place, weight, bias, gamma, beta):
             if beta is not None:
                 dtype = fake_weight.dtype if linear.bias_arg is not None else fake_out.dtype
                 op, rest = (ops.INPUT_SHIFT, sizes[1:]) if over else (ops.FOLD_SHIFT, sizes)
                 bias = add_call(self.surgery.graph, op, (weight, beta, bias, factor, *rest, dtype), node)
+                bias = self.surgery.lay_out(bias, linear)
             if gamma is not None:
                 op = ops.SCALE_CHANNELS if over else ops.SCALE_FEATURES
-                weight = self.surgery.fold(op, (weight, gamma, *sizes), node)
-        set_argument(node, linear.weight_arg, weight)
+                weight = self.surgery.fold(op, (weight, gamma, *sizes), place)
+        set_weight(linear, weight)
         if beta is None:
             return
         if linear.bias_arg is not None:
@@ -173,10 +175,10 @@ class Edit:
                 for user in leaf.users:
                     self._redirect(user, leaf.node, copy)
         for linear, axis in [(linear, axis) for found in readers for linear, axis, _ in found.linears]:
-            weight = arguments(linear.node)[linear.weight_arg]
+            weight = weight_of(linear)
             with self.surgery.before(linear.node, weight):
                 folded = self.surgery.fold(ops.COMPRESS_INPUT, (weight, axis.dim, *sizes), linear.node)
-            set_argument(linear.node, linear.weight_arg, folded)
+            set_weight(linear, folded)
         for norm in stream.norms:
             self.norm(norm).stored = stored
         self.widths.update({node: (axis, stored.width) for node, axis in inside.items()})

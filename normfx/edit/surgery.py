@@ -18,6 +18,7 @@ from normfx.graph.calls import add_call, fake_result
 from normfx.graph.nodes import arguments, op_name, shape, tensor, value
 from normfx.graph.order import Order
 from normfx.ir import ops
+from normfx.ir.sites import Linear
 
 
 class Surgery:
@@ -67,6 +68,22 @@ class Surgery:
         self.folded[node] = dtype
         return node
 
+    def lay_out(self, shift: Node, linear: Linear) -> Node:
+        """Wβ, of the dimensions of a weight but `in_dim`, along those dimensions of the linear that they become."""
+        if linear.out_dims is None:
+            return shift
+        sizes, places = shape(linear.weight), linear.out_dims
+        dims = [dim for dim in range(len(sizes)) if dim != linear.in_dim]
+        if len(sizes) > 2:
+            shift = add_call(self.graph, torch.ops.aten.squeeze.dim, (shift, linear.in_dim), linear.node)
+        order = sorted(range(len(dims)), key=places.__getitem__)
+        if order != list(range(len(dims))):
+            shift = add_call(self.graph, torch.ops.aten.permute.default, (shift, order), linear.node)
+        target: list[Any] = [1] * len(shape(linear.node))
+        for dim, place in zip(dims, places, strict=True):
+            target[place] = sizes[dim]
+        return add_call(self.graph, torch.ops.aten.reshape.default, (shift, target), linear.node)
+
     def cast(self, node: Node, like: Node) -> Node:
         """The node, cast where its dtype differs from that of `like`."""
         want, have = value(like), value(node)
@@ -86,6 +103,22 @@ def set_argument(node: Node, name: str, new: Any) -> None:
     args = [*node.args, *[None] * (index + 1 - len(node.args))]
     args[index] = new
     node.args = tuple(args)
+
+
+def weight_of(linear: Linear) -> Node:
+    """What stands in the place of a linear's weight now."""
+    found = arguments(linear.holder)[linear.weight_arg]
+    weight: Node = found if linear.part is None else found[linear.part]
+    return weight
+
+
+def set_weight(linear: Linear, new: Node) -> None:
+    """Another value in the place of a linear's weight."""
+    given: Any = new
+    if linear.part is not None:
+        given = list(arguments(linear.holder)[linear.weight_arg])
+        given[linear.part] = new
+    set_argument(linear.holder, linear.weight_arg, given)
 
 
 def output_dims(linear: Node) -> dict[str, int]:

@@ -63,18 +63,20 @@ def shape(node: Node) -> tuple[int | torch.SymInt, ...]:
 
 
 def parameter_only(graph: Graph, parameters: Iterable[Node], written: frozenset[Node] | None = None) -> frozenset[Node]:
-    """Nodes that depend on nothing but parameters, buffers and constants, by deterministic pure ops.
+    """Nodes that depend on parameters and buffers, and on nothing else but what the graph makes of numbers (zeros, eye),
+    by deterministic pure ops.
 
     written: values whose memory is written in place after they were made (found here when not given). None of them is
     such a node, nor what reads them: it may read what was written, through whichever alias
     """
     written = mutated(graph) if written is None else written
     known: set[Node] = set(parameters) - written
+    made: set[Node] = set()  # of numbers alone: a weight may need them, they are none
     for node in graph.nodes:
         inputs = node.all_input_nodes
-        fixed = inputs and node not in written and all(n in known for n in inputs)
+        fixed = node.op == "call_function" and node not in written and all(n in known or n in made for n in inputs)
         if fixed and is_pure(node) and _holds_tensors(node):
-            known.add(node)
+            (known if any(n in known for n in inputs) else made).add(node)
     return frozenset(known)
 
 

@@ -93,6 +93,12 @@ class Linear:
     weight_arg, bias_arg: names of schema arguments (bias_arg None: the op has no bias slot)
     in_dim:               dimension of the weight that runs over the input features
     groups:               of a convolution (0: it is none); its in_dim runs over the channels of one group
+    part:                 where weight_arg is a list, the weight's place in it
+    out_dims:             for each dimension of the weight but in_dim, the dimension of the node that it becomes; None:
+                          the last ones, as in the weight
+    takes_shift:          whether a value that does not depend on the row may be added to all rows: Wβ
+    lookup:               of a weight that is looked up in a stack of them, row by row: the op that reads the stack, which is
+                          then `weight`, an argument of the lookup
     """
 
     node: Node
@@ -103,6 +109,15 @@ class Linear:
     bias_arg: str | None
     in_dim: int
     groups: int = 0
+    part: int | None = None
+    out_dims: tuple[int, ...] | None = None
+    takes_shift: bool = True
+    lookup: Node | None = None
+
+    @property
+    def holder(self) -> Node:
+        """The node whose argument `weight_arg` is the weight."""
+        return self.node if self.lookup is None else self.lookup
 
 
 LeafKind = Literal["parameter", "centred", "scaled", "embedding", "norm", "raw", "value"]
@@ -235,10 +250,21 @@ class Readers:
     shared: tuple[Node, ...] = ()
     live: frozenset[Node] = frozenset()
     axes: Mapping[Node, Axis] = field(default_factory=dict)
+    computed: frozenset[Node] = frozenset()
 
     @property
     def norms(self) -> tuple[Norm, ...]:
         return (self.norm,)
+
+    def of_parameters(self) -> Readers:
+        """The readers, of which only those may take γ and β on whose weights parameters alone decide."""
+        return self.without_weights(self.computed)
+
+    def without_weights(self, barred: frozenset[Node]) -> Readers:
+        """The readers, of which those with one of these weights count as something other than a linear."""
+        others = tuple(linear.node for linear, _, _ in self.linears if linear.weight in barred)
+        kept = tuple(found for found in self.linears if found[0].weight not in barred)
+        return replace(self, linears=kept, others=(*self.others, *others)) if others else self
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,6 +24,7 @@ from normfx.graph.nodes import (
 from normfx.ir.sites import Axis, Linear, Norm, Readers, Scaled
 from normfx.recognize.axes import reshape_axis
 from normfx.recognize.flow import CASTS, CONVOLUTIONS, PARTS, RESHAPES, Constants, flow
+from normfx.recognize.products import product
 
 ROW_OPS = (
     RESHAPES
@@ -46,9 +47,14 @@ NUMBER_SCALES = frozenset({"aten::mul.Tensor", "aten::mul.Scalar", "aten::div.Te
 
 def find_all_readers(facts: Facts, norms: Iterable[Norm], convolutions: bool = True) -> dict[Norm, Readers]:
     """Readers of each norm, with the weights that norms of different γ or β share. convolutions: they may take γ and β
-    (a norm over channels is seldom a module of torch.nn itself)"""
+    (a norm over channels is seldom a module of torch.nn itself)
+
+    Rows of a norm are no weight of another's reader (a product of queries and keys): they too would lose γ and β.
+    """
     constants = Constants(facts.written)
     found = {norm: find_readers(norm, facts, constants, convolutions) for norm in norms}
+    rows = frozenset(node for readers in found.values() for node in readers.axes)
+    found = {norm: readers.without_weights(rows) for norm, readers in found.items()}
     affines: dict[Node, set[tuple[Node | None, Node | None]]] = {}
     for norm, readers in found.items():
         for linear, _, _ in readers.linears:
@@ -104,6 +110,7 @@ def find_readers(norm: Norm, facts: Facts, constants: Constants, convolutions: b
         for user in entry_readers(node):
             same_mode = modes[user] == modes[norm.output]
             linear = linear_reader(user, node, axis, facts.parameters, norm.bias is not None)
+            linear = linear or looked_up_reader(user, node, axis, norm, facts, constants)
             if linear is None and convolutions and (over := channel_reader(user, node, axis, facts.parameters)):
                 linear = None if norm.bias is not None and not sums_all(user) else over
                 padded += [user] if linear is None and same_mode else []
@@ -125,7 +132,9 @@ def find_readers(norm: Norm, facts: Facts, constants: Constants, convolutions: b
                 work.append((user, onward, factor))
             else:
                 others.append(user)
-    return Readers(norm, tuple(linears), tuple(path), tuple(others), tuple(padded), live=facts.live, axes=axes)
+    computed = frozenset(linear.weight for linear, _, _ in linears) - facts.parameters
+    live, parts = facts.live | computed, (tuple(linears), tuple(path), tuple(others), tuple(padded))
+    return Readers(norm, *parts, live=live, axes=axes, computed=computed)
 
 
 def passes_rows(user: Node) -> bool:
@@ -159,22 +168,54 @@ def value_of_part(node: Node):  # type: ignore[no-untyped-def]  # a fake tensor,
 
 
 def linear_reader(user: Node, node: Node, axis: Axis, parameters: frozenset[Node], shifted: bool) -> Linear | None:
-    """The linear through which `user` reads `node` over its feature axis, with a floating weight of parameters: a
-    matrix, or one for each expert (E, d, h).
+    """The linear through which `user` reads `node` over its feature axis, with a floating weight: a matrix, or, of
+    parameters alone, a stack of them.
 
-    shifted: the norm has a β. A grouped product has no place for it: each row would need its own group's Wβ
+    shifted: the norm has a β. Some products have no place for Wβ: a grouped one would need each row's own group's
     """
-    found = _linear(user)
-    if found is None or found.value is not node or found.weight not in parameters:
-        return None
-    if occurrences(user, node) != 1 or axis.dim != len(shape(node)) - 1:
+    found = product(user, node, axis.dim)
+    if found is None or occurrences(user, node) != 1 or (shifted and not found.takes_shift):
         return None
     weight = value(found.weight)
     if weight is None or not weight.is_floating_point() or (found.bias is not None and value(found.bias) is None):
         return None
     if weight.ndim != 2 and (weight.ndim < 2 or len(shape(node)) < 2):
         return None
-    return None if shifted and op_name(user) == "aten::_grouped_mm" else found
+    return found if found.weight in parameters or weight.ndim == 2 else None
+
+
+def looked_up_reader(
+    user: Node, node: Node, axis: Axis, norm: Norm, facts: Facts, constants: Constants
+) -> Linear | None:
+    """A product with weights that are looked up in a parameter, for each row its own: γ goes into the parameter.
+
+    A β stays: each row would need the Wβ of its own weight.
+    """
+    found = product(user, node, axis.dim)
+    if found is None or norm.bias is not None or norm.weight is None or occurrences(user, node) != 1:
+        return None
+    weight, reader, inside = found.weight, user, Axis(found.in_dim, axis.size * axis.inner)
+    while weight not in facts.parameters:
+        step = None if value(weight) is None else flow(weight, inside, constants)
+        if step is None or len(step.carried) != 1 or step.dropped or entry_readers(weight) != [reader]:
+            return None
+        ((operand, inside),) = step.carried
+        if weight in facts.written or facts.modes[weight] != facts.modes[norm.output] or op_name(weight) in _DETACHES:
+            return None
+        reader, weight = weight, operand
+        if occurrences(reader, weight) != 1:
+            return None
+    names = [name for name, operand in arguments(reader).items() if operand is weight] if op_name(reader) else []
+    whole = inside.inner == 1 and shape(weight)[inside.dim] == axis.size * axis.inner
+    if reader is user or len(names) != 1 or not whole or not facts.order.can_lift(norm.weight, reader):
+        return None
+    return replace(
+        found, weight=weight, bias=None, weight_arg=names[0], in_dim=inside.dim, part=None, out_dims=None, lookup=reader
+    )
+
+
+_DETACHES = ("aten::detach",)
+"""Through these γ would get no gradient."""
 
 
 def channel_reader(user: Node, node: Node, axis: Axis, parameters: frozenset[Node]) -> Linear | None:
@@ -215,32 +256,3 @@ def of_parameters(linear: Linear, parameters: frozenset[Node]) -> bool:
     weight = value(linear.weight)
     bias = linear.bias is None or (linear.bias in parameters and value(linear.bias) is not None)
     return bias and linear.weight in parameters and weight is not None and weight.is_floating_point()
-
-
-def _linear(user: Node) -> Linear | None:
-    """Which operands of a linear are its value, weight and bias; a stack of weights lies in the order (…, d, h)."""
-    name = op_name(user)
-    if name not in _READERS:
-        return None
-    args = arguments(user)
-    if name == "aten::linear":
-        return Linear(user, args["input"], args["weight"], args["bias"], "weight", "bias", 1)
-    if name in ("aten::addmm", "aten::baddbmm"):
-        bias = value(args["self"])
-        if args["beta"] != 1 or args["alpha"] != 1 or bias is None:
-            return None
-        if name == "aten::baddbmm":
-            return Linear(user, args["batch1"], args["batch2"], args["self"], "batch2", "self", 1)
-        if bias.shape != shape(user)[1:]:
-            return None
-        return Linear(user, args["mat1"], args["mat2"], args["self"], "mat2", "self", 0)
-    if name == "aten::_grouped_mm" and args["bias"] is not None:
-        return None
-    slot = "other" if name == "aten::matmul" else "mat2"
-    weight = value(args[slot])
-    if weight is None or weight.ndim < 2:
-        return None
-    return Linear(user, args["self"], args[slot], None, slot, None, weight.ndim - 2)
-
-
-_READERS = frozenset(f"aten::{name}" for name in ("linear", "addmm", "baddbmm", "mm", "bmm", "matmul", "_grouped_mm"))

@@ -33,13 +33,18 @@ def find_residuals(facts: Facts, norms: Iterable[Norm], scaled: Iterable[Scaled]
         if op_name(add) not in _ADDS or add in seen or norm.kind not in ("LayerNorm", "RMSNorm"):
             continue
         terms = {name: arguments(add)[name] for name in ("self", "other")}
-        if any(value(term) is None or term in facts.parameters for term in terms.values()):
+        if any(value(term) is None or _is_constant(term, facts) for term in terms.values()):
             continue
         seen.add(add)
         found = _residual(norm, add, terms, {n: o for n, o in outputs.items() if o not in fused}, facts)
         if not found.obstacle:
             fused.update(found.norms)
         yield found
+
+
+def _is_constant(term: Node, facts: Facts) -> bool:
+    """Whether parameters alone decide a term. Looked-up rows are rows nevertheless, at known positions too."""
+    return term in facts.parameters and op_name(term) != "aten::embedding"
 
 
 def _residual(norm: Norm, add: Node, terms: Mapping[str, Node], outputs: Mapping[Node, Norm], facts: Facts) -> Residual:

@@ -110,6 +110,9 @@ def guard(site: Compressed, so_far: SoFar) -> Iterator[Objection]:
     for readers in site.readers:
         if readers not in folded:
             yield from _objections(readers)
+        lookups = tuple(linear.lookup for linear, _, _ in readers.linears if linear.lookup is not None)
+        if lookups:
+            yield "fixed_width", ", ".join(node.name for node in lookups), lookups
     written = {norm.output for norm in site.stream.norms}  # computed at the new width
     rigid = [n for n, axis in site.values.items() if n not in written and not resizable(n, axis, site.size)]
     reads = [user for node, axis in site.values.items() for user in node.users if reads_size(user, axis)]

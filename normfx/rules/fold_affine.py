@@ -81,7 +81,9 @@ def objections(site: Readers) -> Iterator[Objection]:
         live = [linear for linear, _, _ in site.linears if _live(linear, site)]
         weights = size_hint(total(entries(shape(linear.weight)) for linear in live), sizes)
         detail = f"{weights} entries of weights, {size_hint(entries(shape(site.norm.output)), sizes)} normalised"
-        yield "live_weights", detail, tuple(linear.node for linear in live)
+        computed = tuple(linear.node for linear in live if linear.weight in site.computed)
+        code = "computed_weight" if computed else "live_weights"
+        yield code, detail, computed or tuple(linear.node for linear in live)
 
 
 def _roundings(site: Readers) -> Iterator[Objection]:
@@ -100,7 +102,8 @@ def _roundings(site: Readers) -> Iterator[Objection]:
 
 def packed_readers(site: Readers) -> tuple[Node, ...]:
     """Readers whose weight is stored packed: folded, it would be stored unpacked."""
-    return tuple(linear.node for linear, _, _ in site.linears if packed_sources(linear.weight))
+    fixed = (linear for linear, _, _ in site.linears if linear.weight not in site.computed)
+    return tuple(linear.node for linear in fixed if packed_sources(linear.weight))
 
 
 def narrow_readers(site: Readers) -> tuple[Node, ...]:
@@ -162,6 +165,8 @@ class _Read(nn.Module):
         if self.tap == "padding":
             y = nn.functional.pad(y, (0, 0, 1, 1))
         weight = self.packed.to(x.dtype) * 0.1 if self.tap == "packed" else self.read.weight
+        if self.tap == "data":
+            weight = torch.outer(x.mean((1, 2)).repeat(2), x.mean((0, 1)))
         out = nn.functional.linear(y, weight, self.read.bias)
         return {"output": (out, y), "activation": (out, torch.tanh(y))}.get(self.tap, out)
 
@@ -209,6 +214,11 @@ RULE = Rule(
         "opaque_norm": centring.CODES["opaque_norm"],
         "several_axes": centring.CODES["several_axes"],
         "live_weights": centring.CODES["live_weights"],
+        "computed_weight": Code(
+            "a reader's weight is computed from data or by a custom function: folded, it would be computed in every call, "
+            "and for so few rows that costs more than it saves",
+            "none needed: γ and β stay in the norm",
+        ),
         "packed_weight": PACKED,
         "shared_weight": Code(
             "a reader's weight is shared with a reader of a norm with other γ or β: each would need a copy of it",
@@ -249,6 +259,7 @@ RULE = Rule(
         Example("nonlinear reader", lambda: _Read("activation"), _input, "reader_not_linear"),
         Example("returned", lambda: _Read("output"), _input, "returned"),
         Example("packed", lambda: _Read("packed"), _input, "packed_weight"),
+        Example("weight of data", lambda: _Read("data"), _input, "computed_weight"),
         Example("shared weight", _Shared, _input, "shared_weight"),
         Example("half precision", lambda: _Read().bfloat16(), lambda: (_input()[0].bfloat16(),), "rounded_weight"),
         Example("autocast", lambda: _Read("bfloat16"), _input, "rounded_shift"),
