@@ -63,15 +63,15 @@ def shape(node: Node) -> tuple[int | torch.SymInt, ...]:
 
 
 def parameter_only(graph: Graph, parameters: Iterable[Node], written: frozenset[Node] | None = None) -> frozenset[Node]:
-    """Nodes that depend on parameters and buffers, and on nothing else but what the graph makes of numbers (zeros, eye),
-    by deterministic pure ops.
+    """Nodes that depend on parameters, buffers and constants alone, by deterministic pure ops. Constants are also what
+    the graph makes of numbers (zeros, eye): a weight may need them; by themselves they are no such nodes.
 
     written: values whose memory is written in place after they were made (found here when not given). None of them is
     such a node, nor what reads them: it may read what was written, through whichever alias
     """
     written = mutated(graph) if written is None else written
     known: set[Node] = set(parameters) - written
-    made: set[Node] = set()  # of numbers alone: a weight may need them, they are none
+    made: set[Node] = set()  # of numbers alone
     for node in graph.nodes:
         inputs = node.all_input_nodes
         fixed = node.op == "call_function" and node not in written and all(n in known or n in made for n in inputs)

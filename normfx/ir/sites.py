@@ -97,8 +97,7 @@ class Linear:
     out_dims:             for each dimension of the weight but in_dim, the dimension of the node that it becomes; None:
                           the last ones, as in the weight
     takes_shift:          whether a value that does not depend on the row may be added to all rows: Wβ
-    lookup:               of a weight that is looked up in a stack of them, row by row: the op that reads the stack, which is
-                          then `weight`, an argument of the lookup
+    lookup:               the op that reads a stack of weights, where each row has its own: `weight` is the stack then
     """
 
     node: Node

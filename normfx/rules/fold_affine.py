@@ -215,8 +215,8 @@ RULE = Rule(
         "several_axes": centring.CODES["several_axes"],
         "live_weights": centring.CODES["live_weights"],
         "computed_weight": Code(
-            "a reader's weight is computed from data or by a custom function: folded, it would be computed in every call, "
-            "and for so few rows that costs more than it saves",
+            "a reader's weight is computed from data or by a custom function: folded, it would be computed in every "
+            "call, and for so few rows that costs more than it saves",
             "none needed: γ and β stay in the norm",
         ),
         "packed_weight": PACKED,

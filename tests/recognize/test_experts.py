@@ -131,7 +131,7 @@ def _codes(report: Report, site: int, rule: str) -> list[str]:
     return [r.code for r in report.sites[site].refusals if r.rule == rule]
 
 
-FOLDS = ["dense", "chosen", "masked", "placed", "batched", "multiplied"]
+FOLDS = ["dense", "chosen", "masked", "placed", "batched", "multiplied", "einsum"]
 
 
 @pytest.mark.parametrize("form", FOLDS)
@@ -141,9 +141,22 @@ def test_experts_are_centred_and_folded(form: str) -> None:
     assert report.counts["to_rms_norm"] == 2 and report.counts["fold_affine"] == 2, report
 
 
-@pytest.mark.parametrize("form", ["einsum", "dispatched", "looked_up", "gated_reader"])
+def test_gamma_goes_into_weights_that_are_looked_up() -> None:
+    """Into all of them, before the lookup. A β has no place: each row would need its own weight's Wβ."""
+    report = assert_same_float64(_model("looked_up", bias=False), (IDS,))
+    assert report.counts["fold_affine"] == 2
+
+
+@pytest.mark.parametrize("basis", ["drop", "orthonormal"])
+def test_looked_up_weights_keep_their_width(basis: str) -> None:
+    options = {"rules": "default,+crms_norm", "crms_basis": basis, "crms_width": "exact", "fold": "live"}
+    report = assert_same_float64(_model("looked_up", bias=False), (IDS,), options)
+    assert any(r.code == "fixed_width" and r.detail == "index" for r in report.sites[0].refusals)
+
+
+@pytest.mark.parametrize("form", ["dispatched", "looked_up", "gated_reader"])
 def test_experts_are_centred_and_read_as_they_are(form: str) -> None:
-    """γ and β stay: a product of three, weights picked by token, rows that are no longer the norm's."""
+    """γ and β stay: weights picked by token with a β, rows that are no longer the norm's."""
     report = _check(form)
     assert report.counts["to_rms_norm"] == 2
     assert _codes(report, 0, "fold_affine") == ["reader_not_linear"]

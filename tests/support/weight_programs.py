@@ -84,7 +84,23 @@ def _promoted_then_viewed(at: At) -> Tensor:
     return at.x * gate.add_(0.5).unsqueeze(-1)
 
 
+def _made(at: At) -> Tensor:
+    """A weight that needs an identity and zeros: Cayley's map of a skew matrix."""
+    skew = torch.cat([at.part.weight[:1] * 0.1, torch.zeros(WIDTH - 1, WIDTH, dtype=at.x.dtype)])
+    skew = skew - skew.t()
+    unit = torch.eye(WIDTH, dtype=at.x.dtype)
+    return at.x + F.linear(torch.sin(at.first), torch.linalg.solve(unit + skew, unit - skew))
+
+
+def _rounded(at: At) -> Tensor:
+    """A quantiser through which gradients pass straight."""
+    weight = at.part.weight
+    return at.x + F.linear(torch.sin(at.first), weight + ((weight * 8).round() / 8 - weight).detach())
+
+
 WEIGHT_OPS: dict[str, Form] = {
+    "made_weight": Form(_made, Coded),
+    "rounded_weight": Form(_rounded, Coded),
     "late_scale": Form(lambda at: at.x + _write(at) * (1.0 + at.vector), lambda: nn.Linear(WIDTH, WIDTH), (WIDTH,)),
     "late_exp": Form(lambda at: at.x - _write(at) * at.vector.exp().clone(), lambda: nn.Linear(WIDTH, WIDTH), (WIDTH,)),
     "late_view": Form(
@@ -147,6 +163,17 @@ def _read_written(at: At) -> Tensor:
 
 
 WEIGHT_OBSERVERS: dict[str, Form] = {
+    "read_einsum": Form(lambda at: torch.einsum("...d,hd->...h", at.part.norm(at.x), at.part.weight), Coded),
+    "read_heads": Form(
+        lambda at: torch.einsum("btd,dhk->hbkt", at.part.norm(at.x), at.part.weight.view(WIDTH, 2, -1)), Coded
+    ),
+    "read_tensordot": Form(
+        lambda at: torch.tensordot(at.part.weight.view(WIDTH, 2, -1), at.part.norm(at.x), ([0], [2])), Coded
+    ),
+    "read_columns": Form(lambda at: at.part.weight @ at.part.norm(at.x).transpose(-1, -2), Coded),
+    "read_queries": Form(
+        lambda at: torch.einsum("td,sd->ts", at.part.norm(at.x)[0], at.part.norm(torch.cos(at.x))[0]), Coded
+    ),
     "late_affine": Form(_late_affine, lambda: nn.Linear(WIDTH, WIDTH), (WIDTH,)),
     "read_coded": Form(lambda at: F.linear(at.part.norm(at.x), at.part.codes * (at.part.scale[:, None] * 0.1)), Coded),
     "read_coded_output": Form(
