@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -112,6 +112,11 @@ class Linear:
     out_dims: tuple[int, ...] | None = None
     takes_shift: bool = True
     lookup: Node | None = None
+
+    @property
+    def unusual(self) -> bool:
+        """Whether it is a product other than rows times a weight, or looks its weight up."""
+        return self.part is not None or self.out_dims is not None or self.lookup is not None
 
     @property
     def holder(self) -> Node:
@@ -256,13 +261,17 @@ class Readers:
         return (self.norm,)
 
     def of_parameters(self) -> Readers:
-        """The readers, of which only those may take γ and β on whose weights parameters alone decide."""
-        return self.without_weights(self.computed)
+        """The readers, of which only those may take γ and β on whose weights parameters alone decide, each by itself: in
+        a product of another form a module has no place for Wβ."""
+        return self._without(lambda linear: linear.weight in self.computed or linear.unusual)
 
     def without_weights(self, barred: frozenset[Node]) -> Readers:
         """The readers, of which those with one of these weights count as something other than a linear."""
-        others = tuple(linear.node for linear, _, _ in self.linears if linear.weight in barred)
-        kept = tuple(found for found in self.linears if found[0].weight not in barred)
+        return self._without(lambda linear: linear.weight in barred)
+
+    def _without(self, barred: Callable[[Linear], bool]) -> Readers:
+        others = tuple(linear.node for linear, _, _ in self.linears if barred(linear))
+        kept = tuple(found for found in self.linears if not barred(found[0]))
         return replace(self, linears=kept, others=(*self.others, *others)) if others else self
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
+import normfx
 from normfx.report import Report
 
 WIDTH, HIDDEN = 8, 16
@@ -162,6 +163,30 @@ def test_rows_of_a_norm_are_no_weight() -> None:
 
     report = assert_same_float64(moved(Scores()), (torch.randn(50, WIDTH), torch.randn(3, WIDTH)))
     assert [_codes(report, i, "fold_affine") for i in (0, 1)] == [["reader_not_linear"]] * 2
+
+
+@pytest.mark.parametrize("name", ["einsum", "tensordot", "columns"])
+def test_a_converted_copy_keeps_beta_where_it_has_no_place(name: str) -> None:
+    """A module that multiplies by an einsum has no bias that could take Wβ: its norm keeps γ and β."""
+    layers = Layer(FORMS[name], WIDTH, HIDDEN), Layer(FORMS[name], HIDDEN, WIDTH)
+    model = moved(Block(*layers)).eval()
+    converted = normfx.convert(model, (IDS,))
+    assert isinstance(converted.norm, nn.LayerNorm) or converted.norm.weight is not None
+    torch.testing.assert_close(converted(IDS), model(IDS))
+
+
+@pytest.mark.parametrize(("name", "read"), [("BOFTConfig", True), ("HRAConfig", True), ("GraloraConfig", False)])
+def test_adapters(name: str, read: bool) -> None:
+    """Orthogonal factors of parameters (the graph makes an identity) fold; an adapter that cuts the features into blocks
+    reads something other than whole rows."""
+    peft = pytest.importorskip("peft")
+    settings = {"BOFTConfig": {"boft_block_size": 4}, "HRAConfig": {"r": 2}, "GraloraConfig": {"r": 4, "gralora_k": 2}}
+    config = getattr(peft, name)(target_modules=["read", "write"], **settings[name])
+    torch.manual_seed(0)
+    block = Block(nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH))
+    model = moved(peft.get_peft_model(block, config).base_model.model)
+    report = assert_same_float64(model, (IDS,))
+    assert _codes(report, 0, "fold_affine") == ([] if read else ["reader_not_linear"])
 
 
 class Hyper(nn.Module):
