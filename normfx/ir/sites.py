@@ -261,8 +261,10 @@ class Readers:
         return (self.norm,)
 
     def of_parameters(self) -> Readers:
-        """The readers, of which only those may take γ and β on whose weights parameters alone decide. Not einsum and the
-        like either: the module that multiplies so has no place for Wβ."""
+        """The readers, of which only those may take γ and β on whose weights parameters alone decide.
+
+        Not einsum and the like either: the module that multiplies so has no place for Wβ.
+        """
         return self._without(lambda linear: linear.weight in self.computed or linear.unusual)
 
     def without_weights(self, barred: frozenset[Node]) -> Readers:
