@@ -270,7 +270,8 @@ def _recognize(work: Work) -> None:
 def _decide(work: Work) -> None:
     """Which rule is applied where, and why not elsewhere."""
     option = work.settings.lowering
-    work.plan = make_plan(work.sites, work.settings.rules, choice.spells(option), choice.may_run(option))
+    says = choice.spells(option), choice.may_run(option)
+    work.plan = make_plan(work.sites, work.settings.rules, *says, work.settings.rule_options)
     work.before, work.lines = work.text()
 
 
