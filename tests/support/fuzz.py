@@ -103,7 +103,9 @@ def _check(steps: tuple[Step, ...], options: Mapping[str, str]) -> GraphReport:
     captured = capture_program(model, inputs)
     settings = Options.parse({"strict": True, "fold": "live", **options}, environ={})
     _, report = transform_canonical(captured, settings)
-    folding = keep_folds_outside(captured, settings, False, {})[0] if settings.fold == "cached" else None
+    folding = (
+        keep_folds_outside(captured, settings, False, {}, lambda dtype: False)[0] if settings.fold == "cached" else None
+    )
     forward = captured.graph_module.forward
     run = fed(forward, folding) if folding is not None else forward
     flat = list(model.parameters())
