@@ -274,7 +274,8 @@ def _recognize(work: Work) -> None:
 def _decide(work: Work) -> None:
     """Which rule is applied where, and why not elsewhere."""
     option = work.settings.lowering
-    work.plan = make_plan(work.sites, work.settings.rules, choice.spells(option), choice.may_run(option))
+    says = choice.spells(option), choice.may_run(option)
+    work.plan = make_plan(work.sites, work.settings.rules, *says, work.settings.rule_options)
     work.before, work.lines = work.text()
 
 
@@ -313,8 +314,7 @@ def _fold(work: Work) -> None:
     """Folds of parameters that need no gradient leave the graph: their values are kept."""
     settings = work.settings
     plain_row = plain_rows(inductor_options(settings.mode, settings.inductor), settings.products)
-    packs = not work.freezes
-    work.folding, work.memory = keep_folds_outside(work.captured, settings, packs, work.values, plain_row)
+    work.folding, work.memory = keep_folds_outside(work.captured, settings, not work.freezes, work.values, plain_row)
 
 
 def _store(work: Work) -> None:

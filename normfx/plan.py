@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -68,26 +68,33 @@ class Plan:
 
 
 def make_plan(
-    sites: Sites, enabled: tuple[str, ...], spells: Says = lambda norm: False, kernels: Says = lambda norm: False
+    sites: Sites,
+    enabled: tuple[str, ...],
+    spells: Says = lambda norm: False,
+    kernels: Says = lambda norm: False,
+    options: Mapping[str, str] | None = None,
 ) -> Plan:
     """Decide every candidate site of every rule; rules that are not enabled refuse.
 
     spells:  whether a norm that no rule touches is to become a canonical op, if rules are enabled at all
     kernels: whether a generated kernel may run a norm
+    options: of the rules
     """
-    decisions = _decisions(sites, enabled, kernels)
+    decisions = _decisions(sites, enabled, kernels, options or {})
     touched = {norm for decision in decisions if decision.applied for norm in decision.norms}
     stays = (norm for norm in sites.norms if norm not in touched and enabled)
     return Plan(sites.norms, decisions, tuple(filter(spells, stays)), sites.composed)
 
 
-def _decisions(sites: Sites, enabled: tuple[str, ...], kernels: Says) -> tuple[Decision[Any], ...]:
+def _decisions(
+    sites: Sites, enabled: tuple[str, ...], kernels: Says, options: Mapping[str, str]
+) -> tuple[Decision[Any], ...]:
     """First which parts of streams to centre, for what it saves; then, rule by rule, what is right and pays."""
-    so_far = SoFar(cut(sites.streams))
+    so_far = SoFar(cut(sites.streams), options=options)
     for rule in RULES:
         if rule.name in enabled or rule.default:
             made = tuple(_decide(rule, sites, so_far, rule.name in enabled, kernels))
-            so_far = SoFar(so_far.parts, (*so_far.decisions, *made))
+            so_far = replace(so_far, decisions=(*so_far.decisions, *made))
     return so_far.decisions
 
 

@@ -44,8 +44,8 @@ class Stored:
 class Edit:
     """What a rule may ask for, on one graph.
 
-    norm, center, drop_term, fold_reader, absorb, fuse, compress, bake and fold_into_writer are the edits; a rule may
-    also read
+    norm, center, drop_term, fold_reader, defer, absorb, fuse, compress, bake and fold_into_writer are the edits; a rule
+    may also read
 
     values:  present values of parameters, as far as they are known: they decide between forms that are all exact
     options: of the rules, by name
@@ -136,6 +136,45 @@ class Edit:
             total = add_call(self.surgery.graph, torch.ops.aten.add.Tensor, (node, node), node)
         self.surgery.replace(node, total)
         total.args = (node, bias)
+
+    def defer(self, readers: Readers) -> None:
+        """The linears that read a norm read its input, and rstd multiplies what comes out (maths M8).
+
+        γ and β are theirs already. Where the mean of the input is not 0, their weights are centred: W P x = W (x − μ).
+        """
+        norm = readers.norm
+        state = self.norm(norm)
+        source = self.surgery.now(state.input)
+        kind = "rms_norm" if state.centred else norm.form.kind
+        norm.output.replace_all_uses_with(source)
+        del self.norms[norm]  # it is not written again
+        factors: dict[Node, Node] = {}
+        for linear, axis, _ in sorted(readers.linears, key=lambda reader: reader[0].node):
+            rows = source if linear.value is norm.output else linear.value
+            if rows not in factors:
+                dim = tensor(rows).ndim - 1
+                form = (kind, dim, norm.eps, norm.eps_place, norm.correction, norm.compute_dtype)
+                with self.surgery.before(linear.node, rows):
+                    factors[rows] = add_call(self.surgery.graph, ops.ROW_FACTOR, (rows, *form), linear.node)
+            if kind == "layer_norm":
+                self._center_slot(linear.node, linear.weight_arg, axis)
+            product, shift = self._without_bias(linear)
+            with self.surgery.graph.inserting_after(product):
+                given = (product, factors[rows], shift, tensor(linear.node).dtype)
+                scaled = add_call(self.surgery.graph, ops.SCALE_ROWS, given, linear.node)
+            self.surgery.replace(linear.node, scaled)
+
+    def _without_bias(self, linear: Linear) -> tuple[Node, Node | None]:
+        """The product of a linear alone, and its bias."""
+        node, now = linear.node, arguments(linear.node)
+        if linear.bias_arg is None or now[linear.bias_arg] is None:
+            return node, None
+        if linear.bias_arg == "bias":
+            set_argument(node, "bias", None)
+            return node, now["bias"]
+        with self.surgery.before(node):
+            product = add_call(self.surgery.graph, torch.ops.aten.mm.default, (now["mat1"], now["mat2"]), node)
+        return product, now["self"]
 
     def absorb(self, norm: Norm, node: Node) -> None:
         """The norm now also computes `node`, a multiple of its output.

@@ -17,7 +17,7 @@ from torch import Tensor, library
 from normfx.compat.operators import OpOverload
 from normfx.compat.tracing import functorch_is_active
 from normfx.ir.channels import channel_scale, channel_shift, input_shift, scale_channels
-from normfx.ir.form import Form, Kind, schema
+from normfx.ir.form import EpsPlace, Form, Kind, schema
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -47,6 +47,25 @@ def _normalise(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """The norm, the mean of each row (if it is subtracted) and rstd."""
     dim, k = form.dim, form.scale
+    wide, mean, rstd = _statistics(x, form)
+    factor = rstd * k if k != 1.0 else rstd
+    out = wide * factor
+    if weight is not None:
+        gamma = _along(weight, x.ndim, dim).to(wide.dtype)
+        out = out * gamma
+    if form.centre_output:  # γ·x/d in the pass over the row that sums its squares
+        products = wide if weight is None else wide * gamma
+        out = out - products.mean(dim, keepdim=True) * factor
+    if bias is not None:
+        shift = _along(bias, x.ndim, dim).to(wide.dtype)
+        shift = shift * k if k != 1.0 else shift
+        out = out + (_centred(shift, 0) if form.centre_output else shift)
+    return out.to(form.out_dtype), mean, rstd
+
+
+def _statistics(x: Tensor, form: Form) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The row without its mean (if that is subtracted), the mean, and rstd."""
+    dim = form.dim
     wide, mean = x.to(form.compute_dtype), None
     if form.centres:
         mean = wide.mean(dim, keepdim=True)
@@ -62,19 +81,20 @@ def _normalise(
         rstd = torch.rsqrt(mean_square.clamp_min(form.eps))
     else:
         rstd = torch.rsqrt(mean_square + form.eps)
-    factor = rstd * k if k != 1.0 else rstd
-    out = wide * factor
-    if weight is not None:
-        gamma = _along(weight, x.ndim, dim).to(wide.dtype)
-        out = out * gamma
-    if form.centre_output:  # γ·x/d in the pass over the row that sums its squares
-        products = wide if weight is None else wide * gamma
-        out = out - products.mean(dim, keepdim=True) * factor
-    if bias is not None:
-        shift = _along(bias, x.ndim, dim).to(wide.dtype)
-        shift = shift * k if k != 1.0 else shift
-        out = out + (_centred(shift, 0) if form.centre_output else shift)
-    return out.to(form.out_dtype), mean, rstd
+    return wide, mean, rstd
+
+
+def row_factor(
+    x: Tensor, kind: Kind, dim: int, eps: float, eps_place: EpsPlace, correction: int, compute_dtype: torch.dtype
+) -> Tensor:
+    """rstd of each row, as a norm of this form computes it, with size 1 in `dim` (maths M8)."""
+    return _statistics(x, Form(kind, dim, eps, eps_place, correction, 1.0, compute_dtype, compute_dtype))[2]
+
+
+def scale_rows(product: Tensor, factor: Tensor, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """factor ⊙ product + shift, as `dtype`: a deferred norm after the product of its input (maths M8)."""
+    out = product.to(factor.dtype) * factor
+    return (out if shift is None else out + shift.to(factor.dtype)).to(dtype)
 
 
 def _unbiased(x: Tensor, form: Form) -> float:
@@ -334,6 +354,12 @@ INPUT_SHIFT = define(
     "input_shift(Tensor weight, Tensor shift, Tensor? bias, float factor, int groups, ScalarType dtype) -> Tensor",
     input_shift,
 )
+ROW_FACTOR = define(
+    "row_factor(Tensor x, str kind, int dim, float eps, str eps_place, int correction, ScalarType compute_dtype) "
+    "-> Tensor",
+    row_factor,
+)
+SCALE_ROWS = define("scale_rows(Tensor product, Tensor factor, Tensor? shift, ScalarType dtype) -> Tensor", scale_rows)
 CHANNEL_FOLDS = {
     CHANNEL_SCALE: channel_scale,
     CHANNEL_SHIFT: channel_shift,
@@ -350,6 +376,8 @@ BODIES = {
     FOLD_SHIFT: fold_shift,
     COMPRESS: compress,
     COMPRESS_INPUT: compress_input,
+    ROW_FACTOR: row_factor,
+    SCALE_ROWS: scale_rows,
     **CHANNEL_FOLDS,
 }
 """Each canonical op and its body."""

@@ -15,6 +15,13 @@ from normfx.ir.sites import Axis
 Shape = Sequence["int | torch.SymInt"]
 
 
+def is_whole(node: Node, axis: Axis) -> bool:
+    """Whether the features have a dimension of this value, or of its pieces, to themselves."""
+    val = node.meta["val"]
+    sizes = shape(node) if isinstance(val, torch.Tensor) else tuple(val[0].shape)
+    return axis.inner == 1 and bool(extent(sizes[axis.dim]) == axis.size)
+
+
 def reshape_axis(have: Shape, want: Shape, axis: Axis) -> Axis | None:
     """The axis of a value of shape `have` in its reshape to `want`; None when it is cut or merged crosswise.
 

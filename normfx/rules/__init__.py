@@ -11,6 +11,7 @@ from normfx.errors import NormfxWarning
 from normfx.rules import (
     bake_weights,
     crms_norm,
+    defer_norm,
     fold_affine,
     fold_batch_norm,
     fold_scale,
@@ -28,9 +29,10 @@ _OWN: tuple[Rule[Any], ...] = (  # each rule has its own kind of site
     linear_norm.RULE,
     fold_scale.RULE,
     fold_affine.RULE,
+    crms_norm.RULE,
+    defer_norm.RULE,
     fuse_residual_norm.RULE,
     bake_weights.RULE,
-    crms_norm.RULE,
     fold_batch_norm.RULE,
 )
 

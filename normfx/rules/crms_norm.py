@@ -25,8 +25,9 @@ from torch.fx import Node
 
 from normfx.edit import Edit
 from normfx.edit.resize import reads_size, resizable
-from normfx.graph.nodes import bytes_of, entry_readers, extent, op_name, shape, total
+from normfx.graph.nodes import bytes_of, entry_readers, extent, op_name, total
 from normfx.ir.sites import Axis, Norm, Readers, Sites, Stream
+from normfx.recognize.axes import is_whole
 from normfx.recognize.flow import LINEARS
 from normfx.rules import algebra, centring, fold_affine
 from normfx.rules.cut import Part
@@ -99,7 +100,7 @@ def guard(site: Compressed, so_far: SoFar) -> Iterator[Objection]:
         yield "not_centred", ", ".join(dict.fromkeys(code for code, _, _ in objections)), objections[0][2]
         return
     places = [*site.values.items(), *((leaf.node, leaf.axis) for leaf in site.stream.leaves)]
-    split = tuple(node for node, axis in places if not _is_whole(node, axis))
+    split = tuple(node for node, axis in places if not is_whole(node, axis))
     if split:
         yield "split_features", ", ".join(node.name for node in split), split
         return
@@ -155,12 +156,6 @@ def _objections(readers: Readers) -> Iterator[Objection]:
     for code, detail, nodes in fold_affine.objections(readers):
         if code not in ("no_affine", "packed_weight", "rounded_weight"):
             yield "affine_stays", detail or code, nodes
-
-
-def _is_whole(node: Node, axis: Axis) -> bool:
-    val = node.meta["val"]
-    sizes = shape(node) if isinstance(val, torch.Tensor) else tuple(val[0].shape)
-    return axis.inner == 1 and bool(extent(sizes[axis.dim]) == axis.size)
 
 
 def cost(site: Compressed) -> Cost:

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from normfx.edit import Edit
 from normfx.graph.nodes import bytes_of
 from normfx.ir.sites import Leaf, Residual, Sites
-from normfx.rules import algebra, centring
+from normfx.rules import algebra, centring, defer_norm
 from normfx.rules.rule import Code, Cost, Example, Objection, Rule, SoFar, Symbols
 
 
@@ -52,8 +52,11 @@ def candidates(sites: Sites, so_far: SoFar) -> Iterable[Residual]:
 
 
 def guard(site: Residual, so_far: SoFar) -> Iterator[Objection]:
+    deferred = defer_norm.deferred(site.norms, so_far)
     if site.obstacle:
         yield site.obstacle, site.detail, (site.node,)
+    elif deferred:
+        yield "deferred", ", ".join(node.name for node in deferred), deferred
     elif any(_reads_copy(site, leaf) for part in so_far.centred for leaf in part.stream.leaves):
         yield "centred_copy", site.node.name, (site.node,)
 
@@ -104,6 +107,8 @@ class _PostNorm(nn.Module):
             with torch.no_grad():
                 gain = 1.0 + self.gain
             return nn.functional.layer_norm(s, (8,), gain), early
+        if self.case == "deferred":
+            return torch.relu(self.write(nn.functional.rms_norm(x + f, (8,), self.gain)))
         if self.case == "sandwich":
             return self.norm(x + self.inner(f))
         return self.norm(1.5 * x + f)
@@ -158,6 +163,7 @@ RULE = Rule(
             "the norm reads a centred copy of the sum, which is made once for several norms",
             "none needed: the norm is an RMSNorm",
         ),
+        "deferred": defer_norm.DEFERRED,
     },
     identity=identity,
     mistake=("fuse_residual_norm.centred_output", lambda z, gamma, beta: gamma * z + beta),
@@ -178,5 +184,8 @@ RULE = Rule(
         Example("two axes", lambda: _PostNorm(norm_dims=2), _input, "several_axes"),
         Example("late weight", lambda: _PostNorm("late weight"), _input, "read_before"),
         Example("copied", _Copied, lambda: (torch.arange(8).reshape(2, 4),), "centred_copy"),
+        Example(
+            "deferred", lambda: _PostNorm("deferred"), _input, "deferred", options={"rules": "default,+defer_norm"}
+        ),
     ),
 )

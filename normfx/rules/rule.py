@@ -72,6 +72,7 @@ class Example:
     """A small module that shows a rule at work or, with `code`, refused. Shapes: `inputs` gives its arguments.
 
     fold: the option under which it does; "live" decides as if weights were free
+    options: more of them
     """
 
     name: str
@@ -79,6 +80,7 @@ class Example:
     inputs: Callable[[], tuple[torch.Tensor, ...]]
     code: str = ""
     fold: str = "live"
+    options: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,10 +103,12 @@ class Decision(Generic[S]):
 
 @dataclass(frozen=True, eq=False)
 class SoFar:
-    """What is decided of a graph when a rule's turn comes: the cut, and the decisions of all earlier rules."""
+    """What is decided of a graph when a rule's turn comes: the cut, and the decisions of all earlier rules; and the
+    options of the rules."""
 
     parts: tuple[Part, ...]
     decisions: tuple[Decision[Any], ...] = ()
+    options: Mapping[str, str] = field(default_factory=dict)
 
     def applied(self, rule: Rule[S]) -> tuple[S, ...]:
         """The sites to which a rule is applied."""

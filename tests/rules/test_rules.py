@@ -112,7 +112,7 @@ def test_batch_norm_formula_is_what_the_ops_compute(shape: tuple[int, ...]) -> N
 
 def _options(rule: Rule, example: Example) -> dict[str, Any]:
     """The default rules, and this one."""
-    return {"fold": example.fold, "rules": f"default,+{rule.name}"}
+    return {"fold": example.fold, "rules": f"default,+{rule.name}", **example.options}
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: r.name)
@@ -165,7 +165,7 @@ def test_float64(rule: Rule, example: Example) -> None:
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: r.name)
 def test_flag_off(rule: Rule) -> None:
     """A rule that is switched off, alone, is applied nowhere, and its sites say why; the function stays the same."""
-    options = {"fold": rule.example.fold, "rules": f"default,-{rule.name}"}
+    options = {**_options(rule, rule.example), "rules": f"default,-{rule.name}"}
     report = assert_same_float64(rule.example.build().eval(), rule.example.inputs(), options)
     sites = (*report.sites, *report.composed)
     assert sites and all(rule.name not in site.rules for site in sites)
@@ -185,7 +185,7 @@ def test_all_off_leaves_the_graph(rule: Rule) -> None:
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: r.name)
 def test_one_rule_alone(rule: Rule) -> None:
     model, inputs = rule.example.build().eval(), rule.example.inputs()
-    options = {"rules": [rule.name], "fold": rule.example.fold}
+    options = {**_options(rule, rule.example), "rules": [rule.name]}
     _, report = transformed(model, inputs, options)
     assert {name for site in (*report.sites, *report.composed) for name in site.rules} == {rule.name}
     assert_same_float64(model, inputs, options)

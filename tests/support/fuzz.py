@@ -8,8 +8,8 @@ canonical graph is run even where no rule applies.
 
 Outputs and every gradient are compared in float64; where folds are kept, outputs without gradients. A program is a
 function of its number alone: any failure can be run again by its number. The settings go round: the default rules, kept
-folds, or streams compressed in either basis. Prints progress and the steps of each failing program; the exit status is
-1 if any fails.
+folds, streams compressed in either basis, or norms deferred into their readers. Prints progress and the steps of each
+failing program; the exit status is 1 if any fails.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ SETTINGS: tuple[Mapping[str, str], ...] = (
     {"fold": "cached"},
     {**COMPRESSED, "crms_basis": "drop"},
     {**COMPRESSED, "crms_basis": "orthonormal"},
+    {"rules": "default,+defer_norm", "defer_means": "small"},
+    {"rules": "defer_norm,crms_norm,fold_batch_norm", "defer_means": "small", "crms_width": "exact"},
 )
 
 
