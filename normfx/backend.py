@@ -387,10 +387,7 @@ def transform(gm: GraphModule, example_inputs: Sequence[Any], settings: Options,
 def transform_canonical(
     captured: Captured, settings: Options, parameters_only: bool = False
 ) -> tuple[bool, GraphReport]:
-    """Rewrite a canonical graph in place. Returns whether anything was applied, and the report.
-
-    parameters_only: see Work
-    """
+    """Rewrite a canonical graph in place. Returns whether anything was applied, and the report."""
     work = Work(settings, parameters_only=parameters_only)
     work.captured = captured
     _run(work, exported=True)

@@ -52,6 +52,9 @@ NORM_OPS: dict[str, Form] = {
 }
 """What becomes of a stream, other than a norm's readers."""
 
+KEEP_A_MEAN = frozenset({"halves", "post_affine", "length_branch"})
+"""Of these, those with an activation that only the running model could centre, or with an RMSNorm that reads a mean."""
+
 NORM_OBSERVERS: dict[str, Form] = {
     "affine_after": Form(lambda at: at.part.read(at.part.norm(at.x)), Affine),
     "length_after": Form(lambda at: at.part.read(at.part.length(at.x)), Affine),
