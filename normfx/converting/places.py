@@ -85,7 +85,7 @@ class Places:
             if base.target is ops.FOLD_SHIFT:
                 weight, _, bias = base.args[:3]
                 base, new_bias = (weight, True) if bias is None else (bias, new_bias)
-            elif base.target in (ops.CENTER, ops.SCALE_FEATURES):
+            elif base.target in (ops.CENTER, ops.CENTER_BLOCK, ops.SCALE_FEATURES):
                 base = base.args[0]
             else:
                 raise ConvertError(f"normfx.convert: the weight of '{module_path(user)}' is computed from others")

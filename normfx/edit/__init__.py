@@ -14,7 +14,7 @@ from normfx.errors import NormfxError
 from normfx.graph.calls import add_call, fake_result
 from normfx.graph.nodes import BAKED, arguments, grad_modes, is_row_major, op_name, tensor, value
 from normfx.ir import ops
-from normfx.ir.sites import Axis, BatchNorm, Leaf, Linear, Norm, Readers, Residual, Stream
+from normfx.ir.sites import Axis, BatchNorm, Block, Leaf, Linear, Norm, Readers, Residual, Stream
 from normfx.recognize.flow import LINEARS
 
 
@@ -82,6 +82,8 @@ class Edit:
             assert leaf.linear is not None and leaf.scale is not None
             self._fold_output_scale(leaf.linear, leaf.scale, leaf.node)
             made = self._center_writer(leaf.linear, leaf.axis)
+        elif leaf.block is not None:
+            made = self._center_block(leaf.block)
         elif leaf.kind == "parameter":
             made = self._center_operand(leaf.node, leaf.axis, leaf.users)
         elif leaf.kind != "centred":
@@ -290,6 +292,18 @@ class Edit:
         """Centre the weight and bias of a linear over its whole output axis, as they stand now."""
         dims = output_dims(linear)
         return [self._center_slot(linear, name, Axis(dim, axis.size)) for name, dim in dims.items()]
+
+    def _center_block(self, block: Block) -> list[Node]:
+        """Centre some rows of the weight and bias of a linear, as they stand now."""
+        linear, made = block.linear, []
+        for name, dim in output_dims(linear).items():
+            for first, end in block.places:
+                operand = arguments(linear)[name]
+                given = (operand, dim, block.period, first, end, block.axis.size, block.axis.inner)
+                with self.surgery.before(linear, operand):
+                    made.append(self.surgery.fold(ops.CENTER_BLOCK, given, linear))
+                set_argument(linear, name, made[-1])
+        return made
 
     def _center_slot(self, linear: Node, name: str, axis: Axis) -> Node:
         """Centre what stands in an argument of a linear now: another rule may have folded something into it."""

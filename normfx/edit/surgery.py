@@ -17,7 +17,7 @@ from normfx.compat.operators import OpOverload
 from normfx.graph.calls import add_call, fake_result
 from normfx.graph.nodes import arguments, op_name, shape, tensor, value
 from normfx.graph.order import Order
-from normfx.ir import ops
+from normfx.ir.centring import accumulation_dtype
 from normfx.ir.sites import Linear
 
 
@@ -62,7 +62,7 @@ class Surgery:
         operand = args[0]
         dtype = self.folded.get(operand, tensor(operand).dtype)
         if operand in self.folded:
-            operand.args = (*operand.args[:-1], ops.accumulation_dtype(dtype))
+            operand.args = (*operand.args[:-1], accumulation_dtype(dtype))
             operand.meta["val"] = fake_result(operand.target, operand.args, {})
         node = add_call(self.graph, op, (*args, dtype), like)
         self.folded[node] = dtype

@@ -16,13 +16,9 @@ from torch import Tensor, library
 
 from normfx.compat.operators import OpOverload
 from normfx.compat.tracing import functorch_is_active
+from normfx.ir.centring import accumulation_dtype, center, center_block, centred
 from normfx.ir.channels import channel_scale, channel_shift, input_shift, scale_channels
 from normfx.ir.form import EpsPlace, Form, Kind, schema
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32 for narrower floats, else the dtype itself."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def _wider(a: torch.dtype, b: torch.dtype) -> torch.dtype:
@@ -59,7 +55,7 @@ def _normalise(
     if bias is not None:
         shift = _along(bias, x.ndim, dim).to(wide.dtype)
         shift = shift * k if k != 1.0 else shift
-        out = out + (_centred(shift, 0) if form.centre_output else shift)
+        out = out + (centred(shift, 0) if form.centre_output else shift)
     return out.to(form.out_dtype), mean, rstd
 
 
@@ -186,33 +182,6 @@ def _along(vector: Tensor, ndim: int, dim: int) -> Tensor:
     return vector.reshape([-1] + [1] * trailing)
 
 
-def center(x: Tensor, dim: int, size: int, inner: int, dtype: torch.dtype) -> Tensor:
-    """P x along a feature axis, as `dtype`: x minus its mean over the middle of `dim` seen as (outer, size, inner).
-
-    A value that is constant along the axis (one entry in `dim`) has the centred form 0.
-    """
-    wide = x.to(accumulation_dtype(x.dtype))
-    n = x.shape[dim]
-    if n == 1:
-        return (wide - wide.mean(dim, keepdim=True)).to(dtype)
-    if n == size:
-        return _centred(wide, dim).to(dtype)
-    dim = dim % x.ndim
-    blocks = (*x.shape[:dim], n // (size * inner), size, inner, *x.shape[dim + 1 :])
-    return _centred(wide.reshape(blocks), dim + 1).reshape(x.shape).to(dtype)
-
-
-def _centred(x: Tensor, dim: int) -> Tensor:
-    """P x along a whole dimension, in two passes: the mean that rounding left is subtracted too.
-
-    The computed mean of n equal entries is not that entry: it is off by up to its rounding error u|x|. A row without
-    variance would keep this as its only content, and a norm divides it by √ε. The second pass leaves u²|x|. What it
-    subtracts is 0 in exact arithmetic and so is its derivative.
-    """
-    once = x - x.mean(dim, keepdim=True)
-    return once - once.detach().mean(dim, keepdim=True)
-
-
 def scale_features(weight: Tensor, gamma: Tensor, dim: int, size: int, inner: int, dtype: torch.dtype) -> Tensor:
     """W · diag(γ), as `dtype`: γ multiplies the middle of the weight's `dim` seen as (outer, size, inner)."""
     wide = _wider(weight.dtype, gamma.dtype)
@@ -253,7 +222,7 @@ def compress(x: Tensor, dim: int, basis: str, channel: int, width: int, dtype: t
     (1958) that takes 1/√d to e_p: cᵢ + cₚ/(√d − 1). Q has orthonormal columns, and 1ᵀQ = 0
     """
     wide = x.to(accumulation_dtype(x.dtype))
-    kept, dropped = _without(_centred(wide, dim), dim, channel)
+    kept, dropped = _without(centred(wide, dim), dim, channel)
     if basis == "orthonormal":
         kept = kept + dropped / (math.sqrt(x.shape[dim]) - 1)
     return _padded(kept, dim, width).to(dtype)
@@ -331,6 +300,10 @@ NORMS = {kind: _define_norm(kind) for kind in _KINDS}
 """The op of each kind of norm."""
 RMS_NORM, LAYER_NORM, CRMS_NORM = (NORMS[kind] for kind in _KINDS)
 CENTER = define("center(Tensor x, int dim, int size, int inner, ScalarType dtype) -> Tensor", center)
+CENTER_BLOCK = define(
+    "center_block(Tensor x, int dim, int period, int first, int end, int size, int inner, ScalarType dtype) -> Tensor",
+    center_block,
+)
 SCALE_FEATURES = define(
     "scale_features(Tensor weight, Tensor gamma, int dim, int size, int inner, ScalarType dtype) -> Tensor",
     scale_features,
@@ -367,11 +340,12 @@ CHANNEL_FOLDS = {
     INPUT_SHIFT: input_shift,
 }
 """Those of an affine map of channels, and their bodies."""
-FOLDS = frozenset({CENTER, SCALE_FEATURES, FOLD_SHIFT, COMPRESS, COMPRESS_INPUT, *CHANNEL_FOLDS})
+FOLDS = frozenset({CENTER, CENTER_BLOCK, SCALE_FEATURES, FOLD_SHIFT, COMPRESS, COMPRESS_INPUT, *CHANNEL_FOLDS})
 """Ops that make folded weights, or the centred copies of activations."""
 BODIES = {
     **{op: _of_kind(kind, norm) for kind, op in NORMS.items()},
     CENTER: center,
+    CENTER_BLOCK: center_block,
     SCALE_FEATURES: scale_features,
     FOLD_SHIFT: fold_shift,
     COMPRESS: compress,

@@ -124,7 +124,22 @@ class Linear:
         return self.node if self.lookup is None else self.lookup
 
 
-LeafKind = Literal["parameter", "centred", "scaled", "embedding", "norm", "raw", "value"]
+LeafKind = Literal["parameter", "centred", "scaled", "piece", "embedding", "norm", "raw", "value"]
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Some of the output features of a linear.
+
+    axis:   of the rows in all of them
+    period: the features are seen as runs of so many, as (head, part, feature) are of 3 · 64 if q, k and v are the parts
+    places: first and end, in each run
+    """
+
+    linear: Node
+    axis: Axis
+    period: int
+    places: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +149,7 @@ class Leaf:
     parameter: depends on parameters only: centre it where it is used (a weight, bias or table)
     centred:   output of a LayerNorm without weight and bias, or zeros: its mean is 0 already
     scaled:    λ ⊙ (Wa + b) with a parameter λ: fold λ, then centre (M11)
+    piece:     a piece of Wa + b that nothing else reads: centre the rows of W and b that compute it (`block`)
     embedding: looked-up rows: centre the rows
     norm:      output of another norm, which has a mean
     raw:       a value of the stream whose original is read too ("observer" reads it)
@@ -152,11 +168,18 @@ class Leaf:
     path: tuple[tuple[Node, Axis], ...] = ()
     alone: bool = False
     obstacle: str = ""
+    block: Block | None = None
+
+    @property
+    def weights(self) -> list[Node]:
+        """The values that are centred once where they are parameters: of the linear that writes it, or itself."""
+        written = self.block.linear if self.block is not None else self.linear
+        return [self.node] if written is None else written.all_input_nodes
 
     @property
     def explicit(self) -> bool:
         """Whether it must be centred while the model runs, at the cost of a pass over it."""
-        return self.kind not in ("parameter", "centred", "scaled")
+        return self.kind not in ("parameter", "centred", "scaled", "piece")
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,13 +16,14 @@ from normfx.compat.dynamo import ConstantSource, input_source, set_input_source
 from normfx.compat.inductor import compile_fx, modes, option_names
 from normfx.errors import OptionError, did_you_mean
 from normfx.graph import recompute
-from normfx.ir import channels, form, fused_ops, ops
+from normfx.ir import centring, channels, form, fused_ops, ops
 from normfx.kernels import backward, forward, launch, rows, run, source, spec
 from normfx.lower import norm_ops, stored, two_norms
 from normfx.options import KEYS
 
 MEANING = (
-    form, ops, channels, fused_ops, norm_ops, two_norms, stored, spec, launch, rows, forward, backward, source, run,
+    form, ops, centring, channels, fused_ops, norm_ops, two_norms, stored, spec, launch, rows, forward, backward,
+    source, run,
 )  # fmt: skip
 """The modules that say what a graph with normfx's ops compiles to."""
 

@@ -11,9 +11,9 @@ from torch.fx import Graph, GraphModule, Node
 from normfx.graph.calls import add_call, add_norm
 from normfx.graph.nodes import grad_modes, shape, tensor
 from normfx.ir import ops
+from normfx.ir.centring import accumulation_dtype
 from normfx.ir.form import Form
 from normfx.ir.fused_ops import ADD_LAYER_NORM, NORM_ADD_NORM, NormCall, norm_call
-from normfx.ir.ops import accumulation_dtype
 from normfx.lower.choice import faster_spelled
 
 aten = torch.ops.aten

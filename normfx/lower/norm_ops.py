@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
+from normfx.ir.centring import accumulation_dtype
 from normfx.ir.form import Form, flat, gathered
-from normfx.ir.ops import accumulation_dtype
 from normfx.kernels import run
 from normfx.kernels.spec import Inner, Spec
 

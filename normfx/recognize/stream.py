@@ -21,6 +21,7 @@ from normfx.graph.nodes import (
     arguments,
     bytes_of,
     entry_readers,
+    is_getitem,
     occurrences,
     op_name,
     shape,
@@ -28,8 +29,9 @@ from normfx.graph.nodes import (
     value,
 )  # fmt: skip
 from normfx.graph.packing import packed_sources
-from normfx.ir.sites import Axis, Leaf, LeafKind, Norm, Stream
+from normfx.ir.sites import Axis, Block, Leaf, LeafKind, Norm, Stream
 from normfx.recognize.flow import LINEARS, Constants, Flow, flow, scales_rows
+from normfx.recognize.pieces import block_of
 
 
 @dataclass
@@ -220,14 +222,15 @@ def _joins(node: Node, region: _Region) -> bool:
 def _leaf(key: tuple[Node, Axis], users: list[Node | Norm], region: _Region) -> Leaf:
     node, axis = key
     kind: LeafKind = "value"
-    scale = linear = None
+    scale = linear = block = None
     path: tuple[tuple[Node, Axis], ...] = ()
     if node in region.facts.parameters:
         kind = "parameter"
     elif op_name(node) == "aten::embedding":
         kind = "embedding"
     elif node in region.flows:
-        kind = "raw"
+        block = _block(node, users, region)
+        kind = "raw" if block is None else "piece"
     elif node in region.outputs:
         norm = region.outputs[node]
         centred = norm.kind == "LayerNorm" and norm.weight is None and norm.bias is None and norm.axis == axis
@@ -239,9 +242,20 @@ def _leaf(key: tuple[Node, Axis], users: list[Node | Norm], region: _Region) -> 
         if scaled is not None:
             kind, (path, scale) = "scaled", scaled
             linear = path[-1][0]
-    obstacle = _leaf_obstacle(node, kind, linear, region)
+    obstacle = _leaf_obstacle(node, kind, linear if block is None else block.linear, region)
     alone = set(node.users) <= _graph_users(users)
-    return Leaf(node, axis, kind, tuple(users), region.witness.get(node), scale, linear, path, alone, obstacle)
+    witness = region.witness.get(node)
+    return Leaf(node, axis, kind, tuple(users), witness, scale, linear, path, alone, obstacle, block)
+
+
+def _block(node: Node, users: list[Node | Norm], region: _Region) -> Block | None:
+    """The output features of a linear that a raw value is, where the stream alone reads them."""
+    readers = [user for user in users if isinstance(user, Node)]
+    if len(readers) < len(users) and not is_getitem(node):
+        return None  # a norm reads all of it
+    seen = _graph_users(users)
+    axes = {n: axis for n, axis in region.axes.items() if n not in region.conflicts}
+    return block_of(node, seen if is_getitem(node) else readers, axes, region.facts, region.constants)
 
 
 def _leaf_obstacle(node: Node, kind: LeafKind, linear: Node | None, region: _Region) -> str:

@@ -122,7 +122,9 @@ def _rounded(leaf: Leaf) -> bool:
     1.14, embedding and block 1.15.
     """
     inside = leaf.kind == "norm" and leaf.alone
-    return not inside and leaf.kind not in ("centred", "scaled") and tensor(leaf.node).dtype in NARROW
+    stored = leaf.weights if leaf.block is not None else [leaf.node]
+    narrow = any(tensor(node).dtype in NARROW for node in stored)
+    return not inside and leaf.kind not in ("centred", "scaled") and narrow
 
 
 def _pays(bytes_: Cost, stream: Stream) -> bool:

@@ -101,6 +101,7 @@ def guard(site: Compressed, so_far: SoFar) -> Iterator[Objection]:
         return
     places = [*site.values.items(), *((leaf.node, leaf.axis) for leaf in site.stream.leaves)]
     split = tuple(node for node, axis in places if not is_whole(node, axis))
+    split += tuple(leaf.node for leaf in site.stream.leaves if leaf.block is not None)
     if split:
         yield "split_features", ", ".join(node.name for node in split), split
         return

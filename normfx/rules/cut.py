@@ -102,8 +102,7 @@ def price(leaf: Leaf, stream: Stream) -> sympy.Expr:
 
 def live(leaf: Leaf, stream: Stream) -> tuple[Node, ...]:
     """The weights of a leaf that would be centred in every call."""
-    weights = leaf.linear.all_input_nodes if leaf.kind == "scaled" and leaf.linear is not None else [leaf.node]
-    return tuple(node for node in weights if node in stream.live)
+    return tuple(node for node in leaf.weights if node in stream.live)
 
 
 def _hint(expr: sympy.Expr, node: Node) -> int:
