@@ -85,6 +85,12 @@ def test_the_rows_of_normalised_pieces_are_centred(layout: str, bias: bool) -> N
     assert report.counts["to_rms_norm"] == 2 and report.counts["centrings"] == 0
 
 
+def test_every_rule() -> None:
+    """Streams of pieces keep their width."""
+    report = assert_same_float64(Attention(LAYOUTS["unbind"]).eval(), _rows(), {"rules": "all"})
+    assert report.counts["to_rms_norm"] == 2
+
+
 def test_fewer_keys_than_queries() -> None:
     class Grouped(Attention):
         def __init__(self) -> None:
@@ -129,6 +135,7 @@ READ: dict[str, Any] = {
     ],  # eager raises there
 )
 def test_what_sees_the_mean(name: str, layout: str) -> None:
+    """Eager writes to no piece of a chunk."""
     report = _reported(Attention(LAYOUTS[layout], around=READ[name]))
     assert report.counts["to_rms_norm"] == 0
     assert {refusal.code for site in report.sites for refusal in site.refusals} & {"observed", "opaque_norm"}
