@@ -128,12 +128,11 @@ READ: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "layout"),
-    [
-        (n, l) for n in READ for l in ("chunk", "slices", "select") if (n, l) != ("a write", "chunk")
-    ],  # eager raises there
-)
+CASES = [(name, layout) for name in READ for layout in ("chunk", "slices", "select")]
+CASES.remove(("a write", "chunk"))
+
+
+@pytest.mark.parametrize(("name", "layout"), CASES)
 def test_what_sees_the_mean(name: str, layout: str) -> None:
     """Eager writes to no piece of a chunk."""
     report = _reported(Attention(LAYOUTS[layout], around=READ[name]))

@@ -25,6 +25,31 @@ class Affine(nn.Module):
         return F.normalize(x, dim=-1, eps=1e-3) * WIDTH**0.5 * (self.gamma + 1.0)
 
 
+class Pieces(nn.Module):
+    """One product, pieces of which are normalised, and a reader."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.product, self.read = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, 3)
+
+    def run(self, first: Tensor, second: Tensor, third: Tensor) -> Tensor:
+        mixed = F.layer_norm(first, (WIDTH,)) * F.layer_norm(second, (WIDTH,))
+        out: Tensor = self.read(mixed * third)
+        return out
+
+
+def _pieces(at: At) -> Tensor:
+    out: Tensor = at.part.run(*at.part.product(at.x).chunk(3, -1))
+    return out
+
+
+def _picked(at: At) -> Tensor:
+    """Every third feature belongs to one piece; two are normalised, one of which is read as it is, too."""
+    pieces = at.part.product(at.x).unflatten(-1, (WIDTH, 3)).movedim(-1, 0)
+    out: Tensor = at.part.run(pieces[0], pieces[1], pieces[2]) + at.part.read(pieces[1])
+    return out
+
+
 def _twice(at: At) -> Tensor:
     """One norm without affine, of which two values are made."""
     bare = F.layer_norm(at.x, (WIDTH,))
@@ -60,6 +85,8 @@ NORM_OBSERVERS: dict[str, Form] = {
     "length_after": Form(lambda at: at.part.read(at.part.length(at.x)), Affine),
     "affine_of_data": Form(lambda at: at.part.read(F.layer_norm(at.x, (WIDTH,)) * at.part.condition(at.first)), Affine),
     "affine_twice": Form(_twice, Affine),
+    "pieces": Form(_pieces, Pieces),
+    "picked": Form(_picked, Pieces),
     "norm_patches": Form(lambda at: at.part.patches(at.part.norm(at.x).transpose(1, 2)), Affine),
     "norm_padded": Form(lambda at: at.part.padded(at.part.length(at.x).transpose(1, 2)), Affine),
     "norm_padded_shift": Form(lambda at: at.part.padded(at.part.norm(at.x).transpose(1, 2)), Affine),
