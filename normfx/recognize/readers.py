@@ -110,11 +110,13 @@ def find_readers(norm: Norm, facts: Facts, constants: Constants, convolutions: b
         node, axis, factor = work.pop()
         for user in entry_readers(node):
             same_mode = modes[user] == modes[norm.output]
-            linear = linear_reader(user, node, axis, facts.parameters, norm.bias is not None)
-            linear = linear or looked_up_reader(user, node, axis, norm, facts, constants)
-            if linear is None and convolutions and (over := channel_reader(user, node, axis, facts.parameters)):
-                linear = None if norm.bias is not None and not sums_all(user) else over
-                padded += [user] if linear is None and same_mode else []
+            linear = None
+            if value(node) is not None:  # it is no list of pieces
+                linear = linear_reader(user, node, axis, facts.parameters, norm.bias is not None)
+                linear = linear or looked_up_reader(user, node, axis, norm, facts, constants)
+                if linear is None and convolutions and (over := channel_reader(user, node, axis, facts.parameters)):
+                    linear = None if norm.bias is not None and not sums_all(user) else over
+                    padded += [user] if linear is None and same_mode else []
             factor_here = number_factor(user, node)
             onward = _forward(user, node, axis, constants) if passes_rows(user) else None
             if not same_mode:

@@ -149,7 +149,7 @@ FORMS = [
     (Attention, (X,), 2, 2, 2),
     (Composed, (IDS,), 3, 3, 3),
     (Heads, (X,), 2, 2, 2),
-    (Images, (IMAGE,), 2, 2, 0),
+    (Images, (IMAGE,), 2, 2, 1),
     (Rows, (IDS,), 2, 2, 2),
     (SwitchedBranch, (IDS,), 3, 3, 3),
 ]
