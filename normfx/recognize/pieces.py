@@ -30,49 +30,52 @@ class _Pick(NamedTuple):
     end: int
 
 
-def block_of(
-    node: Node, readers: Collection[Node], axes: dict[Node, Axis], facts: Facts, constants: Constants
-) -> Block | None:
+def block_of(node: Node, axis: Axis, readers: Collection[Node], facts: Facts, constants: Constants) -> Block | None:
     """Which output features of a linear a value holds, or is all that these readers pick of a value, where all of the
     weight and bias are parameters and nothing else sees these features; None where that is not so.
 
-    axes: the feature axis inside of the values that the stream was looked for in
+    axis: the feature axis inside of the value
     """
     picks = _picks(node, readers)
     if not picks:
         return None
     source, dim = picks[0].source, picks[0].dim
-    extents = shape(source)
-    whole = extents[dim]
+    whole = shape(source)[dim]
     if not isinstance(whole, int) or any(pick[:2] != (source, dim) for pick in picks):
         return None
     unit = math.gcd(whole, *(n for pick in picks for n in (pick.first, pick.end)))
-    part = Axis(dim, whole // unit, unit)
-    mode = facts.modes[node]
+    part, rows, at = Axis(dim, whole // unit, unit), axis, node
+    while at is not source:  # a piece, and the split that it is of
+        found = _back(at, rows, constants)
+        if found is None or at in facts.written:
+            return None
+        at, rows = found
     while True:
-        if source in facts.written or facts.modes[source] != mode or value(source) is None:
+        if source in facts.written or facts.modes[source] != facts.modes[node] or value(source) is None:
             return None
         if op_name(source) in ("aten::linear", "aten::addmm"):
             break
-        step = flow(source, part, constants)
-        if step is None or len(step.carried) != 1 or step.dropped or op_name(source) == "aten::detach":
+        moved, inside = _back(source, part, constants), _back(source, rows, constants)
+        if op_name(source) not in _MOVES or moved is None or inside is None:
             return None
-        ((operand, part),) = step.carried
-        if len(entry_readers(operand)) != 1 or not _only_moves(source):
+        (operand, part), (_, rows) = moved, inside
+        if entry_readers(operand) != [source]:
             return None
         source = operand
-    axis, last = axes.get(source), len(shape(source)) - 1
-    if axis is None or part.dim != last or axis.dim != last or not isinstance(shape(source)[last], int):
+    last = len(shape(source)) - 1
+    if part.dim != last or rows.dim != last or not isinstance(shape(source)[last], int):
         return None
-    row, period = axis.size * axis.inner, part.size * part.inner
+    row, period = rows.size * rows.inner, part.size * part.inner
     places = [(pick.first // unit * part.inner, pick.end // unit * part.inner) for pick in picks]
-    if axis.size == 1 or period % row or any(n % row for place in places for n in place):
+    if rows.size == 1 or period % row or any(n % row for place in places for n in place):
         return None
-    return Block(source, axis, period, tuple(places)) if _of_parameters(source, axis, facts, constants) else None
+    return Block(source, rows, period, tuple(places)) if _of_parameters(source, rows, facts, constants) else None
 
 
-def _only_moves(node: Node) -> bool:
-    return op_name(node) in _MOVES
+def _back(node: Node, axis: Axis, constants: Constants) -> tuple[Node, Axis] | None:
+    """The one operand whose entries a value is made of, and the axis there."""
+    step = flow(node, axis, constants)
+    return None if step is None or len(step.carried) != 1 or step.dropped else step.carried[0]
 
 
 _MOVES = frozenset(

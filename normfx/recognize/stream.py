@@ -229,7 +229,7 @@ def _leaf(key: tuple[Node, Axis], users: list[Node | Norm], region: _Region) -> 
     elif op_name(node) == "aten::embedding":
         kind = "embedding"
     elif node in region.flows:
-        block = _block(node, users, region)
+        block = _block(node, axis, users, region)
         kind = "raw" if block is None else "piece"
     elif node in region.outputs:
         norm = region.outputs[node]
@@ -248,14 +248,12 @@ def _leaf(key: tuple[Node, Axis], users: list[Node | Norm], region: _Region) -> 
     return Leaf(node, axis, kind, tuple(users), witness, scale, linear, path, alone, obstacle, block)
 
 
-def _block(node: Node, users: list[Node | Norm], region: _Region) -> Block | None:
+def _block(node: Node, axis: Axis, users: list[Node | Norm], region: _Region) -> Block | None:
     """The output features of a linear that a raw value is, where the stream alone reads them."""
     readers = [user for user in users if isinstance(user, Node)]
-    if len(readers) < len(users) and not is_getitem(node):
-        return None  # a norm reads all of it
-    seen = _graph_users(users)
-    axes = {n: axis for n, axis in region.axes.items() if n not in region.conflicts}
-    return block_of(node, seen if is_getitem(node) else readers, axes, region.facts, region.constants)
+    if is_getitem(node):
+        return block_of(node, axis, _graph_users(users), region.facts, region.constants)
+    return block_of(node, axis, readers, region.facts, region.constants) if len(readers) == len(users) else None
 
 
 def _leaf_obstacle(node: Node, kind: LeafKind, linear: Node | None, region: _Region) -> str:

@@ -150,6 +150,26 @@ def test_the_same_piece_twice() -> None:
     assert _reported(Attention(cut)).counts["to_rms_norm"] == 1  # k alone
 
 
+@pytest.mark.parametrize("first", [HEAD, WIDTH])
+def test_pieces_with_rows_of_different_widths(first: int) -> None:
+    """Each is centred over its own features, whichever is found first."""
+
+    class Uneven(Attention):
+        def __init__(self) -> None:
+            super().__init__(lambda y: y.chunk(3, -1))
+            self.q_norm, self.k_norm = nn.LayerNorm(first), nn.LayerNorm(HEAD + WIDTH - first)
+
+        def forward(self, x: Tensor) -> Any:
+            q, k, v = self.cut(self.qkv(x))
+            q, k = (
+                norm(y.unflatten(-1, (-1, norm.normalized_shape[0])))
+                for norm, y in ((self.q_norm, q), (self.k_norm, k))
+            )
+            return self.out(q.flatten(-2) * torch.tanh(k.flatten(-2)) + v)
+
+    assert _reported(Uneven()).counts["to_rms_norm"] == 2
+
+
 class Scaled(Attention):
     def product(self, x: Tensor) -> Tensor:
         return F.linear(x, self.qkv.weight * torch.sigmoid(x.mean()), self.qkv.bias)
