@@ -140,7 +140,7 @@ def killer(mutant: Mutant) -> str:
     """The name of the first test of the mutant's rule that fails; "" where all pass."""
     rule = mutant.rule
     cases = [(rule, example) for example in (rule.example, *rule.counterexamples)]
-    tests: list[tuple[Any, tuple[Any, ...]]] = [(test_rules.test_decision, case) for case in cases]
+    tests: list[tuple[Any, tuple[Any, ...]]] = [(test_rules.check_decision, case) for case in cases]
     tests += [(test_rules.test_float64, case) for case in cases]
     tests += [(test_rules.test_golden, (rule,)), (test_rules.test_one_rule_alone, (rule,))]
     tests += [(test_rules.test_identity_is_proved, (rule, 2))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,21 @@ def _options(rule: Rule, example: Example) -> dict[str, Any]:
     return {"fold": example.fold, "rules": f"default,+{rule.name}", **example.options}
 
 
+def check_decision(rule: Rule, example: Example) -> None:
+    """One example alone, for a rule of another package and for a rule that was broken on purpose (mutants.py)."""
+    _, report = transformed(example.build().eval(), example.inputs(), _options(rule, example))
+    _as_it_says(rule, example, (*report.sites, *report.composed))
+
+
+def _as_it_says(rule: Rule, example: Example, sites: Sequence[Any]) -> None:
+    """The rule is applied to its example, and refuses a counterexample by its code; every refusal has nodes and a hint."""
+    refused = [r for site in sites for r in site.refusals]
+    codes = [r.code for r in refused if r.rule == rule.name]
+    assert example.code in codes if example.code else not codes, example.name
+    assert example.code or any(rule.name in site.rules for site in sites), example.name
+    assert not example.code or all(r.nodes and r.hint for r in refused), example.name
+
+
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: r.name)
 def test_golden(rule: Rule) -> None:
     """The rule's example before and after, and each counterexample with what the rule says of it: the folder
@@ -126,7 +142,9 @@ def test_golden(rule: Rule) -> None:
         torch.compile(example.build().eval(), backend=backend, fullgraph=True)(*example.inputs())
         (graph,), report = backend.graphs, backend.report
         shown.append(f"\n=== {example.name}{f', refused: {example.code}' if example.code else ''}\n{graph.before}")
-        for site in (*report.sites, *report.composed):
+        sites = (*report.sites, *report.composed)
+        _as_it_says(rule, example, sites)
+        for site in sites:
             said = [f"refused: {r.code}: {r.meaning}" for r in site.refusals if r.rule == rule.name]
             said += ["applied"] if rule.name in site.rules else []
             shown += [f"--- {site.name or 'a norm without a module'}: {'; '.join(said)}\n"] if said else []
@@ -134,19 +152,6 @@ def test_golden(rule: Rule) -> None:
             kept = f"--- {backend.kept} computed once and kept\n" if backend.kept else ""
             shown.append(f"{kept}--->\n{graph.after}")
     accepted(GOLDENS / f"{rule.name}.txt", "".join(shown))
-
-
-@pytest.mark.parametrize(("rule", "example"), CASES)
-def test_decision(rule: Rule, example: Example) -> None:
-    _, report = transformed(example.build().eval(), example.inputs(), _options(rule, example))
-    sites = (*report.sites, *report.composed)
-    codes = [r.code for site in sites for r in site.refusals if r.rule == rule.name]
-    if example.code:
-        assert example.code in codes
-        assert all(r.nodes and r.hint for site in sites for r in site.refusals)
-    else:
-        assert any(rule.name in site.rules for site in sites)
-        assert not codes
 
 
 @pytest.mark.parametrize(("rule", "example"), CASES)
