@@ -83,7 +83,7 @@ def _scattered(m: Layer) -> Tensor:
 
 FORMS: dict[str, Callable[[Layer, Tensor], Tensor]] = {
     "low rank": lambda m, x: F.linear(F.linear(x, m.v), m.u, m.bias),
-    "low rank beside": lambda m, x: F.linear(x, m.weight, m.bias) + F.linear(F.linear(x, m.v), m.u) * 0.5,
+    "low rank next to it": lambda m, x: F.linear(x, m.weight, m.bias) + F.linear(F.linear(x, m.v), m.u) * 0.5,
     "low rank and sparse": lambda m, x: F.linear(x, _scattered(m), m.bias),
     "masked": lambda m, x: F.linear(x, m.weight * m.mask, m.bias),
     "straight-through": lambda m, x: F.linear(x, straight(m.weight, rounded(m.weight)), m.bias),
