@@ -103,7 +103,7 @@ def _is_other(linear: Linear, readers: Readers) -> bool:
 
 
 def _places(site: Deferred) -> Iterator[Objection]:
-    """Where the factor of a row cannot stand after the product, or x in the place of the normalised rows."""
+    """Objections to moving the factor of a row past the product, or to reading x for the normalised rows."""
     norm, readers = site.norm, site.readers
     changed = tuple(node for node in readers.path if not _moves(node)) + tuple(
         node for node, axis in readers.axes.items() if not is_whole(node, axis)
@@ -164,7 +164,7 @@ def rewrite(site: Deferred, edit: Edit) -> None:
 DEFERRED = Code(
     "the norm is deferred into the linears that read it", "leave the norm: options={'rules': 'default,-defer_norm'}"
 )
-"""For rules that are decided later and need the norm."""
+"""The code of rules that are decided later and need the norm."""
 
 
 def deferred(norms: Iterable[Norm], so_far: SoFar) -> tuple[Node, ...]:

@@ -71,7 +71,7 @@ def test_families(name: str, tmp_path: Path) -> None:
 
 
 def test_saved_and_loaded_with_safetensors(tmp_path: Path) -> None:
-    """As docs/convert.md says: a model of the same class is converted, and takes the weights of the first."""
+    """A second model of the same class is converted, and takes the weights of the first: what docs/convert.md says."""
     safetensors = pytest.importorskip("safetensors.torch")
     case = named("gpt2")
     torch.manual_seed(0)

@@ -193,7 +193,7 @@ def test_other_products(kind: type[Attention]) -> None:
 
 
 def test_a_weight_that_is_read_elsewhere() -> None:
-    """Where it is used, not the parameter, is centred."""
+    """The weight is centred for the one product, and the parameter stays as it is."""
 
     class Tied(Attention):
         def product(self, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ WIDTH = 8
 
 
 class OffsetLayerNorm(nn.Module):
-    """nn.LayerNorm without affine, times γ + 1; β, where there is one, is added after it."""
+    """nn.LayerNorm without affine, times γ + 1, plus β where there is one."""
 
     def __init__(self, shift: bool = False) -> None:
         super().__init__()

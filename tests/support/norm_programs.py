@@ -78,7 +78,8 @@ NORM_OPS: dict[str, Form] = {
 """What becomes of a stream, other than a norm's readers."""
 
 KEEP_A_MEAN = frozenset({"halves", "post_affine", "length_branch"})
-"""Of these, those with an activation that only the running model could centre, or with an RMSNorm that reads a mean."""
+"""Steps among NORM_OPS that keep a mean: an activation enters that only the running model could centre, or an RMSNorm
+reads the mean."""
 
 NORM_OBSERVERS: dict[str, Form] = {
     "affine_after": Form(lambda at: at.part.read(at.part.norm(at.x)), Affine),
