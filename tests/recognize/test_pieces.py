@@ -202,6 +202,31 @@ def test_a_weight_that_is_read_elsewhere() -> None:
     assert _reported(Tied(LAYOUTS["unbind"])).counts["to_rms_norm"] == 2
 
 
+def test_kept_weights_follow_writes_to_any_rows() -> None:
+    """A product whose weight is (in, out), written between calls in the rows of q, of v, and of both at once."""
+    from transformers.pytorch_utils import Conv1D
+
+    class Fused(Attention):
+        def __init__(self) -> None:
+            super().__init__(LAYOUTS["split"])
+            self.qkv = Conv1D(3 * WIDTH, WIDTH)
+
+    torch.manual_seed(0)
+    model = Fused().double().eval()
+    backend = EagerBackend({"fold": "cached"})
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    (x,) = _rows()
+    with torch.no_grad():
+        for columns in (slice(0, WIDTH), slice(2 * WIDTH, None), slice(HEAD, 2 * WIDTH + HEAD)):
+            before = model(x.double())
+            torch.testing.assert_close(compiled(x.double()), before, rtol=1e-12, atol=1e-12)
+            model.qkv.weight.data[3:7, columns].mul_(-2.0)
+            model.qkv.bias.data[columns].add_(1.0)
+            assert not torch.allclose(model(x.double())[0], before[0], rtol=1e-3)
+        torch.testing.assert_close(compiled(x.double()), model(x.double()), rtol=1e-12, atol=1e-12)
+    assert backend.report.counts["to_rms_norm"] == 2 and backend.kept
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_low_precision(dtype: torch.dtype) -> None:
     """Weights stored in half precision would be rounded again (`rounded_weight`); under autocast they are not."""
