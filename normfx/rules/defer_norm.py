@@ -201,6 +201,8 @@ class _Read(nn.Module):
             return torch.relu(self.batch_norm(self.gate(y.flatten(0, 1))))
         if self.tap == "packed":
             return torch.relu(nn.functional.linear(y, self.packed.to(x.dtype) * 0.1))
+        if self.tap == "einsum":
+            return torch.relu(torch.einsum("btd,hd->hbt", y, self.gate.weight))
         if self.tap == "wide":
             return self.gate(y)
         out = torch.sigmoid(self.gate(y)) * self.read(y)
@@ -298,6 +300,7 @@ RULE = Rule(
         Example("two axes", lambda: _Read(norm_dims=2), _input, "several_axes", options=_SMALL),
         _refused("output", "returned"),
         _refused("activation", "reader_not_linear"),
+        _refused("einsum", "reader_not_linear"),
         _refused("mean of rows", "rows_changed"),
         _refused("experts", "grouped_reader"),
         _refused("checkpoint", "checkpointed"),

@@ -87,6 +87,31 @@ def test_rows_that_move() -> None:
     assert decided(report) == (1, Counter())
 
 
+class Other(nn.Module):
+    """A norm whose readers take γ and β, but are not rows times a matrix of parameters."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.norm, self.weight = kind, nn.LayerNorm(6), nn.Parameter(torch.empty(4, 6))
+        self.convolution = nn.Conv1d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        if self.kind == "convolution":
+            return torch.relu(self.convolution(y.transpose(1, 2)))
+        if self.kind == "columns":
+            return torch.relu(self.weight @ y.transpose(1, 2))
+        if self.kind == "tensordot":
+            return torch.relu(torch.tensordot(self.weight, y, ([1], [2])))
+        return torch.relu(F.linear(y, self.weight * torch.sigmoid(x.mean())))
+
+
+@pytest.mark.parametrize("kind", ["convolution", "columns", "tensordot", "a weight of data"])
+def test_other_readers(kind: str) -> None:
+    report = assert_same_float64(moved(Other(kind)), (rows(2, 4, 6),), SMALL)
+    assert decided(report) == (0, Counter({"reader_not_linear": 1}))
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_normformer(training: bool) -> None:
     """The inner norm and, where the block is compiled alone, the one before it."""
