@@ -209,3 +209,33 @@ def test_a_weight_of_data(rows: int, codes: list[str]) -> None:
 
 def _codes(report: Report, site: int, rule: str) -> list[str]:
     return [r.code for r in report.sites[site].refusals if r.rule == rule]
+
+
+class Looked(nn.Module):
+    """Each token has a weight of its own, looked up in one parameter, on its way changed as `change` says."""
+
+    def __init__(self, change: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.change, self.norm = change, nn.LayerNorm(6, bias=False)
+        self.stack = nn.Parameter(torch.randn(5, 6, 4))
+        nn.init.uniform_(self.norm.weight, 0.5, 2.0)
+
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        return torch.einsum("btd,btdh->bth", self.norm(x), self.change(self.stack, index))
+
+
+@pytest.mark.parametrize(
+    ("change", "folds"),
+    [
+        (lambda stack, i: stack[i].masked_fill((i > 2)[..., None, None], 0.0), True),
+        (lambda stack, i: stack.detach()[i], True),
+        (lambda stack, i: F.embedding(i, stack.flatten(1), padding_idx=1).unflatten(-1, (6, 4)), False),
+    ],
+    ids=["masked", "detached", "padding without a gradient"],
+)
+def test_gradients_of_looked_up_weights(change: Callable[[Tensor, Tensor], Tensor], folds: bool) -> None:
+    """γ keeps the gradient of rows for which the looked-up weight has none."""
+    torch.manual_seed(0)
+    inputs = torch.randn(2, 5, 6), torch.tensor([[0, 1, 2, 3, 4], [1, 1, 4, 0, 2]])
+    (site,) = assert_same_float64(Looked(change), inputs).sites
+    assert ("fold_affine" in site.rules) == folds
