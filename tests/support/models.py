@@ -224,11 +224,11 @@ CASES = (
     ),
     Case(
         "clip pooled", "transformers", _hf("CLIPVisionModel", "CLIPVisionConfig", "pooler_output", **VISION),
-        _image, 6, 0, 6, 4, 1, frozenset({"reader_not_linear", "returned"}),
+        _image, 6, 0, 6, 4, 1, frozenset({"reader_not_linear", "returned", "broadcast"}),
     ),
     Case(
         "clip hidden", "transformers", _hf("CLIPVisionModel", "CLIPVisionConfig", "last_hidden_state", **VISION),
-        _image, 5, 0, 1, 4, 0, frozenset({"observed", "uncentred_input", "reader_not_linear"}),
+        _image, 5, 0, 1, 4, 0, frozenset({"observed", "uncentred_input", "reader_not_linear", "broadcast"}),
     ),
     Case(
         "bloom", "transformers",
@@ -242,7 +242,7 @@ CASES = (
     Case(
         "bert post-norm", "transformers",
         _hf("BertModel", "BertConfig", "last_hidden_state", {"add_pooling_layer": False}, **TEXT), _text, 5, 0, 1, 0, 0,
-        frozenset({"uncentred_input", "reader_not_linear", "returned"}),
+        frozenset({"uncentred_input", "reader_not_linear", "returned", "broadcast"}),
     ),
     Case("llama", "transformers", _causal("LlamaForCausalLM", "LlamaConfig"), _text, 0, 5, 0, 5),
     Case(
