@@ -261,7 +261,8 @@ def _recognize(work: Work) -> None:
     live = None
     if work.settings.fold != "live":
         keeps = keepable_weights(work.captured, work.settings)
-        work.excess = beyond(work.canonical.graph, keeps, rooms(work.settings.fold_memory), work.values)
+        if work.original is not None:  # else they are written into a program or a model, which has room for them
+            work.excess = beyond(work.canonical.graph, keeps, rooms(work.settings.fold_memory), work.values)
         live = (weights - keeps) | work.excess
     facts = facts_of(work.canonical.graph, weights, live)
     work.sites = recognize(facts, module_path, source_line, work.parameters_only)
@@ -322,10 +323,6 @@ def _store(work: Work) -> None:
     work.stored_sums = store_sums(work.canonical)
 
 
-def _changes(work: Work) -> bool:
-    return work.plan.changes
-
-
 PIPELINE = (
     Stage("capture", _capture, exported=False),
     Stage("functionalize", _functionalize),
@@ -333,8 +330,8 @@ PIPELINE = (
     Stage("recognize", _recognize),
     Stage("plan", _decide),
     Stage("picture", _draw),
-    Stage("rewrite", _rewrite, when=_changes, check="rewrite"),
-    Stage("lower", _lower, when=_changes, check="lower"),
+    Stage("rewrite", _rewrite, when=lambda work: work.plan.changes, check="rewrite"),
+    Stage("lower", _lower, when=lambda work: work.plan.changes, check="lower"),
     Stage("report", _tell),
     Stage("fold", _fold, when=lambda work: work.used and work.settings.fold != "live", exported=False),
     Stage("store", _store, when=lambda work: bool(work.report.sites and work.settings.rules), exported=False),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,6 +48,11 @@ def rename(node: Node, name: str) -> None:
     node._rename(name)
 
 
-def with_graph(program: ExportedProgram, gm: GraphModule, signature: ExportGraphSignature) -> ExportedProgram:
-    """The exported program with another graph, and the same parameters and buffers."""
-    return program._update(gm, signature)
+def with_graph(
+    program: ExportedProgram,
+    gm: GraphModule,
+    signature: ExportGraphSignature,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+) -> ExportedProgram:
+    """The exported program with another graph, and its parameters and buffers or others."""
+    return program._update(gm, signature, state_dict=None if state_dict is None else dict(state_dict))

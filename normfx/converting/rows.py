@@ -18,8 +18,10 @@ _ALONG = frozenset({"aten::slice", "aten::select", "aten::unsqueeze", "aten::squ
 """They keep rows whole if they act along another dimension than the last."""
 
 
-def centre_parameters(captured: Captured) -> None:
+def centre_parameters(captured: Captured, shared: bool = True) -> None:
     """Centre the parameter, not the rows that were looked up or cut out of it, where nothing else reads these rows.
+
+    shared: also a parameter that something else reads, so that there are two of them afterwards
 
     The rules choose by cost, and a table may be larger than the rows of a call. A copy of a model has its parameters
     only to write to.
@@ -27,7 +29,7 @@ def centre_parameters(captured: Captured) -> None:
     graph = captured.graph_module.graph
     work = [node for node in graph.nodes if node.target is ops.CENTER]
     for node in work:
-        while (operand := _rows_of(node)) is not None:
+        while (operand := _rows_of(node)) is not None and (shared or len(operand.users) == 1):
             old: tuple[Any, ...] = node.args
             source, _, size, inner, dtype = old
             with graph.inserting_before(source):

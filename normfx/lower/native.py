@@ -50,6 +50,34 @@ def use_native_norms(gm: GraphModule) -> None:
     gm.recompile()
 
 
+def write_as_aten(gm: GraphModule) -> None:
+    """Norms become `aten.layer_norm` and `aten.rms_norm`, in place, where these compute the same.
+
+    For graphs that leave the process: ONNX has an op for each.
+    """
+    graph = gm.graph
+    for op in (ops.LAYER_NORM, ops.RMS_NORM):
+        for node in graph.find_nodes(op="call_function", target=op):
+            call = norm_call(node)
+            if not _is_native(call.x, call.weight, call.bias, call.form):
+                continue
+            with graph.inserting_before(node):
+                if op is ops.LAYER_NORM:
+                    out = _native(graph, call.x, call.weight, call.bias, call.form, node)
+                else:
+                    out = _root_mean_square(graph, call, node)
+            node.replace_all_uses_with(out)
+            graph.erase_node(node)
+    gm.recompile()
+
+
+def _root_mean_square(graph: Graph, call: NormCall, like: Node) -> Node:
+    """`aten.rms_norm`, which has no bias, and the bias."""
+    args = (call.x, [shape(call.x)[-1]], call.weight, call.form.eps)
+    out = add_call(graph, aten.rms_norm.default, args, like)
+    return out if call.bias is None else add_call(graph, aten.add.Tensor, (out, call.bias), like)
+
+
 def _wins(node: Node, records: bool) -> bool:
     x: Any = node.args[0]
     return tensor(x).device.type != "cpu" or not faster_spelled(x, records)
@@ -79,10 +107,12 @@ def _native(graph: Graph, x: Node, weight: Node | None, bias: Node | None, form:
 
 
 def _is_native(x: Node, weight: Node | None, bias: Node | None, form: Form) -> bool:
-    """Whether `aten.layer_norm` says what a norm of values like x computes."""
+    """Whether `aten.layer_norm`, or `aten.rms_norm`, says what a norm of values like x computes."""
     like = tensor(x)
     vectors = [tensor(v) for v in (weight, bias) if v is not None]
     whole = all((v.dtype, tuple(v.shape)) == (like.dtype, tuple(like.shape[-1:])) for v in vectors)
     last = form.dim % like.ndim == like.ndim - 1
-    plain = Form("layer_norm", form.dim, form.eps, "inside", 0, 1.0, accumulation_dtype(like.dtype), like.dtype)
-    return last and whole and form == plain
+    plain = Form(form.kind, form.dim, form.eps, "inside", 0, 1.0, accumulation_dtype(like.dtype), like.dtype)
+    if form.kind == "rms_norm" and bias is not None:  # added to what was rounded
+        whole = whole and form.compute_dtype == form.out_dtype
+    return last and whole and form == plain and not form.compressed

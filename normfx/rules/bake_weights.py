@@ -88,7 +88,7 @@ RULE = Rule(
     codes={
         "live": Code(
             "the weight's gradient is needed or folds are live, so it is computed in every call",
-            "run inference under torch.no_grad(), with options={'fold': 'auto'}",
+            "run inference under torch.no_grad(), with options={'fold': 'auto'}; in an exported program, with 'frozen'",
         ),
         "leaves": Code(
             "the graph returns or writes the memory of the weight: its owner would see it change",
@@ -109,7 +109,6 @@ RULE = Rule(
     guard=guard,
     cost=cost,
     rewrite=rewrite,
-    exported=False,  # a program has no store of folds
     example=Example("weight norm", _Normed, _input, fold="auto"),
     counterexamples=(
         Example("trained", lambda: _Normed("trained"), _input, "live", fold="auto"),

@@ -56,12 +56,19 @@ def test_the_code_of_the_readme(capsys: pytest.CaptureFixture[str], monkeypatch:
 
 
 def test_the_code_of_the_page_on_converting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It writes the converted weights."""
+    """It writes the converted weights, and with `onnxscript` the rewritten program."""
     monkeypatch.chdir(tmp_path)
     model = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6)).eval()
-    (code,) = snippets("docs/convert.md")
-    exec(code, {"model": model, "args": (torch.randn(3, 6),)})
+    converts, exports = snippets("docs/convert.md")
+    names = {"model": model, "args": (torch.randn(3, 6),)}
+    exec(converts, names)
     assert torch.load("weights.pt")["0.weight"].mean(0).abs().max() < 1e-6
+    before, _, writes = exports.partition("torch.onnx")
+    exec(before, names)
+    assert "0.weight_folded" in names["deployed"].state_dict and names["report"].counts["to_rms_norm"] == 1
+    if importlib.util.find_spec("onnxscript") is not None:
+        exec(f"torch.onnx{writes}", names)
+        assert Path("model.onnx").exists()
 
 
 def test_the_code_of_the_kernels_page(capsys: pytest.CaptureFixture[str]) -> None:

@@ -152,7 +152,7 @@ def test_export(tmp_path: Path) -> None:
     assert numbers("# LayerNorms exported, # left after the rewrite", printed) == [3, 0]
     assert_small("AOTInductor, largest difference from eager: #", printed)
     if "ONNX: skipped" not in printed:
-        assert "ReduceMean" in printed and "LayerNormalization" not in printed, printed
+        assert "RMSNormalization" in printed and "LayerNormalization" not in printed, printed
     if "ONNX Runtime" in printed:
         assert_small("ONNX Runtime, largest difference from eager: #", printed)
 
