@@ -3,8 +3,8 @@
     python docs/benchmarks/exported-2026-11/exported.py --models vit,gpt2 --batch 1 --rounds 15
 
 Prints, for each runtime, the speed of the rewritten programs relative to the original one: the median over rounds of
-the ratio of times, with quartiles, the size of the package and the largest error against float64, relative to the largest
-entry.
+the ratio of times, with quartiles, the size of the package and the largest error against float64, relative to the
+largest entry.
 """
 
 from __future__ import annotations
