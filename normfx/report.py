@@ -42,6 +42,7 @@ _KINDS = {
     "BatchNorm": "batch_norm",
     "GroupNorm": "group_norm",
     "InstanceNorm": "instance_norm",
+    "Affine": "affine",
 }
 
 

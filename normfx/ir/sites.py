@@ -10,9 +10,10 @@ import torch
 from torch.fx import Node
 
 from normfx.errors import NormfxError
+from normfx.ir.affine import Affine
 from normfx.ir.form import EpsPlace, Form, Kind
 
-NormKind = Literal["LayerNorm", "RMSNorm", "BatchNorm", "GroupNorm", "InstanceNorm"]
+NormKind = Literal["LayerNorm", "RMSNorm", "BatchNorm", "GroupNorm", "InstanceNorm", "Affine"]
 
 
 @dataclass(frozen=True)
@@ -267,6 +268,7 @@ class Readers:
     padded:  of these, convolutions over the features that cannot take β: at a border they do not add all of Wβ
     shared:  readers whose weight is also read after another norm with other γ or β
     live:    values of parameters alone whose folds would be computed in every call
+    affine:  of a scaling and shift that belongs to no norm, the ops that compute it
     """
 
     norm: Norm
@@ -278,10 +280,18 @@ class Readers:
     live: frozenset[Node] = frozenset()
     axes: Mapping[Node, Axis] = field(default_factory=dict)
     computed: frozenset[Node] = frozenset()
+    affine: Affine | None = None
 
     @property
     def norms(self) -> tuple[Norm, ...]:
         return (self.norm,)
+
+    @property
+    def vectors(self) -> tuple[Node, ...]:
+        """The values of parameters that γ and β are."""
+        if self.affine is not None:
+            return self.affine.operands
+        return tuple(vector for vector in (self.norm.weight, self.norm.bias) if vector is not None)
 
     def of_parameters(self) -> Readers:
         """The readers, of which only those may take γ and β on whose weights parameters alone decide.
@@ -380,6 +390,7 @@ class Sites:
 
     norms: tuple[Norm, ...]
     streams: tuple[Stream, ...] = ()
+    affines: tuple[Readers, ...] = ()
     readers: Mapping[Norm, Readers] = field(default_factory=dict)
     scaled: Mapping[Norm, Scaled] = field(default_factory=dict)
     residuals: tuple[Residual, ...] = ()
