@@ -15,7 +15,7 @@ from normfx.graph.calls import add_call, fake_result
 from normfx.graph.nodes import BAKED, arguments, grad_modes, is_row_major, op_name, tensor, value
 from normfx.ir import ops
 from normfx.ir.affine import Affine
-from normfx.ir.sites import Axis, BatchNorm, Block, Leaf, Linear, Norm, Readers, Residual, Stream
+from normfx.ir.sites import Axis, BatchNorm, Block, Leaf, Linear, Norm, Pair, Readers, Residual, Stream
 from normfx.recognize.flow import LINEARS
 
 
@@ -45,8 +45,8 @@ class Stored:
 class Edit:
     """What a rule may ask for, on one graph.
 
-    norm, center, drop_term, fold_reader, compose, drop_affine, defer, absorb, fuse, compress, bake and fold_into_writer
-    are the edits; a rule may also read
+    norm, center, drop_term, fold_reader, compose, drop_affine, defer, absorb, fuse, compress, bake,
+    fold_into_writer and merge are the edits; a rule may also read
 
     values:  present values of parameters, as far as they are known: they decide between forms that are all exact
     options: of the rules, by name
@@ -272,6 +272,23 @@ class Edit:
         set_argument(linear.node, linear.weight_arg, weight)
         set_argument(linear.node, linear.bias_arg or "", shift)
         self._drop_batch_norm(site)
+
+    def merge(self, site: Pair) -> None:
+        """The inner layer computes what the outer one does: W₂W₁ and W₂b₁ + b₂, of the weights as they stand now."""
+        inner, outer = site.inner, site.outer
+        place = self.surgery.now(inner.node)  # which may have been merged with what it read
+        first, second = arguments(place), arguments(outer.node)
+        (one, bias), (two, shift) = ((args["weight"], args["bias"]) for args in (first, second))
+        dtype = tensor(outer.weight).dtype
+        with self.surgery.before(place, two, shift):
+            if bias is not None:
+                given = (two, bias, shift, 1.0, 1, dtype)
+                shift = add_call(self.surgery.graph, ops.INPUT_SHIFT, given, outer.node)
+            weight = self.surgery.fold(ops.MERGE_WEIGHTS, (two, one), outer.node)
+        set_argument(place, "weight", weight)
+        set_argument(place, "bias", shift)
+        place.meta["val"] = outer.node.meta["val"]
+        self.surgery.replace(outer.node, place)
 
     def _drop_batch_norm(self, site: BatchNorm) -> None:
         """What reads a BatchNorm reads its input; in the same layout, and in memory of its own if it leaves."""

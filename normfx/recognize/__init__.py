@@ -11,6 +11,7 @@ from normfx.ir.sites import Sites
 from normfx.recognize.batch import find_batch_norms
 from normfx.recognize.composed import find_composed
 from normfx.recognize.norms import find_norms
+from normfx.recognize.pairs import find_pairs
 from normfx.recognize.readers import find_all_readers, find_scaled
 from normfx.recognize.residual import find_residuals
 from normfx.recognize.scalings import find_scalings, told
@@ -37,4 +38,5 @@ def recognize(facts: Facts, name: Callable[[Node], str], source: Callable[[Node]
         residuals=tuple(find_residuals(facts, norms, scaled.values())),
         batch_norms=tuple(find_batch_norms(facts, norms)),
         composed=tuple(find_composed(facts)),
+        pairs=tuple(find_pairs(facts)),
     )
