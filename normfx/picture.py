@@ -31,9 +31,10 @@ def draw(graph: Graph, sites: Sites, plan: Plan, names: Mapping[Node, str], line
     """The picture of a graph that is not rewritten yet. names: of its inputs; lines: of its text, by node."""
     weights = frozenset(node for node in names if node not in lines)
     found = _walk(plan.norms, weights)
+    readers = {**sites.readers, **{site.norm: site for site in sites.affines}}
     return Picture(
         tuple(_steps(graph, plan, found, names, lines)),
-        tuple(tuple(_readers(sites.readers.get(norm))) for norm in plan.norms),
+        tuple(tuple(_readers(readers.get(norm))) for norm in plan.norms),
         tuple(tuple(_costs(plan, norm)) for norm in plan.norms),
         tuple(tuple(sorted({lines[node] for node in norm.nodes if node in lines})) for norm in plan.norms),
     )

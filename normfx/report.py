@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from normfx.graph.names import source_line
 from normfx.graph.nodes import size_hint
-from normfx.ir.sites import Composed, Norm
+from normfx.ir.sites import Composed, Norm, Pair
 from normfx.picture import size
 from normfx.plan import Plan
 from normfx.records import FailureReport, FoldReport, GraphBreak, GraphReport, RefusalReport, SiteReport
@@ -42,6 +42,7 @@ _KINDS = {
     "BatchNorm": "batch_norm",
     "GroupNorm": "group_norm",
     "InstanceNorm": "instance_norm",
+    "Affine": "affine",
 }
 
 
@@ -68,7 +69,8 @@ class Report:
 
     @property
     def composed(self) -> tuple[SiteReport, ...]:
-        """Weights that the graphs compute from parameters alone, as sites of kind "Weight"."""
+        """Weights that the graphs compute from parameters alone, of kind "Weight", and pairs of linear layers with
+        nothing between, of kind "Linear"."""
         return tuple(site for graph in self.graphs for site in graph.composed)
 
     @property
@@ -125,7 +127,7 @@ def graph_report(
     """The report of one graph. counts: live folds, run-time centrings; names: of the graph's inputs; excess: weights
     whose folds could be kept, but do not fit into the memory that they may take."""
 
-    def refusals(site: Norm | Composed) -> tuple[RefusalReport, ...]:
+    def refusals(site: Norm | Composed | Pair) -> tuple[RefusalReport, ...]:
         return tuple(refusal(r) for r in plan.refusals(site))
 
     def refusal(r: Refusal) -> RefusalReport:
@@ -149,7 +151,7 @@ def graph_report(
         for norm in plan.norms
     )
     composed = tuple(
-        SiteReport(place(site.node), "Weight", plan.rules(site), refusals(site), "") for site in plan.composed
+        SiteReport(place(site.node), site.kind, plan.rules(site), refusals(site), "") for site in plan.composed
     )
     costs = plan.costs()
     sizes = {rule: (size(cost.before), size(cost.after)) for rule, cost in costs.items()}

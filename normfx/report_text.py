@@ -78,8 +78,9 @@ def sentences(graphs: Sequence[GraphReport], breaks: Sequence[GraphBreak], note:
 
 
 def _became(sites: Sequence[SiteReport]) -> str:
-    """What became of them; of BatchNorms by themselves, which other rules are for."""
-    apart = [[s for s in sites if s.kind != "BatchNorm"], [s for s in sites if s.kind == "BatchNorm"]]
+    """What became of them; of BatchNorms, and of what is no norm, by themselves, which other rules are for."""
+    alone = ("BatchNorm", "Affine")
+    apart = [[s for s in sites if s.kind not in alone], *([s for s in sites if s.kind == kind] for kind in alone)]
     return "; ".join(_became_of(group) for group in apart if group)
 
 

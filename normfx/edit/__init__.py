@@ -14,7 +14,8 @@ from normfx.errors import NormfxError
 from normfx.graph.calls import add_call, fake_result
 from normfx.graph.nodes import BAKED, arguments, grad_modes, is_row_major, op_name, tensor, value
 from normfx.ir import ops
-from normfx.ir.sites import Axis, BatchNorm, Block, Leaf, Linear, Norm, Readers, Residual, Stream
+from normfx.ir.affine import Affine
+from normfx.ir.sites import Axis, BatchNorm, Block, Leaf, Linear, Norm, Pair, Readers, Residual, Stream
 from normfx.recognize.flow import LINEARS
 
 
@@ -44,8 +45,8 @@ class Stored:
 class Edit:
     """What a rule may ask for, on one graph.
 
-    norm, center, drop_term, fold_reader, defer, absorb, fuse, compress, bake and fold_into_writer are the edits; a rule
-    may also read
+    norm, center, drop_term, fold_reader, compose, drop_affine, defer, absorb, fuse, compress, bake,
+    fold_into_writer and merge are the edits; a rule may also read
 
     values:  present values of parameters, as far as they are known: they decide between forms that are all exact
     options: of the rules, by name
@@ -138,6 +139,33 @@ class Edit:
             total = add_call(self.surgery.graph, torch.ops.aten.add.Tensor, (node, node), node)
         self.surgery.replace(node, total)
         total.args = (node, bias)
+
+    def compose(self, affine: Affine, place: Node) -> tuple[Node | None, Node | None]:
+        """γ and β of some steps, computed before a node."""
+        graph, aten = self.surgery.graph, torch.ops.aten
+        gamma: Node | None = None
+        beta: Node | None = None
+        with graph.inserting_before(place):
+            for op, operand, alpha in ((step.op, step.operand, step.alpha) for step in affine.steps):
+                if op != "add":
+                    call = aten.mul.Tensor if op == "mul" else aten.div.Tensor
+                    beta = beta and add_call(graph, call, (beta, operand), place)
+                    first = operand if op == "mul" else add_call(graph, aten.reciprocal.default, (operand,), place)
+                    gamma = add_call(graph, call, (gamma, operand), place) if gamma else first
+                elif beta is not None:
+                    beta = add_call(graph, aten.add.Tensor, (beta, operand), place, alpha=alpha)
+                else:
+                    beta = operand if alpha == 1 else add_call(graph, aten.mul.Tensor, (operand, alpha), place)
+        return gamma, beta
+
+    def drop_affine(self, norm: Norm) -> None:
+        """What reads a scaling and shift reads what was scaled, in the same dtype and layout."""
+        output, source = norm.output, self.surgery.now(norm.input)
+        source = self.surgery.cast(source, output)
+        if is_row_major(tensor(output)) and not is_row_major(tensor(source)):  # a view may rely on it
+            with self.surgery.before(output, source):
+                source = add_call(self.surgery.graph, torch.ops.aten.contiguous.default, (source,), output)
+        self.surgery.replace(output, source)
 
     def defer(self, readers: Readers) -> None:
         """The linears that read a norm read its input, and rstd multiplies what comes out (maths M8).
@@ -244,6 +272,23 @@ class Edit:
         set_argument(linear.node, linear.weight_arg, weight)
         set_argument(linear.node, linear.bias_arg or "", shift)
         self._drop_batch_norm(site)
+
+    def merge(self, site: Pair) -> None:
+        """The inner layer computes what the outer one does: W₂W₁ and W₂b₁ + b₂, of the weights as they stand now."""
+        inner, outer = site.inner, site.outer
+        place = self.surgery.now(inner.node)  # which may have been merged with what it read
+        first, second = arguments(place), arguments(outer.node)
+        (one, bias), (two, shift) = ((args["weight"], args["bias"]) for args in (first, second))
+        dtype = tensor(outer.weight).dtype
+        with self.surgery.before(place, two, shift):
+            if bias is not None:
+                given = (two, bias, shift, 1.0, 1, dtype)
+                shift = add_call(self.surgery.graph, ops.INPUT_SHIFT, given, outer.node)
+            weight = self.surgery.fold(ops.MERGE_WEIGHTS, (two, one), outer.node)
+        set_argument(place, "weight", weight)
+        set_argument(place, "bias", shift)
+        place.meta["val"] = outer.node.meta["val"]
+        self.surgery.replace(outer.node, place)
 
     def _drop_batch_norm(self, site: BatchNorm) -> None:
         """What reads a BatchNorm reads its input; in the same layout, and in memory of its own if it leaves."""

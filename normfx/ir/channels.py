@@ -1,7 +1,7 @@
 """Folds of an affine map of each channel into the weight and bias of a linear or convolution.
 
 Of a BatchNorm with running statistics, which is s·(x − mean) + β with s = γ/sqrt(var + ε) (maths M16), and of a norm's
-γ and β over the channels that a convolution reads (M7).
+γ and β over the channels that a convolution reads (M7), and of another linear.
 
 Bodies of canonical ops (ir/ops.py): products and sums in float32 or better, rounded once. Running statistics have no
 gradient, in eager mode neither. γ and β count as rows of numbers, whatever dimensions of size 1 they have: torch takes
@@ -46,6 +46,13 @@ def input_shift(
     total = (_wide(weight) * _spread(_wide(shift), weight, 1, groups)).flatten(1).sum(1)
     total = total if factor == 1.0 else total * factor
     return (total if bias is None else _wide(bias) + total).to(dtype)
+
+
+def merge_weights(outer: Tensor, inner: Tensor, dtype: torch.dtype) -> Tensor:
+    """W₂W₁ over the channels between: the weight of one linear after the other, or of a convolution W₁ before one whose
+    kernel is a single entry."""
+    columns = _wide(inner).flatten(1)
+    return (_wide(outer).flatten(1) @ columns).reshape(outer.shape[0], *inner.shape[1:]).to(dtype)
 
 
 def _spread(vector: Tensor, weight: Tensor, dim: int, groups: int) -> Tensor:

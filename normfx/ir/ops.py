@@ -17,7 +17,7 @@ from torch import Tensor, library
 from normfx.compat.operators import OpOverload
 from normfx.compat.tracing import functorch_is_active
 from normfx.ir.centring import accumulation_dtype, center, center_block, centred
-from normfx.ir.channels import channel_scale, channel_shift, input_shift, scale_channels
+from normfx.ir.channels import channel_scale, channel_shift, input_shift, merge_weights, scale_channels
 from normfx.ir.form import EpsPlace, Form, Kind, schema
 
 
@@ -327,6 +327,7 @@ INPUT_SHIFT = define(
     "input_shift(Tensor weight, Tensor shift, Tensor? bias, float factor, int groups, ScalarType dtype) -> Tensor",
     input_shift,
 )
+MERGE_WEIGHTS = define("merge_weights(Tensor outer, Tensor inner, ScalarType dtype) -> Tensor", merge_weights)
 ROW_FACTOR = define(
     "row_factor(Tensor x, str kind, int dim, float eps, str eps_place, int correction, ScalarType compute_dtype) "
     "-> Tensor",
@@ -340,7 +341,8 @@ CHANNEL_FOLDS = {
     INPUT_SHIFT: input_shift,
 }
 """Those of an affine map of channels, and their bodies."""
-FOLDS = frozenset({CENTER, CENTER_BLOCK, SCALE_FEATURES, FOLD_SHIFT, COMPRESS, COMPRESS_INPUT, *CHANNEL_FOLDS})
+_OF_FEATURES = frozenset({CENTER, CENTER_BLOCK, SCALE_FEATURES, FOLD_SHIFT, COMPRESS, COMPRESS_INPUT})
+FOLDS = _OF_FEATURES | {MERGE_WEIGHTS, *CHANNEL_FOLDS}
 """Ops that make folded weights, or the centred copies of activations."""
 BODIES = {
     **{op: _of_kind(kind, norm) for kind, op in NORMS.items()},
@@ -350,6 +352,7 @@ BODIES = {
     FOLD_SHIFT: fold_shift,
     COMPRESS: compress,
     COMPRESS_INPUT: compress_input,
+    MERGE_WEIGHTS: merge_weights,
     ROW_FACTOR: row_factor,
     SCALE_ROWS: scale_rows,
     **CHANNEL_FOLDS,

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch.fx import Node
 
 from normfx.errors import NormfxError
+from normfx.ir.affine import Affine
 from normfx.ir.form import EpsPlace, Form, Kind
+from normfx.ir.linears import Linear as Linear
+from normfx.ir.linears import Pair as Pair
 
-NormKind = Literal["LayerNorm", "RMSNorm", "BatchNorm", "GroupNorm", "InstanceNorm"]
+NormKind = Literal["LayerNorm", "RMSNorm", "BatchNorm", "GroupNorm", "InstanceNorm", "Affine"]
 
 
 @dataclass(frozen=True)
@@ -84,44 +87,6 @@ class Norm:
         kind: Kind = "rms_norm" if self.kind == "RMSNorm" else "layer_norm"
         given = (self.eps, self.eps_place, self.correction)
         return Form(kind, self.dims[0], *given, 1.0, self.compute_dtype, self.out_dtype)
-
-
-@dataclass(frozen=True, eq=False)
-class Linear:
-    """A linear that reads a value: node = value · weightᵀ + bias over one dimension of the value.
-
-    weight_arg, bias_arg: names of schema arguments (bias_arg None: the op has no bias slot)
-    in_dim:               dimension of the weight that runs over the input features
-    groups:               of a convolution (0: it is none); its in_dim runs over the channels of one group
-    part:                 where weight_arg is a list, the weight's place in it
-    out_dims:             for each dimension of the weight but in_dim, the dimension of the node that it becomes; None:
-                          the last ones, as in the weight
-    takes_shift:          whether a value that does not depend on the row may be added to all rows: Wβ
-    lookup:               the op that reads a stack of weights, where each row has its own: `weight` is the stack then
-    """
-
-    node: Node
-    value: Node
-    weight: Node
-    bias: Node | None
-    weight_arg: str
-    bias_arg: str | None
-    in_dim: int
-    groups: int = 0
-    part: int | None = None
-    out_dims: tuple[int, ...] | None = None
-    takes_shift: bool = True
-    lookup: Node | None = None
-
-    @property
-    def unusual(self) -> bool:
-        """Whether it is a product other than rows times a weight, or looks its weight up."""
-        return self.part is not None or self.out_dims is not None or self.lookup is not None
-
-    @property
-    def holder(self) -> Node:
-        """The node whose argument `weight_arg` is the weight."""
-        return self.node if self.lookup is None else self.lookup
 
 
 LeafKind = Literal["parameter", "centred", "scaled", "piece", "embedding", "norm", "raw", "value"]
@@ -267,6 +232,7 @@ class Readers:
     padded:  of these, convolutions over the features that cannot take β: at a border they do not add all of Wβ
     shared:  readers whose weight is also read after another norm with other γ or β
     live:    values of parameters alone whose folds would be computed in every call
+    affine:  of a scaling and shift that belongs to no norm, the ops that compute it
     """
 
     norm: Norm
@@ -278,10 +244,18 @@ class Readers:
     live: frozenset[Node] = frozenset()
     axes: Mapping[Node, Axis] = field(default_factory=dict)
     computed: frozenset[Node] = frozenset()
+    affine: Affine | None = None
 
     @property
     def norms(self) -> tuple[Norm, ...]:
         return (self.norm,)
+
+    @property
+    def vectors(self) -> tuple[Node, ...]:
+        """The values of parameters that γ and β are."""
+        if self.affine is not None:
+            return self.affine.operands
+        return tuple(vector for vector in (self.norm.weight, self.norm.bias) if vector is not None)
 
     def of_parameters(self) -> Readers:
         """The readers, of which only those may take γ and β on whose weights parameters alone decide.
@@ -368,6 +342,7 @@ class Composed:
     nodes: tuple[Node, ...]
     live: tuple[Node, ...] = ()
     obstacle: str = ""
+    kind: ClassVar[str] = "Weight"
 
     @property
     def norms(self) -> tuple[Composed, ...]:
@@ -380,8 +355,10 @@ class Sites:
 
     norms: tuple[Norm, ...]
     streams: tuple[Stream, ...] = ()
+    affines: tuple[Readers, ...] = ()
     readers: Mapping[Norm, Readers] = field(default_factory=dict)
     scaled: Mapping[Norm, Scaled] = field(default_factory=dict)
     residuals: tuple[Residual, ...] = ()
     composed: tuple[Composed, ...] = ()
+    pairs: tuple[Pair, ...] = ()
     batch_norms: tuple[BatchNorm, ...] = ()

@@ -11,8 +11,10 @@ from normfx.ir.sites import Sites
 from normfx.recognize.batch import find_batch_norms
 from normfx.recognize.composed import find_composed
 from normfx.recognize.norms import find_norms
+from normfx.recognize.pairs import find_pairs
 from normfx.recognize.readers import find_all_readers, find_scaled
 from normfx.recognize.residual import find_residuals
+from normfx.recognize.scalings import find_scalings, told
 from normfx.recognize.stream import find_streams
 
 
@@ -22,13 +24,19 @@ def recognize(facts: Facts, name: Callable[[Node], str], source: Callable[[Node]
     name, source: module path and source line of a node ("" when unknown); modules: norms will be modules of torch.nn
     """
     norms = find_norms(facts.graph, facts.parameters, name, source, facts.written, modules)
+    scalings = {} if modules else find_scalings(facts, norms, name, source)
+    over = [norm for norm in norms if norm.kind != "BatchNorm"]
+    readers = find_all_readers(facts, [*over, *scalings], not modules, scalings)
+    affines = tuple(told(scalings, readers, norms))
     scaled = {norm: found for norm in norms if (found := find_scaled(norm, facts)) is not None}
     return Sites(
-        norms=norms,
+        norms=tuple(sorted((*norms, *(site.norm for site in affines)), key=lambda norm: norm.output)),
         streams=find_streams(facts, norms),
-        readers=find_all_readers(facts, [n for n in norms if n.kind != "BatchNorm"], not modules),
+        affines=affines,
+        readers={norm: readers[norm] for norm in over},
         scaled=scaled,
         residuals=tuple(find_residuals(facts, norms, scaled.values())),
         batch_norms=tuple(find_batch_norms(facts, norms)),
         composed=tuple(find_composed(facts)),
+        pairs=tuple(find_pairs(facts)),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from normfx.graph.nodes import (
     shape,
     value,
 )
+from normfx.ir.affine import Affine
 from normfx.ir.sites import Axis, Linear, Norm, Readers, Scaled
 from normfx.recognize.axes import reshape_axis
 from normfx.recognize.flow import CASTS, CONVOLUTIONS, PARTS, RESHAPES, Constants, flow
@@ -45,21 +46,25 @@ token scales."""
 NUMBER_SCALES = frozenset({"aten::mul.Tensor", "aten::mul.Scalar", "aten::div.Tensor", "aten::div.Scalar"})
 
 
-def find_all_readers(facts: Facts, norms: Iterable[Norm], convolutions: bool = True) -> dict[Norm, Readers]:
+def find_all_readers(
+    facts: Facts, norms: Iterable[Norm], convolutions: bool = True, scalings: Mapping[Norm, Affine] | None = None
+) -> dict[Norm, Readers]:
     """Readers of each norm, with the weights that norms of different γ or β share.
 
     Rows of a norm are no weight of another's reader (a product of queries and keys): they too would lose γ and β.
 
     convolutions: they may take γ and β (a norm over channels is seldom a module of torch.nn itself)
+    scalings: what those among the norms that are none do
     """
     constants = Constants(facts.written)
     found = {norm: find_readers(norm, facts, constants, convolutions) for norm in norms}
     rows = frozenset(node for readers in found.values() for node in readers.axes)
     found = {norm: readers.without_weights(rows) for norm, readers in found.items()}
-    affines: dict[Node, set[tuple[Node | None, Node | None]]] = {}
+    affines: dict[Node, set[object]] = {}
     for norm, readers in found.items():
+        own = (scalings or {}).get(norm, (norm.weight, norm.bias))
         for linear, _, _ in readers.linears:
-            affines.setdefault(linear.weight, set()).add((norm.weight, norm.bias))
+            affines.setdefault(linear.weight, set()).add(own)
     for norm, readers in found.items():
         shared = tuple(linear.node for linear, _, _ in readers.linears if len(affines[linear.weight]) > 1)
         found[norm] = replace(readers, shared=shared)
@@ -203,7 +208,8 @@ def looked_up_reader(
     A β stays: each row would need the Wβ of its own weight.
     """
     found = product(user, node, axis.dim)
-    if found is None or norm.bias is not None or norm.weight is None or occurrences(user, node) != 1:
+    alone = norm.kind != "Affine" and norm.bias is None and norm.weight is not None
+    if found is None or not alone or norm.weight is None or occurrences(user, node) != 1:
         return None
     weight, reader, inside = found.weight, user, Axis(found.in_dim, axis.size * axis.inner)
     while weight not in facts.parameters:

@@ -17,6 +17,7 @@ from normfx.rules import (
     fold_scale,
     fuse_residual_norm,
     linear_norm,
+    merge_linears,
     pre_rms_norm,
 )
 from normfx.rules.rule import Rule
@@ -34,6 +35,7 @@ _OWN: tuple[Rule[Any], ...] = (  # each rule has its own kind of site
     fuse_residual_norm.RULE,
     bake_weights.RULE,
     fold_batch_norm.RULE,
+    merge_linears.RULE,
 )
 
 

@@ -2,6 +2,10 @@
 
     W (γ⊙z + β)·k + c  ==  (W·γ)(k·z) + (k·Wβ + c)        z is the normalised row, k a number on the way
 
+Nothing is asked of z, so the same moves γ and β of DyT, tanh(αx)·γ + β, and γ of any value that is scaled by a vector.
+β moves only where z is known to be of about 1: a large z and a β that takes most of it away again (a BatchNorm written
+out) leave W z with errors that W (γ⊙z + β) does not have (docs/design-notes.md, "BatchNorm").
+
 Not for weights stored in half precision: with W·γ rounded to bfloat16 the error against float64 of 24 small models was
 0.98 to 1.92 times eager's own; with γ left in the norm and the writers centred, 0.77 to 1.17 times. Under autocast
 eager rounds W and c too, but c + Wβ can be much longer than c, and than the errors of y: with a mean in W and β its
@@ -41,7 +45,7 @@ def identity(symbols: Symbols, d: int) -> Iterable[tuple[Any, Any]]:
 
 
 def candidates(sites: Sites, so_far: SoFar) -> Iterable[Readers]:
-    return sites.readers.values()
+    return (*sites.readers.values(), *sites.affines)
 
 
 def guard(site: Readers, so_far: SoFar) -> Iterator[Objection]:
@@ -52,7 +56,7 @@ def objections(site: Readers) -> Iterator[Objection]:
     """γ and β can move only if every reader is a linear or convolution over the norm's features, with a floating
     weight."""
     norm = site.norm
-    if norm.obstacle:
+    if norm.obstacle and site.affine is None:
         yield "opaque_norm", norm.obstacle, (norm.output,)
         return
     if norm.axis is None:
@@ -61,6 +65,8 @@ def objections(site: Readers) -> Iterator[Objection]:
     if norm.weight is None and norm.bias is None:
         yield "no_affine", "", (norm.output,)
         return
+    if site.affine is not None and site.affine.terms and not site.affine.bounded:
+        yield "unbounded_shift", norm.input.name, (norm.input,)
     outputs = tuple(node for node in site.others if node.op == "output")
     if outputs:
         yield "returned", "", outputs
@@ -130,14 +136,19 @@ def cost(site: Readers) -> Cost:
 
 
 def _live(linear: Linear, site: Readers) -> bool:
-    return not site.live.isdisjoint(n for n in (linear.weight, site.norm.weight, site.norm.bias) if n is not None)
+    return not site.live.isdisjoint((linear.weight, *site.vectors))
 
 
 def rewrite(site: Readers, edit: Edit) -> None:
-    state = edit.norm(site.norm)
     for linear, axis, factor in site.linears:
-        edit.fold_reader(linear, axis, site.norm.weight, site.norm.bias, factor)
-    state.affine = False
+        gamma, beta = site.norm.weight, site.norm.bias
+        if site.affine is not None:
+            gamma, beta = edit.compose(site.affine, linear.node)
+        edit.fold_reader(linear, axis, gamma, beta, factor)
+    if site.affine is not None:
+        edit.drop_affine(site.norm)
+    else:
+        edit.norm(site.norm).affine = False
 
 
 class _Read(nn.Module):
@@ -181,6 +192,17 @@ class _Statistics(nn.Module):
     def forward(self, x: torch.Tensor) -> Any:
         y, mean, _ = torch.native_layer_norm(x, [6], self.gain, None, 1e-5)
         return self.read(y), mean
+
+
+class _Shift(nn.Module):
+    """γ ⊙ x + β of a value of any size (the layers of ResMLP)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain, self.shift = nn.Parameter(torch.linspace(0.5, 1.5, 6)), nn.Parameter(torch.linspace(-1, 1, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.gain + self.shift
 
 
 class _Shared(nn.Module):
@@ -234,6 +256,10 @@ RULE = Rule(
             "none needed: γ stays in the norm; under bfloat16 autocast it is folded",
         ),
         "no_affine": Code("the norm has neither weight nor bias", "none needed"),
+        "unbounded_shift": Code(
+            "β is added to a value that may be large: moved, it would be added to a large product, which costs digits",
+            "none needed: β stays after a value of any size; it moves after a norm, or a function like tanh",
+        ),
         "returned": Code("the graph returns the norm's output", "none needed: γ and β stay in the norm"),
         "padded_reader": Code(
             "a convolution that pads with zeros, or a transposed one, reads its output: at a border it does not add "
@@ -256,6 +282,7 @@ RULE = Rule(
     counterexamples=(
         Example("padded convolution", lambda: _Read("convolution"), _input, "padded_reader"),
         Example("padded rows", lambda: _Read("padding"), _input, "reader_not_linear"),
+        Example("shift of any value", lambda: _Read(norm=_Shift()), _input, "unbounded_shift"),
         Example("nonlinear reader", lambda: _Read("activation"), _input, "reader_not_linear"),
         Example("returned", lambda: _Read("output"), _input, "returned"),
         Example("packed", lambda: _Read("packed"), _input, "packed_weight"),

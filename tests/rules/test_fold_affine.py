@@ -164,13 +164,14 @@ return [%3]
             After("read"),
             """\
 norm: no_affine
+affine: applied
 add: no site
 x: f32[3, 4]
 %0 = layer_norm(x, dim=1, eps=1e-05): f32[3, 4]  # norm
 %1 = add(gamma, 1): f32[4]
-%2 = mul(%0, %1): f32[3, 4]
-%3 = add(%2, beta): f32[3, 4]
-%4 = linear(%3, read.weight, read.bias): f32[3, 5]
+%2 = fold_shift(read.weight, beta, bias=read.bias, dim=1): f32[5]
+%3 = scale_features(read.weight, %1, dim=1): f32[5, 4]
+%4 = linear(%0, %3, %2): f32[3, 5]
 %5 = tanh(%0): f32[3, 4]
 return [%4, %5]
 """,
