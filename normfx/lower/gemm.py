@@ -46,10 +46,10 @@ def onednn_is_faster() -> bool:
     if not onednn_works(torch.float32) or not mkl_backend.is_available():
         return False
     with torch.inference_mode(False), torch.no_grad():
-        x, weight, bias = _layer(torch.float32)
+        x, weight, bias = layer(torch.float32)
         mkl = onednn.mkl_pack(weight, ROWS)
         calls = packed_product(x, weight, bias), lambda: onednn.mkl_linear(x, mkl, weight, bias, ROWS)
-        own, other = least(FILE, "float32 packed, oneDNN and MKL", lambda: _best(*calls))
+        own, other = least(FILE, "float32 packed, oneDNN and MKL", lambda: best(*calls))
         return other / own > 1 / MARGIN
 
 
@@ -77,9 +77,9 @@ def _seconds(dtype: torch.dtype) -> tuple[float, float]:
     if not onednn_works(dtype):
         return float("inf"), 1.0
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
-        x, weight, bias = _layer(dtype)
+        x, weight, bias = layer(dtype)
         calls = packed_product(x, weight, bias), lambda: torch.addmm(bias, x, weight.t())
-        return least(FILE, f"{dtype}, packed and addmm", lambda: _best(*calls))
+        return least(FILE, f"{dtype}, packed and addmm", lambda: best(*calls))
 
 
 def onednn_works(dtype: torch.dtype) -> bool:
@@ -90,7 +90,7 @@ def onednn_works(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and onednn.multiplies_bfloat16())
 
 
-def _layer(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def layer(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     def ones(*shape: int) -> Tensor:
         return torch.ones(shape, dtype=dtype, device="cpu")  # whatever the default device is
 
@@ -103,7 +103,7 @@ def packed_product(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], Tens
     return lambda: linear(x, packed, bias, "none", [], "")
 
 
-def _best(one: Callable[[], Tensor], other: Callable[[], Tensor]) -> tuple[float, float]:
+def best(one: Callable[[], Tensor], other: Callable[[], Tensor]) -> tuple[float, float]:
     """Seconds of each call, the least of several turns."""
     best = [float("inf")] * 2
     start = time.perf_counter()

@@ -262,7 +262,7 @@ def test_in_a_cpp_wrapper() -> None:
 def test_the_measurement_is_on_the_cpu() -> None:
     """Whatever the default device is when a model is compiled."""
     with torch.device("meta"):
-        assert {tensor.device.type for tensor in gemm._layer(torch.float32)} == {"cpu"}
+        assert {tensor.device.type for tensor in gemm.layer(torch.float32)} == {"cpu"}
 
 
 def test_a_torch_without_onednn() -> None:
