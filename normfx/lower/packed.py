@@ -19,10 +19,9 @@ from torch.fx import GraphModule, Node
 from normfx.compat import onednn
 from normfx.graph.aliasing import escaping, storages_of
 from normfx.graph.calls import add_call
-from normfx.graph.nodes import BAKED, entries, extent, parameter_only, shape, size_hint, tensor
+from normfx.graph.nodes import BAKED, parameter_only, tensor
 from normfx.graph.regions import is_autocast
 from normfx.ir.ops import define
-from normfx.lower import rates
 from normfx.lower.gemm import packed_is_faster
 from normfx.lower.linear import Product, linear_product
 from normfx.weights.handles import value_of
@@ -33,9 +32,6 @@ ROWS = 128
 
 LEAST = {torch.float32: 2**16, torch.bfloat16: 2**15}
 """Entries of the smallest weights worth packing: the call itself costs 10 µs more than a plain product."""
-
-LEAST_MEASURED = 2**24
-"""Floating-point operations of the smallest float32 products whose class is measured; smaller ones go by the dtype."""
 
 
 @functools.cache
@@ -86,7 +82,7 @@ def pack_linears(gm: GraphModule, free: frozenset[Node], plain_row: Callable[[to
         fake = tensor(weight)
         if storages[weight] & outside or not (weight in free or weight in kept) or not packed_is_faster(fake.dtype):
             continue
-        if (product.of_one_row and plain_row(fake.dtype)) or not _class_is_faster(product):
+        if product.of_one_row and plain_row(fake.dtype):
             continue
         form = weight, out, 1 if product.of_one_row else ROWS
         if form not in packs:
@@ -119,18 +115,3 @@ def unpack(gm: GraphModule, node: Node) -> None:
 def _is_large(product: Product) -> bool:
     fake = tensor(product.weight)
     return fake.numel() >= LEAST.get(fake.dtype, float("inf"))
-
-
-def _class_is_faster(product: Product) -> bool:
-    """Whether packing pays for float32 products of this size, as far as they are large enough for it to be measured."""
-    weight, rows = tensor(product.weight), size_hint(entries(shape(product.x)[:-1]), (product.x,))
-    inner, columns = (size_hint(extent(n), (product.weight,)) for n in _sizes(product))
-    if weight.dtype != torch.float32 or rows <= rates.FEW_ROWS or 2 * rows * inner * columns < LEAST_MEASURED:
-        return True
-    return rates.packed_is_faster(rates.Product(rows, inner, columns, False, not product.out))
-
-
-def _sizes(product: Product) -> tuple[int | torch.SymInt, int | torch.SymInt]:
-    """Input and output features."""
-    of_weight = shape(product.weight)
-    return of_weight[1 - product.out], of_weight[product.out]

@@ -40,10 +40,6 @@ ROW_IN, ROW_OUT = 1024, 4096
 ROW_MARGIN = 1.1
 """A plain weight may be so much slower than a packed one: it takes no memory."""
 
-FILE_PACKED = "packed-products"
-PACKED_MARGIN = 1.08
-"""A product by a packed weight has to be so much faster: MARGIN, and the 10 µs that a call of the op costs more."""
-
 MOST = 2**32
 """Floating-point operations of the largest product that is measured."""
 
@@ -93,11 +89,6 @@ def wide_is_faster(product: Product) -> bool:
     return _ratio(FILE_WIDE, product, lambda of_class: _measure(of_class, torch.bfloat16, wide)) >= WIDE_MARGIN
 
 
-def packed_is_faster(product: Product) -> bool:
-    """Whether oneDNN's products by float32 weights packed beforehand beat ATen's of this class, by PACKED_MARGIN."""
-    return _ratio(FILE_PACKED, product, _measure_packed) >= PACKED_MARGIN
-
-
 def _ratio(file: str, product: Product, measure: Callable[[Product], float]) -> float:
     """ATen's time divided by that of another way to multiply, for products of this class; measured once."""
     of_class = _class(product)
@@ -143,18 +134,6 @@ def _measure(
         count = math.ceil(READ_BYTES / (a.element_size() * inner * columns)) if rows <= FEW_ROWS else 1
         copies = [_matrix(inner, columns, b_transposed, dtype) for _ in range(count)]
         plain, own = _best(lambda: _each(torch.mm, a, copies), lambda: _each(other, a, copies))
-    return plain / own
-
-
-def _measure_packed(product: Product) -> float:
-    """ATen's time divided by that of packed weights, by weights that no cache holds, as a model's are."""
-    rows, inner, columns, a_transposed, b_transposed = product
-    with disable_current_modes(), torch.inference_mode(False), torch.no_grad():
-        a = _matrix(rows, inner, a_transposed)
-        count = math.ceil(READ_BYTES / (8 * inner * columns))
-        weights = [_matrix(inner, columns, b_transposed) for _ in range(count)]
-        packs = [pack(weight.t().contiguous(), rows) for weight in weights]
-        plain, own = _best(lambda: _each(torch.mm, a, weights), lambda: _each(_linear, a, packs))
     return plain / own
 
 
