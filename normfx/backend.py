@@ -315,7 +315,10 @@ def _fold(work: Work) -> None:
     """Folds of parameters that need no gradient leave the graph: their values are kept."""
     settings = work.settings
     plain_row = plain_rows(inductor_options(settings.mode, settings.inductor), settings.products)
-    work.folding, work.memory = keep_folds_outside(work.captured, settings, not work.freezes, work.values, plain_row)
+    widens = settings.products == "auto"
+    work.folding, work.memory = keep_folds_outside(
+        work.captured, settings, not work.freezes, widens, work.values, plain_row
+    )
 
 
 def _store(work: Work) -> None:

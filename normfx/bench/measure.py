@@ -95,6 +95,9 @@ VARIANTS = {
     "normfx-frozen": Variant("normfx", {"strict": True, "fold": "frozen"}, trains=False),
     "inductor-reduce-overhead": Variant("inductor", asked=True, mode="reduce-overhead"),
     "inductor-max-autotune": Variant("inductor", asked=True, mode="max-autotune"),
+    "inductor-freezing-max-autotune": Variant(
+        "inductor", {"freezing": True, "max_autotune": True}, trains=False, asked=True
+    ),
     "normfx-reduce-overhead": Variant("normfx", {"strict": True, "mode": "reduce-overhead"}, asked=True),
     "normfx-max-autotune": Variant("normfx", {"strict": True, "mode": "max-autotune"}, asked=True),
     "normfx-triton": Variant("normfx", _TRITON, asked=True),

@@ -25,6 +25,8 @@ from normfx.compat.tensors import storage_key
 from normfx.graph.nodes import bytes_of, entries, op_name, shape, size_hint, tensor, value
 from normfx.lower.gemm import packed_gain
 from normfx.lower.packed import PACK, PACKED_LINEAR, unpack
+from normfx.lower.wide import is_wide, may_be_wide, narrow
+from normfx.lower.wide_speed import products_gain
 from normfx.weights.budget import budget
 from normfx.weights.kept import Kept
 from normfx.weights.store import STORE
@@ -66,7 +68,7 @@ def beyond(graph: Graph, free: Iterable[Node], room: Rooms, values: Mapping[Node
     known = {identity.storage for entry in STORE.entries() for identity in entry.identities}
     sizes: dict[torch.device, dict[Node, int]] = {}
     for node in free:
-        size = _size(node)
+        size = _size(node) * (2 if may_be_wide(node) else 1)
         if size > SMALL and tensor(node).ndim > 1 and not is_table(node):
             held = node in values and storage_key(storage_of(values[node])) in known
             sizes.setdefault(tensor(node).device, {})[node] = 0 if held else size
@@ -103,7 +105,9 @@ def chosen(
         if sum(new.values()) > room(device):
             left += overflow(new, {item: gain(item) / max(1, size) for item, size in new.items()}, room(device))
     for item in left:
+        weight = _weight(item.node)
         unpack(gm, item.node)
+        narrow(gm, weight)
     if left:
         gm.graph.lint()
         gm.recompile()
@@ -125,11 +129,25 @@ def gain(item: Kept) -> float:
     """Seconds per call that keeping a value is predicted to save."""
     ops = _computed(item)
     folding = sum(LAUNCH + 2 * _size(node) / BANDWIDTH for node in ops if node.target is not PACK)
-    users = [user for user in item.node.users if user.target is PACKED_LINEAR]
-    weight = item.node.args[0] if item.node.target is PACK else item.node
-    assert isinstance(weight, Node)
+    weight = _weight(item.node)
+    packed = [user for user in item.node.users if user.target is PACKED_LINEAR]
     size = size_hint(entries(shape(weight)), (weight,))
-    return folding + sum(_rows_of(user.args[0]) * size * packed_gain(tensor(weight).dtype) for user in users)
+    saved = sum(map(_rows_read, packed)) * packed_gain(tensor(weight).dtype)
+    if is_wide(weight):
+        saved += sum(map(_rows_read, packed or item.node.users)) * products_gain()
+    return folding + size * saved
+
+
+def _weight(node: Node) -> Node:
+    """The weight that a kept value is, or is packed from."""
+    weight = node.args[0] if node.target is PACK else node
+    assert isinstance(weight, Node)
+    return weight
+
+
+def _rows_read(product: Node) -> int:
+    """Rows of the activation that a linear layer reads; `addmm` has the bias before it."""
+    return _rows_of(product.args[int(op_name(product) == "aten::addmm")])
 
 
 def _computed(item: Kept) -> list[Node]:
@@ -180,6 +198,8 @@ def product_gain(weight: Node) -> float:
             work += user.users
         else:
             rows += sum(_rows_of(x) for x in user.all_input_nodes if x is not weight)
+    if may_be_wide(weight):
+        return rows * products_gain() / (2 * tensor(weight).element_size())
     return rows * packed_gain(tensor(weight).dtype) / tensor(weight).element_size()
 
 

@@ -16,6 +16,7 @@ from normfx.graph.nodes import tensor
 from normfx.lower.affordable import chosen
 from normfx.lower.hoist import Folding, hoist
 from normfx.lower.packed import PACK, pack_linears
+from normfx.lower.wide import widen
 from normfx.options import Options
 from normfx.weights.budget import budget
 from normfx.weights.kept import keepable, kept_values, records_gradients
@@ -31,16 +32,20 @@ def keep_folds_outside(
     captured: Captured,
     settings: Options,
     packs: bool,
+    widens: bool,
     values: Mapping[Node, torch.Tensor],
     plain_row: Callable[[torch.dtype], bool],
 ) -> tuple[Folding | None, Mapping[str, Any]]:
     """Take the folds out of the graph, as far as they fit into the memory that they may take.
 
     packs:     and the weights of its linear layers, where packed ones are faster
+    widens:    and let bfloat16 products and attention compute in float32, where that is faster
     plain_row: whether products of one row are as fast by weights of a dtype that are not packed
     Returns them and the fields of records.FoldReport that say what fitted.
     """
     gm, free = captured.graph_module, keepable_weights(captured, settings)
+    if widens:
+        widen(gm, free)
     if packs:
         pack_linears(gm, free, plain_row)
     devices = {tensor(node).device for node in free}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, library
@@ -19,10 +19,11 @@ from torch.fx import GraphModule, Node
 from normfx.compat import onednn
 from normfx.graph.aliasing import escaping, storages_of
 from normfx.graph.calls import add_call
-from normfx.graph.nodes import BAKED, arguments, entries, op_name, parameter_only, shape, tensor, value
+from normfx.graph.nodes import BAKED, parameter_only, tensor
 from normfx.graph.regions import is_autocast
 from normfx.ir.ops import define
 from normfx.lower.gemm import packed_is_faster
+from normfx.lower.linear import Product, linear_product
 from normfx.weights.handles import value_of
 from normfx.weights.kept import folded, records_gradients
 
@@ -61,19 +62,6 @@ library.register_fake(PACK, lambda weight, out, rows: weight.new_empty(1, dtype=
 library.register_fake(PACKED_LINEAR, lambda x, handle, bias, features: x.new_empty((*x.shape[:-1], features)))
 
 
-class Product(NamedTuple):
-    """A linear layer: x times a matrix whose output features lie along dimension `out`, plus a vector."""
-
-    x: Node
-    weight: Node
-    bias: Node | None
-    out: int
-
-    @property
-    def of_one_row(self) -> bool:
-        return bool(entries(shape(self.x)[:-1]) == 1)
-
-
 def pack_linears(gm: GraphModule, free: frozenset[Node], plain_row: Callable[[torch.dtype], bool]) -> None:
     """Let the linear layers of a graph multiply by packed weights, in place, where that is faster.
 
@@ -81,7 +69,7 @@ def pack_linears(gm: GraphModule, free: frozenset[Node], plain_row: Callable[[to
     plain_row: whether products of one row are as fast by weights of a dtype that are not packed
     """
     graph = gm.graph
-    products = {node: p for node in graph.nodes if (p := _product(node))}
+    products = {node: p for node in graph.nodes if (p := linear_product(node)) and _is_large(p)}
     if not products or is_autocast(graph) or records_gradients(graph):
         return
     known = parameter_only(graph, free)
@@ -124,23 +112,6 @@ def unpack(gm: GraphModule, node: Node) -> None:
     gm.graph.erase_node(node)
 
 
-def _product(node: Node) -> Product | None:
-    """A linear layer on the CPU, large enough, all of one dtype; under autocast its output has another."""
-    name = op_name(node)
-    if name not in ("aten::linear", "aten::addmm"):
-        return None
-    given = arguments(node)
-    if name == "aten::linear":
-        product = Product(given["input"], given["weight"], given["bias"], 0)
-    elif given["alpha"] == given["beta"] == 1:
-        product = Product(given["mat1"], given["mat2"], given["self"], 1)
-    else:
-        return None
-    x, weight, bias, result = map(value, (*product[:3], node))
-    if x is None or weight is None or result is None or x.ndim < 2 or weight.ndim != 2:
-        return None
-    if bias is not None and bias.shape != (weight.shape[product.out],):
-        return None
-    tensors = [x, weight, result, *([bias] if bias is not None else [])]
-    same = all(t.dtype == weight.dtype and t.device.type == "cpu" for t in tensors)
-    return product if same and weight.numel() >= LEAST.get(weight.dtype, float("inf")) else None
+def _is_large(product: Product) -> bool:
+    fake = tensor(product.weight)
+    return fake.numel() >= LEAST.get(fake.dtype, float("inf"))

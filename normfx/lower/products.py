@@ -1,7 +1,8 @@
-"""Let Inductor's float32 products on the CPU run on the faster of two libraries, shape by shape.
+"""Let Inductor's products on the CPU run the faster of two ways, shape by shape.
 
 ATen multiplies float32 matrices by the BLAS library that torch was built with (on x86 MKL). oneDNN multiplies them too,
-and which of the two is faster depends on the processor, the shape and the layout. Kept and frozen weights are packed
+and which of the two is faster depends on the processor, the shape and the layout. Bfloat16 matrices are multiplied as
+they are, or in float32 and rounded once (lower/wide.py says why that is as exact). Kept and frozen weights are packed
 for oneDNN before AOTAutograd (lower/packed.py, lower/gemm.py). All other products are in the graphs that Inductor
 lowers: those of a training step, forward and backward, and those with weights that the graph computes. This pass
 runs after all of Inductor's own passes, so that decompositions, the partition into forward and backward, and fusions
@@ -50,7 +51,24 @@ ADDMM = define("addmm(Tensor bias, Tensor a, Tensor b) -> Tensor", _addmm, "CPU"
 library.register_fake(MM, lambda a, b: a.new_empty(a.shape[0], b.shape[1]))
 library.register_fake(ADDMM, lambda bias, a, b: a.new_empty(a.shape[0], b.shape[1]))
 
-REPLACED = {torch.ops.aten.mm.default: MM, torch.ops.aten.addmm.default: ADDMM}
+
+def _wide_mm(a: Tensor, b: Tensor) -> Tensor:
+    return rates.wide(a, b) if a.numel() and b.numel() else torch.mm(a, b)
+
+
+def _wide_addmm(bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return rates.wide(a, b, bias) if a.numel() and b.numel() else torch.addmm(bias, a, b)
+
+
+WIDE_MM = define("wide_mm(Tensor a, Tensor b) -> Tensor", _wide_mm, "CPU", _TAGS)
+WIDE_ADDMM = define("wide_addmm(Tensor bias, Tensor a, Tensor b) -> Tensor", _wide_addmm, "CPU", _TAGS)
+library.register_fake(WIDE_MM, lambda a, b: a.new_empty(a.shape[0], b.shape[1]))
+library.register_fake(WIDE_ADDMM, lambda bias, a, b: a.new_empty(a.shape[0], b.shape[1]))
+
+REPLACED = {
+    torch.float32: {torch.ops.aten.mm.default: MM, torch.ops.aten.addmm.default: ADDMM},
+    torch.bfloat16: {torch.ops.aten.mm.default: WIDE_MM, torch.ops.aten.addmm.default: WIDE_ADDMM},
+}
 
 
 def with_products(patches: Mapping[str, Any], products: str = "auto") -> dict[str, Any]:
@@ -100,9 +118,12 @@ class FasterProducts(CustomGraphPass):
         for run in self.first:
             run(graph)
         for node in graph.nodes:
-            product = _product(node)
+            product = _product(node, torch.float32)
             if product is not None and (not self.measured or rates.onednn_is_faster(product)):
-                node.target = REPLACED[node.target]
+                node.target = REPLACED[torch.float32][node.target]
+            product = _product(node, torch.bfloat16) if self.measured else None
+            if product is not None and product.rows > rates.FEW_ROWS and rates.wide_is_faster(product):
+                node.target = REPLACED[torch.bfloat16][node.target]
 
     def uuid(self) -> Any:
         """What Inductor's caches know the pass by; None, as a user's pass may answer, switches them off."""
@@ -115,12 +136,12 @@ def _digest() -> str:
     return hashlib.sha256(source.encode()).hexdigest()
 
 
-def _product(node: Node) -> Product | None:
-    """A float32 product of two matrices on the CPU, plus a vector or not, of known sizes and worth a look."""
-    if node.target not in REPLACED or node.kwargs:
+def _product(node: Node, dtype: torch.dtype) -> Product | None:
+    """A product of two matrices of a dtype on the CPU, plus a vector or not, of known sizes and worth a look."""
+    if node.target not in REPLACED[dtype] or node.kwargs:
         return None
     values: list[Any] = [arg.meta.get("val") if isinstance(arg, Node) else None for arg in node.args]
-    if not all(isinstance(v, Tensor) and v.dtype == torch.float32 and v.device.type == "cpu" for v in values):
+    if not all(isinstance(v, Tensor) and v.dtype == dtype and v.device.type == "cpu" for v in values):
         return None
     *bias, a, b = values
     if bias and (bias[0].ndim != 1 or bias[0].shape[0] != b.shape[1]):

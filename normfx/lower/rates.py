@@ -1,4 +1,6 @@
-"""Which library multiplies two float32 matrices faster on this machine: measured once for each class of shapes.
+"""How two matrices are multiplied faster on this machine: measured once for each class of shapes.
+
+Float32 matrices by ATen or by oneDNN, bfloat16 ones as they are or in float32.
 
 A class has sizes rounded to powers of two and the layouts of both operands; rows and columns of large products count as
 fewer, which changes the time but hardly the rate. Few rows, as when a model decodes a token at a time, take as long as
@@ -28,6 +30,10 @@ SECONDS = 0.2
 """A class is measured for at most so many rounds, and after the third one for at most so long."""
 
 MARGIN = 1.05
+
+FILE_WIDE = "wide-products"
+WIDE_MARGIN = 1.1
+"""A product of bfloat16 matrices in float32 has to be so much faster: it takes memory for three float32 matrices."""
 
 FILE_ROW = "row"
 ROW_IN, ROW_OUT = 1024, 4096
@@ -68,17 +74,32 @@ def _multiply() -> Any:
     return linear()
 
 
+def wide(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The product of bfloat16 matrices, plus a vector for each row, in float32 by oneDNN, rounded once."""
+    return onednn(a.float(), b.float(), None if bias is None else bias.float()).bfloat16()
+
+
 def onednn_is_faster(product: Product) -> bool:
-    """Whether oneDNN beats ATen at products of this class, by MARGIN."""
+    """Whether oneDNN beats ATen at float32 products of this class, by MARGIN."""
+    return _ratio(FILE, product, lambda of_class: _measure(of_class)) >= MARGIN
+
+
+def wide_is_faster(product: Product) -> bool:
+    """Whether bfloat16 products of this class are faster in float32, casts included, by WIDE_MARGIN."""
+    return _ratio(FILE_WIDE, product, lambda of_class: _measure(of_class, torch.bfloat16, wide)) >= WIDE_MARGIN
+
+
+def _ratio(file: str, product: Product, measure: Callable[[Product], float]) -> float:
+    """ATen's time divided by that of another way to multiply, for products of this class; measured once."""
     of_class = _class(product)
     key = " ".join(map(str, map(int, of_class)))
     with measurements.LOCK:
-        known = measurements.read(FILE)
+        known = measurements.read(file)
         if not isinstance(known.get(key), float):
-            known[key] = _measure(of_class)
-            measurements.write(FILE, known)
+            known[key] = measure(of_class)
+            measurements.write(file, known)
         ratio: float = known[key]
-        return ratio >= MARGIN
+        return ratio
 
 
 def measured() -> dict[Product, float]:
@@ -103,14 +124,16 @@ def _class(product: Product) -> Product:
     return product._replace(rows=rows, inner=inner, columns=columns)
 
 
-def _measure(product: Product) -> float:
-    """ATen's time divided by oneDNN's, best of several interleaved rounds."""
+def _measure(
+    product: Product, dtype: torch.dtype = torch.float32, other: Callable[[Tensor, Tensor], Tensor] = onednn
+) -> float:
+    """ATen's time divided by the other's, best of several interleaved rounds."""
     rows, inner, columns, a_transposed, b_transposed = product
     with disable_current_modes(), torch.inference_mode(False), torch.no_grad():
-        a = _matrix(rows, inner, a_transposed)
-        count = math.ceil(READ_BYTES / (4 * inner * columns)) if rows <= FEW_ROWS else 1
-        copies = [_matrix(inner, columns, b_transposed) for _ in range(count)]
-        plain, own = _best(lambda: _each(torch.mm, a, copies), lambda: _each(onednn, a, copies))
+        a = _matrix(rows, inner, a_transposed, dtype)
+        count = math.ceil(READ_BYTES / (a.element_size() * inner * columns)) if rows <= FEW_ROWS else 1
+        copies = [_matrix(inner, columns, b_transposed, dtype) for _ in range(count)]
+        plain, own = _best(lambda: _each(torch.mm, a, copies), lambda: _each(other, a, copies))
     return plain / own
 
 
@@ -154,8 +177,8 @@ def _best(*calls: Callable[[], None]) -> tuple[float, float]:
     return best[0], best[1]
 
 
-def _matrix(rows: int, columns: int, transposed: bool) -> Tensor:
+def _matrix(rows: int, columns: int, transposed: bool, dtype: torch.dtype = torch.float32) -> Tensor:
     """Ones, whatever the default device and dtype are."""
     shape = (columns, rows) if transposed else (rows, columns)
-    made = torch.ones(shape, dtype=torch.float32, device="cpu")
+    made = torch.ones(shape, dtype=dtype, device="cpu")
     return made.t() if transposed else made

@@ -262,7 +262,7 @@ def test_in_a_cpp_wrapper() -> None:
 def test_the_measurement_is_on_the_cpu() -> None:
     """Whatever the default device is when a model is compiled."""
     with torch.device("meta"):
-        assert {tensor.device.type for tensor in gemm._layer(torch.float32)} == {"cpu"}
+        assert {tensor.device.type for tensor in gemm.layer(torch.float32)} == {"cpu"}
 
 
 def test_a_torch_without_onednn() -> None:
@@ -296,3 +296,15 @@ assert seen[0].report.sites[0].rules and "packed" not in str(seen[0].graph_modul
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this torch was built without MKL")
+def test_packed_forms_are_compared_by_weights_from_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many weights in turn, not one that stays in a cache."""
+    found: list[list[Tensor]] = []
+    monkeypatch.setattr(gemm, "least", lambda file, key, measure: measure())
+    monkeypatch.setattr(gemm, "best", lambda *calls: (found.extend(call() for call in calls), (1.0, 1.0))[1])
+    assert gemm.onednn_is_faster.__wrapped__()  # where both are equal, oneDNN's takes less memory
+    assert len(found) == 2 and gemm.COPIES * gemm.IN * gemm.OUT * 4 >= 2**25
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)

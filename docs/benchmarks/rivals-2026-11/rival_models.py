@@ -29,5 +29,45 @@ def vit(batch: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
     return perturbed(model), (torch.randn(batch, 3, 224, 224),)
 
 
-def _text(model: Any, batch: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    return perturbed(Logits(model, ("input_ids",))), (torch.randint(VOCABULARY, (batch, 256)),)
+def neox(batch: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    config = transformers.GPTNeoXConfig(
+        hidden_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=12,
+        intermediate_size=3072,
+        vocab_size=VOCABULARY,
+        use_cache=False,
+    )
+    return _text(transformers.GPTNeoXForCausalLM(config), batch, 128)
+
+
+def llama(batch: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    config = transformers.LlamaConfig(
+        hidden_size=512,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        intermediate_size=1376,
+        vocab_size=VOCABULARY,
+        use_cache=False,
+    )
+    return _text(transformers.LlamaForCausalLM(config), batch, 128)
+
+
+def esm(batch: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    config = transformers.EsmConfig(
+        vocab_size=33,
+        hidden_size=320,
+        num_hidden_layers=6,
+        num_attention_heads=20,
+        intermediate_size=1280,
+        pad_token_id=1,
+        mask_token_id=32,
+        position_embedding_type="rotary",
+        token_dropout=False,
+    )
+    model = transformers.EsmForMaskedLM(config)
+    return perturbed(Logits(model, ("input_ids",))), (torch.randint(4, 24, (batch, 256)),)
+
+
+def _text(model: Any, batch: int, tokens: int = 256) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    return perturbed(Logits(model, ("input_ids",))), (torch.randint(VOCABULARY, (batch, tokens)),)
