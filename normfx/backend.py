@@ -13,8 +13,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.fx import GraphModule, Node
 
+from normfx.agreement import together
 from normfx.allocator import keep_freed_memory, keeps_freed_memory, memory_line
-from normfx.apply import apply_plan
+from normfx.apply import apply_plan, count_folds
 from normfx.capture.cleanup import drop_dead_code
 from normfx.capture.functionalize import functionalize_local
 from normfx.capture.simplify import drop_identities, read_joined, read_parts
@@ -23,7 +24,6 @@ from normfx.capture.trace import Captured, capture
 from normfx.checks.verify import Checked, verify
 from normfx.compat.dynamo import compile_id
 from normfx.dynamo import explained, function, handed_on
-from normfx.edit.fusion import centres_output
 from normfx.edit.writer import Rewritten
 from normfx.environment import environment
 from normfx.errors import NormfxError, NormfxWarning, StageError, crash_note, stage_warning
@@ -31,7 +31,6 @@ from normfx.graph.aliasing import mutated
 from normfx.graph.facts import facts_of
 from normfx.graph.names import module_path, source_line
 from normfx.graph.recompute import keep_folds
-from normfx.ir import ops
 from normfx.ir.sites import Sites
 from normfx.logs import say
 from normfx.lower import choice
@@ -53,7 +52,6 @@ from normfx.recognize import recognize
 from normfx.records import Picture
 from normfx.report import FailureReport, FoldReport, GraphReport, Report, graph_report
 from normfx.weights.kept import records_gradients
-from normfx.weights.live import live_folds
 from normfx.weights.native import start_native_library
 
 _listeners: list[Callable[[GraphReport], None]] = []
@@ -114,7 +112,10 @@ def _compile(
     freezes = is_frozen(settings.fold, patches)
     if settings.fold != "live":
         start_native_library()
-    ready = transform(gm, example_inputs, settings, freezes)
+    ready, why = together(gm, repr(settings), lambda: transform(gm, example_inputs, settings, freezes))
+    if why:
+        failure = FailureReport("agree", why)
+        ready = Transformed(gm, replace(ready.report, sites=(), failure=failure))
     changed = ready.graph_module is not gm
     with explained(crash_note("compile", changed)):
         if changed:
@@ -169,6 +170,11 @@ class Transformed:
     folding: Folding | None = None
     weights: frozenset[Node] = frozenset()
     memory: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def decided(self) -> str:
+        """What was done to each norm, for other processes to compare."""
+        return str([site.rules for site in self.report.sites])
 
 
 @dataclass(eq=False)
@@ -302,7 +308,7 @@ def _tell(work: Work) -> None:
     """The report of what was done."""
     weights, plan, done = work.captured.weights, work.plan, work.done
     after, lines = work.text() if plan.changes else (work.before, work.lines)
-    counts = _count_folds(work.canonical, weights)
+    counts = count_folds(work.canonical.graph, weights)
     report = graph_report(plan, work.before, after, module_path, counts, work.seconds, work.names, work.excess)
     on = [work.lowered.of.get(done.written.get(norm)) for norm in plan.norms]
     report = report.with_lowering(on, work.lowered.kernels)
@@ -392,9 +398,3 @@ def transform_canonical(
     work.captured = captured
     _run(work, exported=True)
     return work.plan.changes, work.report
-
-
-def _count_folds(gm: GraphModule, weights: frozenset[Any]) -> tuple[int, int]:
-    folds = live_folds(gm.graph, [n for n in gm.graph.nodes if n in weights])
-    centrings = [n for n in gm.graph.nodes if n.target in (ops.CENTER, ops.COMPRESS) and n not in folds]
-    return len(folds), len(centrings) + sum(map(centres_output, gm.graph.nodes))

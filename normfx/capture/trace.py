@@ -28,6 +28,7 @@ from torch.fx.graph import CodeGen
 from torch.fx.node import map_arg
 
 from normfx.capture.cleanup import drop_dead_code, simplify_constants
+from normfx.capture.distributed import refake, written
 from normfx.capture.expand import expand_encoder_layers
 from normfx.capture.fakes import fake_inputs, fake_mode, isolated, mode_of, static_fake, without_hooks
 from normfx.capture.inline import inline_regions
@@ -158,6 +159,7 @@ class _Canonicaliser(torch.fx.Interpreter):
         self.carried = untraced(gm.graph)
         self.marked = self.carried - carried(gm.graph)
         self.fresh: dict[Node, Any] = {}
+        self.distributed: dict[Node, Any] = {}
         self.attributes: dict[str, torch.Tensor] = {}
 
     def prepare(self) -> None:
@@ -169,6 +171,8 @@ class _Canonicaliser(torch.fx.Interpreter):
             traced = any(user not in self.carried and user.op != "output" for user in node.users)
             if _is_plain(value) or (traced and is_plain_value(value)):
                 self.fresh[node] = pytree.tree_map(self._refake, value)
+            elif (fake := refake(value, self._refake)) is not None:
+                self.distributed[node] = fake
         for node in self.graph.find_nodes(op="get_attr"):
             path = str(node.target)
             tensor = self.fetch_attr(path)
@@ -228,7 +232,7 @@ class _Canonicaliser(torch.fx.Interpreter):
             result = args[0].requires_grad_(*args[1:], **kwargs) if n.target == REQUIRE_GRAD else GET_DATA(args[0])
         if result is args[0] and result.requires_grad == before:
             return result
-        return self._track(result, self._create(n, *self._arguments(n)))
+        return self._track(result, self._create(n, *self._arguments(n.args, n.kwargs)))
 
     def _switch_mode(self, n: Node, name: str) -> Any:
         """Keep the node and run it, out of make_fx's sight.
@@ -237,7 +241,7 @@ class _Canonicaliser(torch.fx.Interpreter):
         difference.
         """
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        proxy = self._create(n, *self._arguments(n))
+        proxy = self._create(n, *self._arguments(n.args, n.kwargs))
         with without_torch_function():
             if name == "_enter_autocast":
                 return _Opaque(proxy, n.target(*args, **kwargs))  # type: ignore[operator]
@@ -252,9 +256,13 @@ class _Canonicaliser(torch.fx.Interpreter):
         return _Opaque(proxy)
 
     def _carry(self, n: Node) -> Any:
-        proxy = self._create(n, *self._arguments(n), target=single_overload(n.target))
+        call = written(n) if n in self.distributed and n in self.marked else None
+        target, args = call or (single_overload(n.target), n.args)
+        proxy = self._create(n, *self._arguments(args, {} if call else n.kwargs), target=target)
         if n in self.marked and not isinstance(proxy.node.target, OpOverload):
             proxy.node.meta[CARRIED] = True
+        if n in self.distributed:
+            proxy.node.meta["val"] = self.distributed[n]
         if n not in self.fresh:
             return _Opaque(proxy)
         return self._track(self.fresh[n], proxy)
@@ -269,9 +277,9 @@ class _Canonicaliser(torch.fx.Interpreter):
             _keep_example_value(n.args[0], proxy.node.args[0])
         return proxy
 
-    def _arguments(self, n: Node) -> tuple[Any, Any]:
+    def _arguments(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The arguments of a node as proxies."""
-        args, kwargs = map_arg((n.args, n.kwargs), self._proxy)
+        args, kwargs = map_arg((args, kwargs), self._proxy)
         return args, kwargs
 
     def _proxy(self, n: Node) -> Any:
