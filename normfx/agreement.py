@@ -20,8 +20,8 @@ import torch.distributed as dist
 from torch.fx import GraphModule, Node
 
 from normfx.compat import pytree
-from normfx.compat.distributed import is_distributed, is_even, ranks_of, ranks_of_group, shared_store
-from normfx.compat.operators import OpOverload
+from normfx.compat.distributed import everyone, is_distributed, is_even, ranks_of, ranks_of_group, shared_store
+from normfx.compat.operators import OpOverload, OpOverloadPacket, namespace
 from normfx.errors import NormfxError
 from normfx.graph.regions import target_name
 
@@ -101,10 +101,14 @@ def _groups(gm: GraphModule) -> Iterator[frozenset[int]]:
     for value in _distributed(gm):
         yield ranks_of(value.device_mesh)
     for node in gm.graph.nodes:
-        if isinstance(node.target, OpOverload) and node.target.namespace.startswith("_c10d_functional"):
-            names = [arg for arg in node.args[1:] if isinstance(arg, str)]
-            if target_name(node).partition(".")[0] != "wait_tensor" and names:
-                yield ranks_of_group(names[-1])
+        if _space(node.target).startswith("_c10d_functional") and len(node.args) > 1:  # the group's name comes last
+            yield ranks_of_group(node.args[-1]) if isinstance(node.args[-1], str) else everyone()
+
+
+def _space(target: object) -> str:
+    if isinstance(target, OpOverload):
+        return target.namespace
+    return namespace(target) if isinstance(target, OpOverloadPacket) else ""
 
 
 def _distributed(gm: GraphModule) -> Iterator[Any]:

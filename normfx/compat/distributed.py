@@ -53,6 +53,11 @@ def ranks_of_group(name: Any) -> frozenset[int]:
     return frozenset(torch.distributed.get_process_group_ranks(group))
 
 
+def everyone() -> frozenset[int]:
+    """All processes."""
+    return frozenset(range(torch.distributed.get_world_size()))
+
+
 def is_even(value: Any) -> bool:
     """Whether all processes hold parts of the same size of a DTensor."""
     shape, sizes = list(value.shape), value.device_mesh.shape

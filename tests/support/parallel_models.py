@@ -17,15 +17,16 @@ WIDTH, HEADS, TOKENS, VOCABULARY = 16, 4, 16, 20
 class Block(nn.Module):
     """A pre-norm block; heads are counted by what the projections write, which may be a part of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.ln1, self.ln2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
-        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.size = width // HEADS
+        self.ln1, self.ln2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.ln1(x)
-        heads = (f(y).unflatten(-1, (-1, WIDTH // HEADS)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        heads = (f(y).unflatten(-1, (-1, self.size)).transpose(1, 2) for f in (self.q, self.k, self.v))
         x = x + self.o(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(-2))
         return x + self.down(F.gelu(self.up(self.ln2(x))))
 
@@ -33,14 +34,14 @@ class Block(nn.Module):
 class Model(nn.Module):
     """Embeddings, two blocks, a last norm and a head."""
 
-    def __init__(self, blocks: int = 2) -> None:
+    def __init__(self, blocks: int = 2, width: int = WIDTH) -> None:
         super().__init__()
-        self.embed, self.places = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(TOKENS, WIDTH)
-        self.blocks = nn.ModuleList(Block() for _ in range(blocks))
-        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY)
+        self.embed, self.places = nn.Embedding(VOCABULARY, width), nn.Embedding(TOKENS, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(blocks))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, VOCABULARY)
         torch.manual_seed(1)
         for parameter in self.parameters():  # means and outliers, and no γ of 1
-            nn.init.normal_(parameter, 0.3, 0.5)
+            nn.init.normal_(parameter, 0.3 / width**0.5, 2 / width**0.5)
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embed(ids) + self.places(torch.arange(ids.shape[1]))
