@@ -100,9 +100,16 @@ def _groups(gm: GraphModule) -> Iterator[frozenset[int]]:
     """The processes that take part in each call of a graph."""
     for value in _distributed(gm):
         yield ranks_of(value.device_mesh)
-    for node in gm.graph.nodes:
+    for node in _nodes(gm):
         if _space(node.target).startswith("_c10d_functional") and len(node.args) > 1:  # the group's name comes last
             yield ranks_of_group(node.args[-1]) if isinstance(node.args[-1], str) else everyone()
+
+
+def _nodes(gm: GraphModule) -> Iterator[Node]:
+    """The nodes of a graph and of the regions in it."""
+    for module in gm.modules():
+        if isinstance(module, GraphModule):
+            yield from module.graph.nodes
 
 
 def _space(target: object) -> str:
@@ -112,7 +119,7 @@ def _space(target: object) -> str:
 
 
 def _distributed(gm: GraphModule) -> Iterator[Any]:
-    for node in gm.graph.nodes:
+    for node in _nodes(gm):
         yield from filter(is_distributed, pytree.tree_leaves(node.meta.get("example_value")))
 
 
@@ -120,7 +127,7 @@ def _question(gm: GraphModule, given: str, ranks: Iterable[int]) -> str:
     """What processes have in common that run the same program: calls, numbers, and sizes of what is computed."""
     modes = [torch.is_grad_enabled(), *(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))]
     lines = [f"{sorted(ranks)} {modes} {given}"]
-    for node in gm.graph.nodes:
+    for node in _nodes(gm):
         name = "" if node.op == "placeholder" else target_name(node)
         numbers = [a for a in pytree.arg_tree_leaves(*node.args, **node.kwargs) if isinstance(a, (bool, int, float))]
         lines.append(f"{node.op} {name} {numbers} {_sizes(node)}")

@@ -62,6 +62,12 @@ def test_over_four_processes() -> None:
         assert found[case]["rules"]["pre_rms_norm"] == found[case]["norms"], case
 
 
+def test_a_plan_of_transformers() -> None:
+    pytest.importorskip("transformers", minversion="5.0")
+    found = run(2, "transformers")["transformers"]
+    assert found["rules"]["pre_rms_norm"] == found["norms"] == 5
+
+
 def test_compiled_by_inductor() -> None:
     """The processes agree before they compile (normfx/agreement.py)."""
     found = run(2, "tensor+inductor", "sequence+inductor", "by hand+inductor")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -173,6 +174,35 @@ def in_stages(compiled: bool) -> dict[str, Any]:
     return {**found, "norms of all stages": norms[0].item(), "converted": norms[1].item()}
 
 
+def from_the_hub(compiled: bool) -> dict[str, Any]:
+    """A model of transformers with LayerNorms, random weights and its own plan of tensor parallelism."""
+    from transformers import AutoModelForCausalLM, Starcoder2Config, Starcoder2ForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    drops = dict.fromkeys(("residual_dropout", "embedding_dropout", "attention_dropout"), 0.0)
+    tokens = {"vocab_size": models.VOCABULARY, "bos_token_id": 0, "eos_token_id": 1}
+    with tempfile.TemporaryDirectory() as own:
+        folder = [own]
+        dist.broadcast_object_list(folder)
+        if dist.get_rank() == 0:
+            config = Starcoder2Config(num_hidden_layers=2, **sizes, **drops, **tokens)
+            Starcoder2ForCausalLM(config).save_pretrained(own)
+        dist.barrier()
+        model = AutoModelForCausalLM.from_pretrained(folder[0], tp_plan="auto", dtype=torch.float64)
+        dist.barrier()
+
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: Tensor) -> Tensor:
+            logits: Tensor = self.model(ids, use_cache=False).logits
+            return logits
+
+    return compare(Logits(), batch(), compiled)
+
+
 CASES: dict[str, Callable[[bool], dict[str, Any]]] = {
     "tensor": lambda compiled: by_layers(models.tensor_parallel, compiled),
     "sequence": lambda compiled: by_layers(models.sequence_parallel, compiled),
@@ -183,6 +213,7 @@ CASES: dict[str, Callable[[bool], dict[str, Any]]] = {
     "fsdp and tensor": sharded_and_parallel,
     "ddp": in_buckets,
     "pipeline": in_stages,
+    "transformers": from_the_hub,
     "columns": lambda compiled: by_layers(models.split_columns, compiled),
 }
 
