@@ -3,8 +3,8 @@
 A sum over processes is centred only if each of them centres its term. Each decides for itself, from its own graph; what
 it decides may hang on the memory that it has left, on its options, on a stage that failed. So before a graph with
 collectives is compiled, the processes that run it compare what they decided, through the store by which they found
-each other. The first of them says what it decided. If one differs, or does not come in time, all compile the untouched
-graph. The outcome is one entry that is written once, so that all read the same.
+each other. The first of them says what it decided. If one differs, or does not come in time, all leave what passes
+through others as it is. The outcome is one entry that is written once, so that all read the same.
 """
 
 from __future__ import annotations
@@ -41,30 +41,35 @@ class Decided(Protocol):
 T = TypeVar("T", bound=Decided)
 
 
-def together(gm: GraphModule, given: str, make: Callable[[], T]) -> tuple[T, str]:
-    """What `make` makes of a Dynamo graph, and why it may not be used; "" where all processes that take part decided
-    the same, or there are no others.
+def together(gm: GraphModule, given: str, make: Callable[[bool], T]) -> tuple[T, str]:
+    """What is made of a Dynamo graph, and why not what others take part in; "" where all of them decided the same, or
+    there are no others.
 
-    given: what else decides, the same in all processes. Raises what `make` raises, after the others were told; and
-    NormfxError where the others already run the graph rewritten and this process could not compute with them.
+    given: what else decides, the same in all processes
+    make:  is told whether the others do the same
+
+    Raises what `make` raises, after the others were told; and NormfxError where the others already run the graph
+    rewritten and this process could not compute with them.
     """
     groups = {group for group in _groups(gm) if len(group) > 1}
     if not groups:
-        return make(), ""
+        return make(True), ""
     why = "tensors are spread over several groups of processes" if len(groups) > 1 else ""
     if not all(is_even(value) for value in _distributed(gm)):
         why = "the processes hold parts of different sizes"
     if why:
-        return make(), why
+        return make(False), why
     (ranks,) = groups
     store = shared_store(f"normfx/{_digest(_question(gm, given, ranks))}")
     decided = "failed"
     try:
-        made = make()
+        made = make(True)
         decided = made.decided
     finally:
         agreed = _agree(store, _digest(decided), len(ranks))
-    return made, "" if agreed else "not all processes decided the same, or compiled this graph in time"
+    if agreed:
+        return made, ""
+    return make(False), "not all processes decided the same, or compiled this graph in time"
 
 
 def _agree(store: Any, mine: str, count: int) -> bool:

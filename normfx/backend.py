@@ -112,15 +112,13 @@ def _compile(
     freezes = is_frozen(settings.fold, patches)
     if settings.fold != "live":
         start_native_library()
-    ready, why = together(gm, repr(settings), lambda: transform(gm, example_inputs, settings, freezes))
+    ready, why = together(gm, repr(settings), lambda joined: transform(gm, example_inputs, settings, freezes, joined))
     if why:
-        failure = FailureReport("agree", why)
-        ready = Transformed(gm, replace(ready.report, sites=(), failure=failure))
+        warn_once(f"normfx: what several processes compute together is left as it is: {why}")
     changed = ready.graph_module is not gm
     with explained(crash_note("compile", changed)):
         if changed:
-            constants = ready.weights if freezes else None
-            room = rooms(settings.fold_memory)
+            constants, room = ready.weights if freezes else None, rooms(settings.fold_memory)
             compiled = compile_folded(
                 ready.graph_module, ready.folding, example_inputs, constants, patches, settings.strict, room
             )
@@ -191,6 +189,7 @@ class Work:
     freezes: bool = False
     original: GraphModule | None = None
     example_inputs: Sequence[Any] = ()
+    joined: bool = True
     parameters_only: bool = False
     captured: Captured = field(init=False)
     values: Mapping[Node, torch.Tensor] = field(default_factory=dict)
@@ -244,7 +243,7 @@ class Stage:
 def _capture(work: Work) -> None:
     """Dynamo's graph → the canonical one, in ATen before autograd and autocast."""
     assert work.original is not None
-    work.captured = capture(work.original, work.example_inputs)
+    work.captured = capture(work.original, work.example_inputs, work.joined)
     work.values = work.captured.values(work.example_inputs)
 
 
@@ -361,14 +360,15 @@ def _run(work: Work, exported: bool = False) -> None:
             verify(work.canonical, stage.check, work.checked)
 
 
-def transform(gm: GraphModule, example_inputs: Sequence[Any], settings: Options, freezes: bool = False) -> Transformed:
+def transform(
+    gm: GraphModule, example_inputs: Sequence[Any], settings: Options, freezes: bool = False, joined: bool = True
+) -> Transformed:
     """Dynamo graph → rewritten canonical graph, or the graph itself when nothing applies or a stage failed.
 
     A graph on which no rule applies is its canonical graph, too, where sums of a residual stream are to be stored.
-
-    freezes: the canonical graph is wanted even if no rule applies
+    freezes: the canonical graph is wanted even if no rule applies; joined: other processes do the same
     """
-    work = Work(settings, freezes, gm, example_inputs)
+    work = Work(settings, freezes, gm, example_inputs, joined)
     specialize_epsilons(gm)
     source, number = function(gm), compile_id()
     try:

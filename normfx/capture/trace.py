@@ -53,7 +53,7 @@ from normfx.compat.tracing import (
 )
 from normfx.errors import NormfxError
 from normfx.graph.names import source_line
-from normfx.graph.opaque import CARRIED, is_plain_value, single_overload
+from normfx.graph.opaque import APART, CARRIED, is_plain_value, single_overload
 from normfx.graph.regions import (
     GET_DATA,
     REQUIRE_GRAD,
@@ -95,14 +95,15 @@ class Captured:
         return {n: x for n, x in pairs if n in self.weights and type(x) in (torch.Tensor, torch.nn.Parameter)}
 
 
-def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> Captured:
+def capture(gm: GraphModule, example_inputs: Sequence[Any], joined: bool = True) -> Captured:
     """Canonical form of a Dynamo graph, under the grad mode and autocast of the call.
 
     `example_inputs` are the values the backend was called with; they are neither read nor written, and no
-    random number is drawn. Raises `NormfxError` for a graph that cannot be re-traced faithfully.
+    random number is drawn. joined: other processes that take part do the same; else what they take part in stays
+    opaque. Raises `NormfxError` for a graph that cannot be re-traced faithfully.
     """
     mode = fake_mode(example_inputs)
-    interpreter = _Canonicaliser(inline_regions(gm), mode)
+    interpreter = _Canonicaliser(inline_regions(gm), mode, joined)
     with isolated(mode), without_hooks():
         fakes = fake_inputs(gm, example_inputs, mode)
         interpreter.prepare()
@@ -152,10 +153,10 @@ class _Opaque:
 class _Canonicaliser(torch.fx.Interpreter):
     """Runs Dynamo's graph under make_fx; carried nodes become proxies with a fresh fake as their value."""
 
-    def __init__(self, gm: GraphModule, mode: FakeTensorMode) -> None:
+    def __init__(self, gm: GraphModule, mode: FakeTensorMode, joined: bool) -> None:
         super().__init__(gm)
         self.graph = gm.graph
-        self.mode = mode
+        self.mode, self.joined = mode, joined
         self.carried = untraced(gm.graph)
         self.marked = self.carried - carried(gm.graph)
         self.fresh: dict[Node, Any] = {}
@@ -171,7 +172,7 @@ class _Canonicaliser(torch.fx.Interpreter):
             traced = any(user not in self.carried and user.op != "output" for user in node.users)
             if _is_plain(value) or (traced and is_plain_value(value)):
                 self.fresh[node] = pytree.tree_map(self._refake, value)
-            elif (fake := refake(value, self._refake)) is not None:
+            elif self.joined and (fake := refake(value, self._refake)) is not None:
                 self.distributed[node] = fake
         for node in self.graph.find_nodes(op="get_attr"):
             path = str(node.target)
@@ -261,6 +262,8 @@ class _Canonicaliser(torch.fx.Interpreter):
         proxy = self._create(n, *self._arguments(args, {} if call else n.kwargs), target=target)
         if n in self.marked and not isinstance(proxy.node.target, OpOverload):
             proxy.node.meta[CARRIED] = True
+        if not self.joined:
+            proxy.node.meta[APART] = True
         if n in self.distributed:
             proxy.node.meta["val"] = self.distributed[n]
         if n not in self.fresh:

@@ -17,6 +17,7 @@ from torch.fx import Node
 
 from normfx.compat.operators import OpOverload, schema
 from normfx.graph.nodes import RANDOM, arguments, extent, is_getitem, is_one, op_name, shape, value
+from normfx.graph.opaque import APART
 from normfx.graph.shards import crossing, has_whole_rows, is_summed
 from normfx.ir.sites import Axis
 from normfx.recognize.axes import expand_axis
@@ -178,7 +179,7 @@ class Constants:
     def step(self, node: Node, axis: Axis) -> Flow | None:
         """What the table says of a call, whatever its dtype; nothing where an operand's or the result's features are
         spread over processes."""
-        step = self._step(node, axis)
+        step = None if APART in node.meta else self._step(node, axis)
         if step is None or not has_whole_rows(node.meta.get("val"), axis.dim):
             return None
         return step if all(has_whole_rows(value(operand), a.dim) for operand, a in step.carried) else None

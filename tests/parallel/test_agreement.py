@@ -14,6 +14,7 @@ from equivalence import EagerBackend
 from torch import Tensor, nn
 from torch.distributed import _functional_collectives as collectives
 
+import normfx
 from normfx import agreement
 from normfx.checks.layouts import check_layouts, layouts
 from normfx.errors import NormfxError
@@ -94,6 +95,22 @@ def group() -> Iterator[None]:
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     yield
     dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:normfx. what several processes:normfx.errors.NormfxWarning")
+def test_others_that_do_not_agree(group: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What needs no other process is rewritten all the same."""
+    monkeypatch.setattr(agreement, "WAIT", timedelta(seconds=0.1))
+    monkeypatch.setattr(agreement, "_groups", lambda gm: iter([frozenset({0, 1})]))
+    for module in ("normfx.backend", "normfx.lower.folded"):
+        monkeypatch.setattr(f"{module}.compile_graph", lambda gm, example_inputs, patches: gm)
+    model, ids = Alone(gathers=False).double(), torch.arange(8).reshape(2, 4)
+    options = {"fold": "live", "strict": True}
+    got = torch.compile(model, backend="normfx", options=options, fullgraph=True)(ids)
+    torch.testing.assert_close(got, model(ids), rtol=1e-10, atol=1e-10)
+    first, last = normfx.compiled_report().sites
+    assert "pre_rms_norm" in first.rules  # of looked-up rows alone
+    assert "pre_rms_norm" not in last.rules and "fold_affine" in last.rules
 
 
 @pytest.mark.parametrize("gathers", [False, True])
