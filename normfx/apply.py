@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
+from normfx.checks.layouts import check_layouts, layouts
 from normfx.edit import Edit
+from normfx.edit.fusion import centres_output
 from normfx.edit.writer import Rewritten, write_norms
+from normfx.ir import ops
 from normfx.plan import Plan
+from normfx.weights.live import live_folds
 
 
 def apply_plan(
@@ -25,7 +29,7 @@ def apply_plan(
     options: of the rules
     share:   norms that have become equal are computed once
     """
-    edit = Edit(gm.graph, values or {}, options or {})
+    edit, before = Edit(gm.graph, values or {}, options or {}), layouts(gm.graph)
     for decision in plan.applied():
         decision.rule.rewrite(decision.site, edit)
     for norm in plan.spelled:
@@ -33,6 +37,14 @@ def apply_plan(
     if not plan.changes:
         return Rewritten()
     done = write_norms(edit, share)
+    check_layouts(gm.graph, before)
     gm.graph.lint()
     gm.recompile()
     return done
+
+
+def count_folds(graph: Graph, weights: frozenset[Node]) -> tuple[int, int]:
+    """How many folds a rewritten graph computes in each call, and how many values it centres."""
+    folds = live_folds(graph, [n for n in graph.nodes if n in weights])
+    centrings = [n for n in graph.nodes if n.target in (ops.CENTER, ops.COMPRESS) and n not in folds]
+    return len(folds), len(centrings) + sum(map(centres_output, graph.nodes))

@@ -13,8 +13,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.fx import GraphModule, Node
 
+from normfx.agreement import together
 from normfx.allocator import keep_freed_memory, keeps_freed_memory, memory_line
-from normfx.apply import apply_plan
+from normfx.apply import apply_plan, count_folds
 from normfx.capture.cleanup import drop_dead_code
 from normfx.capture.functionalize import functionalize_local
 from normfx.capture.simplify import drop_identities, read_joined, read_parts
@@ -23,7 +24,6 @@ from normfx.capture.trace import Captured, capture
 from normfx.checks.verify import Checked, verify
 from normfx.compat.dynamo import compile_id
 from normfx.dynamo import explained, function, handed_on
-from normfx.edit.fusion import centres_output
 from normfx.edit.writer import Rewritten
 from normfx.environment import environment
 from normfx.errors import NormfxError, NormfxWarning, StageError, crash_note, stage_warning
@@ -31,7 +31,6 @@ from normfx.graph.aliasing import mutated
 from normfx.graph.facts import facts_of
 from normfx.graph.names import module_path, source_line
 from normfx.graph.recompute import keep_folds
-from normfx.ir import ops
 from normfx.ir.sites import Sites
 from normfx.logs import say
 from normfx.lower import choice
@@ -53,7 +52,6 @@ from normfx.recognize import recognize
 from normfx.records import Picture
 from normfx.report import FailureReport, FoldReport, GraphReport, Report, graph_report
 from normfx.weights.kept import records_gradients
-from normfx.weights.live import live_folds
 from normfx.weights.native import start_native_library
 
 _listeners: list[Callable[[GraphReport], None]] = []
@@ -114,12 +112,13 @@ def _compile(
     freezes = is_frozen(settings.fold, patches)
     if settings.fold != "live":
         start_native_library()
-    ready = transform(gm, example_inputs, settings, freezes)
+    ready, why = together(gm, repr(settings), lambda joined: transform(gm, example_inputs, settings, freezes, joined))
+    if why:
+        warn_once(f"normfx: what several processes compute together is left as it is: {why}")
     changed = ready.graph_module is not gm
     with explained(crash_note("compile", changed)):
         if changed:
-            constants = ready.weights if freezes else None
-            room = rooms(settings.fold_memory)
+            constants, room = ready.weights if freezes else None, rooms(settings.fold_memory)
             compiled = compile_folded(
                 ready.graph_module, ready.folding, example_inputs, constants, patches, settings.strict, room
             )
@@ -170,6 +169,11 @@ class Transformed:
     weights: frozenset[Node] = frozenset()
     memory: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def decided(self) -> str:
+        """What was done to each norm, for other processes to compare."""
+        return str([site.rules for site in self.report.sites])
+
 
 @dataclass(eq=False)
 class Work:
@@ -185,6 +189,7 @@ class Work:
     freezes: bool = False
     original: GraphModule | None = None
     example_inputs: Sequence[Any] = ()
+    joined: bool = True
     parameters_only: bool = False
     captured: Captured = field(init=False)
     values: Mapping[Node, torch.Tensor] = field(default_factory=dict)
@@ -238,7 +243,7 @@ class Stage:
 def _capture(work: Work) -> None:
     """Dynamo's graph → the canonical one, in ATen before autograd and autocast."""
     assert work.original is not None
-    work.captured = capture(work.original, work.example_inputs)
+    work.captured = capture(work.original, work.example_inputs, work.joined)
     work.values = work.captured.values(work.example_inputs)
 
 
@@ -303,7 +308,7 @@ def _tell(work: Work) -> None:
     """The report of what was done."""
     weights, plan, done = work.captured.weights, work.plan, work.done
     after, lines = work.text() if plan.changes else (work.before, work.lines)
-    counts = _count_folds(work.canonical, weights)
+    counts = count_folds(work.canonical.graph, weights)
     report = graph_report(plan, work.before, after, module_path, counts, work.seconds, work.names, work.excess)
     on = [work.lowered.of.get(done.written.get(norm)) for norm in plan.norms]
     report = report.with_lowering(on, work.lowered.kernels)
@@ -355,14 +360,15 @@ def _run(work: Work, exported: bool = False) -> None:
             verify(work.canonical, stage.check, work.checked)
 
 
-def transform(gm: GraphModule, example_inputs: Sequence[Any], settings: Options, freezes: bool = False) -> Transformed:
+def transform(
+    gm: GraphModule, example_inputs: Sequence[Any], settings: Options, freezes: bool = False, joined: bool = True
+) -> Transformed:
     """Dynamo graph → rewritten canonical graph, or the graph itself when nothing applies or a stage failed.
 
     A graph on which no rule applies is its canonical graph, too, where sums of a residual stream are to be stored.
-
-    freezes: the canonical graph is wanted even if no rule applies
+    freezes: the canonical graph is wanted even if no rule applies; joined: other processes do the same
     """
-    work = Work(settings, freezes, gm, example_inputs)
+    work = Work(settings, freezes, gm, example_inputs, joined)
     specialize_epsilons(gm)
     source, number = function(gm), compile_id()
     try:
@@ -392,9 +398,3 @@ def transform_canonical(
     work.captured = captured
     _run(work, exported=True)
     return work.plan.changes, work.report
-
-
-def _count_folds(gm: GraphModule, weights: frozenset[Any]) -> tuple[int, int]:
-    folds = live_folds(gm.graph, [n for n in gm.graph.nodes if n in weights])
-    centrings = [n for n in gm.graph.nodes if n.target in (ops.CENTER, ops.COMPRESS) and n not in folds]
-    return len(folds), len(centrings) + sum(map(centres_output, gm.graph.nodes))

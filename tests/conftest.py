@@ -71,6 +71,8 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
     torch.manual_seed(0)
     yield
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # of an example that needed one
     left = get_eval_frame_callback()
     if left is not None:
         set_eval_frame(None)

@@ -28,6 +28,7 @@ from torch.fx.graph import CodeGen
 from torch.fx.node import map_arg
 
 from normfx.capture.cleanup import drop_dead_code, simplify_constants
+from normfx.capture.distributed import refake, written
 from normfx.capture.expand import expand_encoder_layers
 from normfx.capture.fakes import fake_inputs, fake_mode, isolated, mode_of, static_fake, without_hooks
 from normfx.capture.inline import inline_regions
@@ -52,7 +53,7 @@ from normfx.compat.tracing import (
 )
 from normfx.errors import NormfxError
 from normfx.graph.names import source_line
-from normfx.graph.opaque import CARRIED, is_plain_value, single_overload
+from normfx.graph.opaque import APART, CARRIED, is_plain_value, single_overload
 from normfx.graph.regions import (
     GET_DATA,
     REQUIRE_GRAD,
@@ -94,14 +95,15 @@ class Captured:
         return {n: x for n, x in pairs if n in self.weights and type(x) in (torch.Tensor, torch.nn.Parameter)}
 
 
-def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> Captured:
+def capture(gm: GraphModule, example_inputs: Sequence[Any], joined: bool = True) -> Captured:
     """Canonical form of a Dynamo graph, under the grad mode and autocast of the call.
 
     `example_inputs` are the values the backend was called with; they are neither read nor written, and no
-    random number is drawn. Raises `NormfxError` for a graph that cannot be re-traced faithfully.
+    random number is drawn. joined: other processes that take part do the same; else what they take part in stays
+    opaque. Raises `NormfxError` for a graph that cannot be re-traced faithfully.
     """
     mode = fake_mode(example_inputs)
-    interpreter = _Canonicaliser(inline_regions(gm), mode)
+    interpreter = _Canonicaliser(inline_regions(gm), mode, joined)
     with isolated(mode), without_hooks():
         fakes = fake_inputs(gm, example_inputs, mode)
         interpreter.prepare()
@@ -151,13 +153,14 @@ class _Opaque:
 class _Canonicaliser(torch.fx.Interpreter):
     """Runs Dynamo's graph under make_fx; carried nodes become proxies with a fresh fake as their value."""
 
-    def __init__(self, gm: GraphModule, mode: FakeTensorMode) -> None:
+    def __init__(self, gm: GraphModule, mode: FakeTensorMode, joined: bool) -> None:
         super().__init__(gm)
         self.graph = gm.graph
-        self.mode = mode
+        self.mode, self.joined = mode, joined
         self.carried = untraced(gm.graph)
         self.marked = self.carried - carried(gm.graph)
         self.fresh: dict[Node, Any] = {}
+        self.distributed: dict[Node, Any] = {}
         self.attributes: dict[str, torch.Tensor] = {}
 
     def prepare(self) -> None:
@@ -169,6 +172,8 @@ class _Canonicaliser(torch.fx.Interpreter):
             traced = any(user not in self.carried and user.op != "output" for user in node.users)
             if _is_plain(value) or (traced and is_plain_value(value)):
                 self.fresh[node] = pytree.tree_map(self._refake, value)
+            elif self.joined and (fake := refake(value, self._refake)) is not None:
+                self.distributed[node] = fake
         for node in self.graph.find_nodes(op="get_attr"):
             path = str(node.target)
             tensor = self.fetch_attr(path)
@@ -228,7 +233,7 @@ class _Canonicaliser(torch.fx.Interpreter):
             result = args[0].requires_grad_(*args[1:], **kwargs) if n.target == REQUIRE_GRAD else GET_DATA(args[0])
         if result is args[0] and result.requires_grad == before:
             return result
-        return self._track(result, self._create(n, *self._arguments(n)))
+        return self._track(result, self._create(n, *self._arguments(n.args, n.kwargs)))
 
     def _switch_mode(self, n: Node, name: str) -> Any:
         """Keep the node and run it, out of make_fx's sight.
@@ -237,7 +242,7 @@ class _Canonicaliser(torch.fx.Interpreter):
         difference.
         """
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        proxy = self._create(n, *self._arguments(n))
+        proxy = self._create(n, *self._arguments(n.args, n.kwargs))
         with without_torch_function():
             if name == "_enter_autocast":
                 return _Opaque(proxy, n.target(*args, **kwargs))  # type: ignore[operator]
@@ -252,9 +257,15 @@ class _Canonicaliser(torch.fx.Interpreter):
         return _Opaque(proxy)
 
     def _carry(self, n: Node) -> Any:
-        proxy = self._create(n, *self._arguments(n), target=single_overload(n.target))
+        call = written(n) if n in self.distributed and n in self.marked else None
+        target, args = call or (single_overload(n.target), n.args)
+        proxy = self._create(n, *self._arguments(args, {} if call else n.kwargs), target=target)
         if n in self.marked and not isinstance(proxy.node.target, OpOverload):
             proxy.node.meta[CARRIED] = True
+        if not self.joined:
+            proxy.node.meta[APART] = True
+        if n in self.distributed:
+            proxy.node.meta["val"] = self.distributed[n]
         if n not in self.fresh:
             return _Opaque(proxy)
         return self._track(self.fresh[n], proxy)
@@ -269,9 +280,9 @@ class _Canonicaliser(torch.fx.Interpreter):
             _keep_example_value(n.args[0], proxy.node.args[0])
         return proxy
 
-    def _arguments(self, n: Node) -> tuple[Any, Any]:
+    def _arguments(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The arguments of a node as proxies."""
-        args, kwargs = map_arg((n.args, n.kwargs), self._proxy)
+        args, kwargs = map_arg((args, kwargs), self._proxy)
         return args, kwargs
 
     def _proxy(self, n: Node) -> Any:

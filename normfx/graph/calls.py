@@ -10,6 +10,7 @@ from torch.fx import Graph, Node
 
 from normfx.compat import pytree
 from normfx.graph.recompute import inherit
+from normfx.graph.shards import own_part
 from normfx.ir.fused_ops import NormCall
 
 _INHERITED = ("stack_trace", "nn_module_stack", "seq_nr", "custom")
@@ -36,5 +37,5 @@ def fake_result(op: Any, args: tuple[Any, ...], named: Mapping[str, Any]) -> Any
     """What an op makes of the fakes of its arguments; at least one of them is a tensor."""
     fakes, fake_named = torch.fx.node.map_arg((args, dict(named)), lambda n: n.meta["val"])
     tensors: list[Any] = [leaf for leaf in pytree.tree_leaves((fakes, fake_named)) if isinstance(leaf, torch.Tensor)]
-    with tensors[0].fake_mode, torch.no_grad():
+    with own_part(tensors[0]).fake_mode, torch.no_grad():
         return op(*fakes, **fake_named)

@@ -14,6 +14,7 @@ from normfx.compat.operators import OpOverload, schema
 from normfx.graph.aliasing import mutated
 from normfx.graph.effects import unannotated_writes
 from normfx.graph.regions import modes_along
+from normfx.graph.shards import crossing, own_part
 
 SHAPE_READS = frozenset(
     {"aten::sym_size.int", "aten::sym_stride.int", "aten::sym_numel", "aten::_assert_tensor_metadata"}
@@ -74,10 +75,16 @@ def parameter_only(graph: Graph, parameters: Iterable[Node], written: frozenset[
     made: set[Node] = set()  # of numbers alone
     for node in graph.nodes:
         inputs = node.all_input_nodes
-        fixed = node.op == "call_function" and node not in written and all(n in known or n in made for n in inputs)
-        if fixed and is_pure(node) and _holds_tensors(node):
+        fixed = node not in written and all(n in known or n in made for n in inputs)
+        if fixed and _is_fixed_call(node) and _holds_tensors(node):
             (known if any(n in known for n in inputs) else made).add(node)
     return frozenset(known)
+
+
+def _is_fixed_call(node: Node) -> bool:
+    """Whether a call computes the same from the same operands: a pure one, or what lays out a DTensor that all
+    processes hold, or takes a part out of it."""
+    return (node.op == "call_function" and is_pure(node)) or crossing(node) in ("redistribute", "to_local")
 
 
 def is_getitem(node: Node) -> bool:
@@ -162,8 +169,8 @@ def entries(dims: Iterable[int | torch.SymInt]) -> sympy.Expr:
 
 
 def bytes_of(node: Node) -> sympy.Expr:
-    """Bytes of a tensor's entries as a sympy expression."""
-    return entries(shape(node)) * tensor(node).element_size()
+    """Bytes of a tensor's entries, of a DTensor's in this process, as a sympy expression."""
+    return entries(own_part(tensor(node)).shape) * tensor(node).element_size()
 
 
 def total(sizes: Iterable[sympy.Expr]) -> sympy.Expr:

@@ -21,6 +21,9 @@ from normfx.compat.tensors import FakeTensor
 CARRIED = "normfx_carried"
 """Key in the meta of a node that capture copied without running it."""
 
+APART = "normfx_apart"
+"""Key in the meta of such a node in a graph of which other processes, that take part, may not do the same."""
+
 PYTHON_HOMES = frozenset(
     {
         "einops._torch_specific",  # einops puts its own functions into graphs: reshapes, permutes, reductions

@@ -89,7 +89,7 @@ class Norm:
         return Form(kind, self.dims[0], *given, 1.0, self.compute_dtype, self.out_dtype)
 
 
-LeafKind = Literal["parameter", "centred", "scaled", "piece", "embedding", "norm", "raw", "value"]
+LeafKind = Literal["parameter", "centred", "scaled", "piece", "embedding", "norm", "sharded", "raw", "value"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +117,7 @@ class Leaf:
     piece:     a piece of Wa + b that nothing else reads: centre the rows of W and b that compute it (`block`)
     embedding: looked-up rows: centre the rows
     norm:      output of another norm, which has a mean
+    sharded:   rows put together from features that were spread over processes
     raw:       a value of the stream whose original is read too ("observer" reads it)
     value:     any other activation or graph input
     path:      of a scaled leaf, the linear and what stands between it and the product, with the feature axis in each

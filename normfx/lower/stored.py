@@ -23,6 +23,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from normfx.compat.distributed import is_distributed
 from normfx.compat.inductor import register_lowering
 from normfx.graph.aliasing import mutated
 from normfx.graph.calls import add_call
@@ -122,8 +123,8 @@ def _total(add: Node) -> Node | None:
 
 
 def _alike(a: Any, b: Any) -> bool:
-    """Whether two arguments are tensors of one shape and floating-point dtype (never adds a guard)."""
+    """Whether two arguments are tensors of one shape and floating-point dtype, not DTensors (never adds a guard)."""
     x, y = value(a), value(b)
-    if x is None or y is None or x.dtype != y.dtype or not x.is_floating_point():
+    if x is None or y is None or x.dtype != y.dtype or not x.is_floating_point() or is_distributed(x):
         return False
     return [extent(d) for d in x.shape] == [extent(d) for d in y.shape]

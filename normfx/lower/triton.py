@@ -13,6 +13,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from normfx.capture.cleanup import drop_dead_code
+from normfx.compat.distributed import is_distributed
 from normfx.graph.aliasing import mutated
 from normfx.graph.calls import add_call
 from normfx.graph.nodes import entries, grad_modes, shape, tensor, total, value
@@ -101,6 +102,8 @@ def _bytes(spec: Spec, rows: sympy.Expr, trains: bool) -> str:
 def _objection(node: Node, call: NormCall) -> str:
     """Why there is no kernel for a canonical norm; "" when there is one."""
     x = tensor(call.x)
+    if is_distributed(x):
+        return "its input is a DTensor"
     if not has_kernels(x):
         return f"there are no kernels for {x.dtype} on {x.device.type}"
     if importlib.util.find_spec("triton") is None:

@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from normfx.graph.nodes import value
 from normfx.ir.sites import Axis
-from normfx.recognize import arithmetic, indexing, mixing  # noqa: F401  # they enter their ops in the table
+from normfx.recognize import arithmetic, collectives, indexing, mixing  # noqa: F401  # they enter their ops in the table
 from normfx.recognize.linears import CONVOLUTIONS, LINEARS, scales_rows
 from normfx.recognize.moves import CASTS, RESHAPES
 from normfx.recognize.table import PARTS, Constants, Flow

@@ -13,6 +13,7 @@ from torch.fx import Graph, Node
 
 from normfx.graph.aliasing import mutated
 from normfx.graph.nodes import arguments, op_name, value
+from normfx.graph.shards import has_whole_rows, is_summed
 from normfx.ir.sites import Norm, NormKind
 from normfx.recognize.affine import with_affine
 from normfx.recognize.formula import Formula
@@ -145,6 +146,7 @@ def _whole(
         _from_data(weight, "weight", parameters),
         _from_data(bias, "bias", parameters),
         _in_place(call["input"], output, blocked),
+        _spread(call["input"], read.dims),
     )
     return Norm(
         name=name(node),
@@ -239,6 +241,11 @@ def _from_data(node: object, what: str, parameters: frozenset[Node]) -> str:
     if isinstance(node, Node) and node not in parameters:
         return f"its {what} ({node}) is computed from data"
     return ""
+
+
+def _spread(source: Node, dims: tuple[int, ...]) -> str:
+    whole = all(has_whole_rows(value(source), dim) for dim in dims) and not is_summed(value(source))
+    return "" if whole else f"no process holds whole rows of its input ({source})"
 
 
 def _in_place(source: Node, output: Node, blocked: frozenset[Node]) -> str:

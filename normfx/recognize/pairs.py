@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.fx import Node
 
+from normfx.compat.distributed import is_distributed
 from normfx.graph.barriers import regions
 from normfx.graph.facts import Facts
 from normfx.graph.nodes import arguments, entry_readers, is_one, occurrences, op_name, shape, tensor, value
@@ -46,7 +47,13 @@ def _layer(node: Node, facts: Facts) -> Linear | None:
         found: Linear | None = Linear(node, args["input"], args["weight"], args["bias"], "weight", "bias", 1)
     else:
         found = convolution(node)
-    if found is None or found.in_dim != 1 or found.groups > 1 or not of_parameters(found, facts.parameters):
+    if (
+        found is None
+        or is_distributed(value(found.weight))
+        or found.in_dim != 1
+        or found.groups > 1
+        or not of_parameters(found, facts.parameters)
+    ):
         return None
     sizes = shape(found.weight)
     ranks = len(sizes) == 2 if found.groups == 0 else len(shape(node)) == len(sizes)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.fx import Node
 
+from normfx.compat.distributed import is_distributed
 from normfx.graph.facts import Facts
 from normfx.graph.nodes import (
     SHAPE_READS,
@@ -21,6 +22,7 @@ from normfx.graph.nodes import (
     shape,
     value,
 )
+from normfx.graph.shards import crossing, is_summed
 from normfx.ir.affine import Affine
 from normfx.ir.sites import Axis, Linear, Norm, Readers, Scaled
 from normfx.recognize.axes import reshape_axis
@@ -122,6 +124,7 @@ def find_readers(norm: Norm, facts: Facts, constants: Constants, convolutions: b
                 if linear is None and convolutions and (over := channel_reader(user, node, axis, facts.parameters)):
                     linear = None if norm.bias is not None and not sums_all(user) else over
                     padded += [user] if linear is None and same_mode else []
+                linear = linear if linear is None or laid_out_alike(linear, norm) else None
             factor_here = number_factor(user, node)
             onward = _forward(user, node, axis, constants) if passes_rows(user) else None
             if not same_mode:
@@ -153,12 +156,20 @@ def find_readers(norm: Norm, facts: Facts, constants: Constants, convolutions: b
     )
 
 
+def laid_out_alike(linear: Linear, norm: Norm) -> bool:
+    """Whether a linear's weight and a norm's γ and β are all DTensors, or all none: one op takes no mixture."""
+    affine = [node for node in (norm.weight, norm.bias) if node is not None]
+    return len({is_distributed(value(node)) for node in (linear.weight, *affine)}) == 1
+
+
 def passes_rows(user: Node) -> bool:
     """Whether every row that comes out is one that went in, or a mean of such."""
     if op_name(user) in ("aten::pad", "aten::constant_pad_nd"):
         args = arguments(user)
         copies = args.get("mode", "constant") in ("reflect", "replicate", "circular")
         return copies or not any(args["pad"])  # Swin's blocks pad in any case
+    if crossing(user):
+        return not any(is_summed(value(node)) for node in (user, user.args[0]))
     return op_name(user) in ROW_OPS or is_getitem(user)
 
 

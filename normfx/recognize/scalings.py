@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from torch.fx import Node
 
+from normfx.compat.distributed import is_distributed
 from normfx.graph.facts import Facts
 from normfx.graph.nodes import arguments, entry_readers, extent, is_one, occurrences, op_name, shape, tensor, value
 from normfx.graph.recompute import region_of
@@ -88,7 +89,7 @@ def _link(node: Node, facts: Facts) -> _Link | None:
         return None
     start, steps = found
     own, rows = value(node), value(start)
-    if own is None or rows is None or start in facts.parameters or occurrences(node, start) != 1:
+    if own is None or rows is None or is_distributed(own) or start in facts.parameters or occurrences(node, start) != 1:
         return None
     if (
         not rows.is_floating_point()

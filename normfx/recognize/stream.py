@@ -29,6 +29,7 @@ from normfx.graph.nodes import (
     value,
 )  # fmt: skip
 from normfx.graph.packing import packed_sources
+from normfx.graph.shards import crossing, is_split, is_summed
 from normfx.ir.sites import Axis, Block, Leaf, LeafKind, Norm, Stream
 from normfx.recognize.flow import LINEARS, Constants, Flow, flow, scales_rows
 from normfx.recognize.pieces import block_of
@@ -237,6 +238,8 @@ def _leaf(key: tuple[Node, Axis], users: list[Node | Norm], region: _Region) -> 
         kind = "centred" if centred else "norm"
     elif region.constants.zero(node, axis):
         kind = "centred"
+    elif crossing(node) and is_split(value(node.args[0]), axis.dim):
+        kind = "sharded"
     else:
         scaled = _scaled_writer(node, axis, users, region)
         if scaled is not None:
@@ -260,7 +263,7 @@ def _leaf_obstacle(node: Node, kind: LeafKind, linear: Node | None, region: _Reg
     fake = value(node)
     if node in region.facts.written:
         return "mutated"
-    if fake is None or not fake.is_floating_point():
+    if fake is None or not fake.is_floating_point() or is_summed(fake):
         return "uncentred_input"
     written = [node] if kind == "parameter" else []
     if linear is not None:  # whose weight would take λ, and be centred

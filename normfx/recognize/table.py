@@ -17,6 +17,8 @@ from torch.fx import Node
 
 from normfx.compat.operators import OpOverload, schema
 from normfx.graph.nodes import RANDOM, arguments, extent, is_getitem, is_one, op_name, shape, value
+from normfx.graph.opaque import APART
+from normfx.graph.shards import crossing, has_whole_rows, is_summed
 from normfx.ir.sites import Axis
 from normfx.recognize.axes import expand_axis
 
@@ -175,12 +177,22 @@ class Constants:
         return False
 
     def step(self, node: Node, axis: Axis) -> Flow | None:
-        """What the table says of a call, whatever its dtype."""
+        """What the table says of a call, whatever its dtype; nothing where an operand's or the result's features are
+        spread over processes."""
+        step = None if APART in node.meta else self._step(node, axis)
+        if step is None or not has_whole_rows(node.meta.get("val"), axis.dim):
+            return None
+        return step if all(has_whole_rows(value(operand), a.dim) for operand, a in step.carried) else None
+
+    def _step(self, node: Node, axis: Axis) -> Flow | None:
         if is_getitem(node):
             producer = node.args[0]
             assert isinstance(producer, Node)
             known = op_name(producer) in PARTS and self.step(producer, axis) is not None
             return Flow(((producer, axis),)) if known else None
+        if kind := crossing(node):
+            summed = kind == "to_local" and is_summed(value(node.args[0]))
+            return None if summed else one(node.args[0], axis)
         handler = TABLE.get(op_name(node))
         return None if handler is None else handler(Call(node, arguments(node), axis, self))
 

@@ -96,10 +96,13 @@ def objections(part: Part) -> Iterator[Objection]:
         yield "live_weights", f"{len(weights)} weights of {size} entries, {rows} normalised", tuple(weights)
         return
     raw = [leaf for leaf in explicit if leaf.kind == "raw"]
-    others = [leaf for leaf in explicit if leaf.kind != "raw"]
+    sharded = [leaf for leaf in explicit if leaf.kind == "sharded" and stream.joins]
+    others = [leaf for leaf in explicit if leaf.kind != "raw" and leaf not in sharded]
     if raw:
         details = ", ".join(f"{leaf.node.name} is read by {_observer(leaf).name}" for leaf in raw)
         yield "observed", details, tuple(node for leaf in raw for node in (leaf.node, _observer(leaf)))
+    if sharded:
+        yield "sharded_features", ", ".join(leaf.node.name for leaf in sharded), tuple(leaf.node for leaf in sharded)
     if others:
         details = ", ".join(f"{leaf.node.name} ({_LEAF_TEXT[leaf.kind]})" for leaf in others)
         yield "uncentred_input", details, tuple(leaf.node for leaf in others)
@@ -138,6 +141,7 @@ def _observer(leaf: Leaf) -> Node:
 _LEAF_TEXT = {
     "embedding": "embedding rows",
     "norm": "output of a norm, which has a mean",
+    "sharded": "rows put together from features that were spread over processes",
     "value": "an activation or graph input",
 }
 

@@ -16,8 +16,9 @@ from torch import nn
 
 from normfx.ir.sites import Sites
 from normfx.rules import algebra, centring
+from normfx.rules.columns import Columns
 from normfx.rules.cut import Part
-from normfx.rules.rule import Example, Rule, SoFar, Symbols
+from normfx.rules.rule import Code, Example, Rule, SoFar, Symbols
 
 
 def identity(symbols: Symbols, d: int) -> Iterable[tuple[Any, Any]]:
@@ -27,6 +28,16 @@ def identity(symbols: Symbols, d: int) -> Iterable[tuple[Any, Any]]:
     plain = x + weight @ a + bias
     centred = algebra.center(x) + algebra.center(weight) @ a + algebra.center(bias)
     yield from zip(algebra.layer_norm(plain, eps), algebra.rms_norm(centred, eps), strict=True)
+
+
+CODES = {
+    **centring.CODES,
+    "sharded_features": Code(
+        "the features of what enters the stream are spread over processes, none of which has the mean of a row; "
+        "centring whole rows after they are put together costs more than it saves",
+        "split the weight that writes it along its input features (RowwiseParallel), an embedding along its rows",
+    ),
+}
 
 
 def candidates(sites: Sites, so_far: SoFar) -> Iterable[Part]:
@@ -116,7 +127,7 @@ RULE = Rule(
     name="pre_rms_norm",
     formula="LN(Σ w) == RMS(Σ P w)",
     source="Jiang et al. 2023, section 3",
-    codes=centring.CODES,
+    codes=CODES,
     identity=identity,
     mistake=("algebra.center", lambda a: a),
     candidates=candidates,
@@ -131,6 +142,7 @@ RULE = Rule(
         Example("written in place", lambda: _Block("detached write"), _ids, "mutated"),
         Example("post-norm", _PostNorm, _ids, "uncentred_input"),
         Example("statistics returned", _Statistics, _ids, "opaque_norm"),
+        Example("features spread over processes", Columns, _ids, "sharded_features"),
         Example("packed weight", _Packed, _ids, "packed_weight"),
         Example("half precision", lambda: _Joined().bfloat16(), _ids, "rounded_weight"),
         Example("few rows in training", _Block, _ids, "live_weights", fold="auto"),

@@ -148,7 +148,7 @@ def test_distributed_stream(mesh: Any) -> None:
 
     model = Outer().double()
     distribute_module(model, mesh)
-    _check(model, x64(4, 8), norms=0)
+    _check(model, x64(4, 8))
 
 
 def test_nested_input() -> None:

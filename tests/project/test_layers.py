@@ -23,7 +23,7 @@ FLOORS = (
     ("edit",),
     ("rules",),
     ("records", "options", "plan"),
-    ("apply", "dynamo", "environment", "lower", "picture", "report_text"),
+    ("agreement", "apply", "dynamo", "environment", "lower", "picture", "report_text"),
     ("report_html",),
     ("report",),
     ("logs",),
