@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from normfx.errors import NormfxError
 from normfx.graph.calls import add_call, add_norm
 from normfx.graph.nodes import grad_modes, shape, tensor
 from normfx.ir import ops
@@ -59,7 +60,7 @@ def write_as_aten(gm: GraphModule) -> None:
     for op in (ops.LAYER_NORM, ops.RMS_NORM):
         for node in graph.find_nodes(op="call_function", target=op):
             call = norm_call(node)
-            if not _is_native(call.x, call.weight, call.bias, call.form):
+            if not _is_plain(call.x, call.weight, call.bias, call.form):
                 continue
             with graph.inserting_before(node):
                 if op is ops.LAYER_NORM:
@@ -103,11 +104,20 @@ def _apart(graph: Graph, node: Node) -> Node:
 
 
 def _native(graph: Graph, x: Node, weight: Node | None, bias: Node | None, form: Form, like: Node) -> Node:
+    if form.kind != "layer_norm":
+        raise NormfxError(
+            f"normfx: a norm of kind {form.kind} would be written as a LayerNorm; please report this graph"
+        )
     return add_call(graph, aten.layer_norm.default, (x, [shape(x)[-1]], weight, bias, form.eps), like)
 
 
 def _is_native(x: Node, weight: Node | None, bias: Node | None, form: Form) -> bool:
-    """Whether `aten.layer_norm`, or `aten.rms_norm`, says what a norm of values like x computes."""
+    """Whether `aten.layer_norm` says what a norm of values like x computes."""
+    return form.kind == "layer_norm" and _is_plain(x, weight, bias, form)
+
+
+def _is_plain(x: Node, weight: Node | None, bias: Node | None, form: Form) -> bool:
+    """Whether ATen has an op for a norm of values like x: `aten.layer_norm`, or `aten.rms_norm` and a bias after it."""
     like = tensor(x)
     vectors = [tensor(v) for v in (weight, bias) if v is not None]
     whole = all((v.dtype, tuple(v.shape)) == (like.dtype, tuple(like.shape[-1:])) for v in vectors)

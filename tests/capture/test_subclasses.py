@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.utils._pytree as pytree
 from capturing import Backend, Model, Stack, x64
 from equivalence import EagerBackend
+from packaging.version import Version
 from torch import Tensor, nn
 
 aten = torch.ops.aten
@@ -77,8 +78,11 @@ def _agree(got: list[Any], want: list[Any]) -> None:
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
-def _check(model: nn.Module, *inputs: Tensor, norms: int = 1) -> None:
-    """Outputs and gradients, with live folds; outputs with cached and, by Inductor, frozen ones."""
+def _check(model: nn.Module, *inputs: Tensor, norms: int = 1, kept: int | None = None) -> None:
+    """Outputs and gradients, with live folds; outputs with cached and, by Inductor, frozen ones.
+
+    norms, kept: how many become RMSNorms, with live and with cached folds (as many, where it is not given)
+    """
     want = _gradients(model, model, *inputs)
     for options in ({}, {"fold": "cached"}):
         torch._dynamo.reset()
@@ -89,7 +93,7 @@ def _check(model: nn.Module, *inputs: Tensor, norms: int = 1) -> None:
                 _agree([_local(compiled(*inputs))], want[:1])
         else:
             _agree(_gradients(compiled, model, *inputs), want)
-        assert backend.report.counts["to_rms_norm"] == norms
+        assert backend.report.counts["to_rms_norm"] == (kept if options and kept is not None else norms)
     torch._dynamo.reset()
     with torch.no_grad():
         frozen = torch.compile(model, backend="normfx", options={"fold": "frozen", "strict": True})
@@ -148,7 +152,7 @@ def test_distributed_stream(mesh: Any) -> None:
 
     model = Outer().double()
     distribute_module(model, mesh)
-    _check(model, x64(4, 8))
+    _check(model, x64(4, 8), kept=0)  # DTensors are folded in each call, which for so few rows does not pay
 
 
 def test_nested_input() -> None:
@@ -178,6 +182,8 @@ def test_methods_of_a_subclass_can_be_cached() -> None:
     def call(x: Tensor, weight: Tensor) -> Tensor:
         return x @ weight.clone().detach()
 
+    if Version(torch.__version__) < Version("2.12"):
+        pytest.skip("AOTAutograd of torch 2.11 prints a fake of the subclass here, and fails")
     torch.testing.assert_close(torch.compile(call, backend=backend, fullgraph=True)(x, weight), call(x, weight))
     methods = backend.graph.find_nodes(op="call_method")
     assert len(methods) == 2 and all("example_value" in node.args[0].meta for node in methods)

@@ -58,6 +58,18 @@ class Net(nn.Module):
         return out
 
 
+@pytest.mark.parametrize(("inner", "outer"), [("rms", "rms"), ("rms", "layer"), ("layer", "rms")])
+def test_each_norm_keeps_its_kind(inner: str, outer: str) -> None:
+    """A norm, an add and a norm in one op are written apart where a LayerNorm of ATen is faster; an RMSNorm is none."""
+    kinds = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
+    net = Net("swin")
+    net.outs, net.final = nn.ModuleList(kinds[inner](D) for _ in range(3)), kinds[outer](D)
+    ids = torch.randint(0, 200, (2, 6))
+    report = assert_same_float64(net, (ids,))
+    assert any("fuse_residual_norm" in site.rules for site in report.sites)
+    assert_low_precision(net, [(ids,)], EagerBackend(), torch.float32)
+
+
 def ids() -> tuple[Tensor, ...]:
     return (torch.arange(10).reshape(2, 5),)
 
