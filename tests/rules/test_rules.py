@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import sympy
 import torch
 from equivalence import EagerBackend, assert_same_float64, transformed
 from excerpts import accepted
+from packaging.version import Version
 from paths import ROOT, TESTS
 
 from normfx import rules
@@ -131,12 +134,23 @@ def _as_it_says(rule: Rule, example: Example, sites: Sequence[Any]) -> None:
     assert not example.code or all(r.nodes and r.hint for r in refused), example.name
 
 
+SINCE = {"features spread over processes": "2.13"}
+"""The first torch whose graphs show what a counterexample is refused for: before, the layout is in a closure."""
+
+
+def _without(text: str, name: str) -> str:
+    return "".join(part for part in re.split(r"(?=\n=== )", text) if not part.startswith(f"\n=== {name},"))
+
+
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: r.name)
 def test_golden(rule: Rule) -> None:
     """The rule's example before and after, and each counterexample with what the rule says of it: the folder
     tests/goldens/rules shows what normfx does. test_float64 proves the same cases."""
-    shown = [f"{rule.name}: {rule.formula}\n"]
+    shown, unseen = [f"{rule.name}: {rule.formula}\n"], []
     for example in (rule.example, *rule.counterexamples):
+        if Version(torch.__version__) < Version(SINCE.get(example.name, "0")):
+            unseen.append(example.name)
+            continue
         torch._dynamo.reset()
         backend = EagerBackend(_options(rule, example))
         torch.compile(example.build().eval(), backend=backend, fullgraph=True)(*example.inputs())
@@ -151,7 +165,11 @@ def test_golden(rule: Rule) -> None:
         if not example.code:
             kept = f"--- {backend.kept} computed once and kept\n" if backend.kept else ""
             shown.append(f"{kept}--->\n{graph.after}")
-    accepted(GOLDENS / f"{rule.name}.txt", "".join(shown))
+    golden, text = GOLDENS / f"{rule.name}.txt", "".join(shown)
+    if unseen:
+        assert text == functools.reduce(_without, unseen, golden.read_text(encoding="utf-8"))
+    else:
+        accepted(golden, text)
 
 
 @pytest.mark.parametrize(("rule", "example"), CASES)
