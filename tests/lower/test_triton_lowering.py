@@ -175,7 +175,7 @@ def test_checkpointed_layers(call: Any) -> None:
     plain = Partitioned(640, None).run(Stack(call, depth=3).double(), ids(1, 640))
     rewritten = Partitioned(640, {"lowering": "triton"}).run(Stack(call, depth=3).double(), ids(1, 640))
     assert rewritten.saved_activations <= plain.saved_activations
-    assert rewritten.recomputed(torch.ops.aten.addmm.default) <= plain.recomputed(torch.ops.aten.addmm.default)
+    assert rewritten.recomputed(torch.ops.aten.addmm.default) == plain.recomputed(torch.ops.aten.addmm.default)
 
 
 class Other(nn.Module):
