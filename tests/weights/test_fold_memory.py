@@ -47,7 +47,7 @@ def test_no_more_bytes_than_the_budget(dtype: torch.dtype) -> None:
     model = net(dtype=dtype, width=WIDTH)
     size = torch.empty((), dtype=dtype).element_size()
     found = []
-    for memory in (0, WHOLE * size // 2 + 3000, 4 * WHOLE * size):
+    for memory in (0, (WHOLE // 2 + 750) * size, 4 * WHOLE * size):
         torch._dynamo.reset()
         gc.collect()
         call = compiled(model, "cached", fold_memory=memory)
