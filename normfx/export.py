@@ -109,7 +109,8 @@ def _written(program: ExportedProgram, captured: Captured, settings: Options) ->
 
 def _rename_outputs(signature: ExportGraphSignature, graph: Graph) -> None:
     """Give outputs the names that they have in the graph now; their order and meaning do not change."""
-    for spec, node in zip(signature.output_specs, graph.output_node().args[0], strict=True):  # type: ignore[arg-type]
+    outputs: Any = graph.output_node().args[0]
+    for spec, node in zip(signature.output_specs, outputs, strict=True):
         if isinstance(node, Node):
             spec.arg.name = node.name
 

@@ -20,7 +20,7 @@ MARGIN = 1.15
 """A float32 copy of a bfloat16 weight takes twice its memory."""
 
 ROWS = 32
-"""With fewer rows the time of a product is that of reading the weight, which is twice as large."""
+"""Fewest rows: a product of fewer takes the time of reading the weight, which is twice as large in float32."""
 
 QUERIES = 1, 8, 128, 64
 

@@ -77,7 +77,7 @@ def _entries(layer: Linear) -> int:
 
 
 def candidates(sites: Sites, so_far: SoFar) -> Iterable[Merge]:
-    """In the order of the graph: of three layers in a row, the last one is compared with what the first two became."""
+    """Yields pairs in the order of the graph: the third of three layers is compared with what the first two became."""
     merged: dict[Node, int] = {}
     for pair in sites.pairs:
         site = Merge(pair, merged.get(pair.inner.node, _entries(pair.inner)))

@@ -11,7 +11,6 @@ import torch.distributed as dist
 import torch.utils._pytree as pytree
 from capturing import Backend, Model, Stack, x64
 from equivalence import EagerBackend
-from packaging.version import Version
 from torch import Tensor, nn
 
 aten = torch.ops.aten
@@ -24,6 +23,10 @@ class Packed(Tensor):
 
     codes: Tensor
     scale: Tensor
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        """AOTAutograd of torch 2.11 prints it, also on fakes, whose entries nothing can print."""
+        return f"Packed({tuple(self.shape)})"
 
     @staticmethod
     def __new__(cls, codes: Tensor, scale: Tensor) -> Packed:
@@ -182,8 +185,6 @@ def test_methods_of_a_subclass_can_be_cached() -> None:
     def call(x: Tensor, weight: Tensor) -> Tensor:
         return x @ weight.clone().detach()
 
-    if Version(torch.__version__) < Version("2.12"):
-        pytest.skip("AOTAutograd of torch 2.11 prints a fake of the subclass here, and fails")
     torch.testing.assert_close(torch.compile(call, backend=backend, fullgraph=True)(x, weight), call(x, weight))
     methods = backend.graph.find_nodes(op="call_method")
     assert len(methods) == 2 and all("example_value" in node.args[0].meta for node in methods)
