@@ -37,10 +37,12 @@ def freeze(
     known: dict[object, Node] = {}
     sources: set[int] = set()
     for kept in kept_values(gm.graph, free):
-        names = [captured.sources[source].name for source in kept.sources]
+        own = [captured.sources[source] for source in kept.sources]
+        names = [each.name for each in own]
         key = kept.expression.key, tuple(names)
         if key not in known:
-            name = _unused(f"{max(names, key=lambda each: held[each].numel())}_folded", {*held, *state})
+            main = max(own, key=lambda each: (each.kind == "parameter", held[each.name].numel()))
+            name = _unused(f"{main.name}_folded", {*held, *state})
             state[name] = _computed(kept, [held[each] for each in names])
             known[key] = _placed(captured, kept.node, name, specs)
         kept.node.replace_all_uses_with(known[key])
@@ -71,7 +73,9 @@ def _computed(kept: Kept, sources: list[torch.Tensor]) -> torch.Tensor:
             "normfx.rewrite: fold='frozen' computes weights, but those of the program have no values (they are fake, "
             "or on the meta device); load them first, or keep fold='live'"
         )
-    return kept.expression(*(source.detach() for source in sources)).clone(memory_format=torch.preserve_format)
+    fake = kept.node.meta["val"]  # what the graph says of its layout
+    laid_out = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device)
+    return laid_out.copy_(kept.expression(*(source.detach() for source in sources)))
 
 
 def _placed(captured: Captured, node: Node, name: str, specs: list[InputSpec]) -> Node:
@@ -99,4 +103,5 @@ def _still_held(
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    return storage_key(tensor.untyped_storage())
+    """A number for tensors that share memory; a sparse one, which no fold reads, has its own."""
+    return storage_key(tensor.untyped_storage()) if tensor.layout == torch.strided else id(tensor)

@@ -227,6 +227,54 @@ def test_a_weight_made_of_parameters_is_frozen() -> None:
     torch.testing.assert_close(rewritten.module()(x64(3, 64)), model(x64(3, 64)), rtol=1e-11, atol=1e-11)
 
 
+class Neighbours(nn.Module):
+    """A norm between two linear layers, and next to it what is not folded."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what, self.write, self.norm, self.read = what, nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8)
+        self.batch_norm, self.extra = nn.BatchNorm1d(8), nn.Linear(2, 2)
+        self.register_buffer("sparse", torch.eye(8).to_sparse())
+        self.register_buffer("codes", torch.arange(64).to(torch.int8).reshape(8, 8))
+        self.register_buffer("scale", torch.rand(8) + 0.5, persistent=False)
+        nn.init.uniform_(self.norm.weight, 0.5, 2.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.write(x)
+        if self.what == "a sparse buffer":
+            return self.read(self.norm(x)) + torch.sparse.mm(self.sparse, x.T).T
+        if self.what == "codes":
+            return nn.functional.linear(self.norm(x), self.codes.to(x.dtype) * 0.1)
+        if self.what == "a buffer that is not saved":
+            return nn.functional.linear(self.norm(x) * self.scale, self.read.weight)
+        if self.what == "transposed":
+            return nn.functional.linear(self.norm(x), self.read.weight.t()) + self.read.weight.sum()
+        return self.read(self.norm(self.batch_norm(x)))
+
+
+@pytest.mark.parametrize(
+    ("what", "training"),
+    [
+        ("a sparse buffer", False), ("codes", False), ("a buffer that is not saved", False), ("transposed", False),
+        ("batch norm", False), ("batch norm", True),
+    ],
+)  # fmt: skip
+def test_what_stands_next_to_frozen_folds(what: str, training: bool) -> None:
+    """Several calls: statistics of a batch move. Values have the layout that the graph says."""
+    torch.manual_seed(0)
+    model = Neighbours(what).double().train(training)
+    program = torch.export.export(copy.deepcopy(model), (x64(4, 8),))
+    rewritten = normfx.rewrite(program, FROZEN)
+    assert any(name.endswith("_folded") for name in rewritten.state_dict) and "extra.weight" in rewritten.state_dict
+    module = rewritten.module()
+    for _ in range(3):
+        torch.testing.assert_close(module(x64(4, 8)), model(x64(4, 8)), rtol=1e-11, atol=1e-11)
+    fakes = {node.name: node.meta["val"] for node in rewritten.graph.find_nodes(op="placeholder")}
+    for spec in rewritten.graph_signature.input_specs:
+        if str(spec.target).endswith("_folded"):
+            assert rewritten.state_dict[spec.target].stride() == fakes[spec.arg.name].stride()
+
+
 def test_programs_cannot_cache() -> None:
     program = torch.export.export(Blocks(), (ids(),))
     with pytest.raises(normfx.OptionError, match=r"a program cannot do; give .* fold='frozen'"):
