@@ -11,6 +11,7 @@ from normfx.checks.layouts import check_layouts, layouts
 from normfx.edit import Edit
 from normfx.edit.fusion import centres_output
 from normfx.edit.writer import Rewritten, write_norms
+from normfx.graph.views import settle
 from normfx.ir import ops
 from normfx.plan import Plan
 from normfx.weights.live import live_folds
@@ -37,9 +38,8 @@ def apply_plan(
     if not plan.changes:
         return Rewritten()
     done = write_norms(edit, share)
+    settle(gm)
     check_layouts(gm.graph, before)
-    gm.graph.lint()
-    gm.recompile()
     return done
 
 

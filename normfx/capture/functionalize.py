@@ -14,6 +14,7 @@ from normfx.compat.tensors import FakeTensor
 from normfx.compat.tracing import enable_python_dispatcher
 from normfx.graph.aliasing import RANDOM_TWINS, Storage, storages_of
 from normfx.graph.regions import carried, replayed_modes, target_name
+from normfx.graph.views import settle
 
 
 def functionalize_local(gm: GraphModule) -> int:
@@ -45,8 +46,7 @@ def functionalize_local(gm: GraphModule) -> int:
             del position[node], storages[node]
             count += 1
     if count:
-        gm.graph.lint()
-        gm.recompile()
+        settle(gm)
     return count
 
 

@@ -19,6 +19,7 @@ from normfx.graph.nodes import (
     tensor,
     value,
 )
+from normfx.graph.views import settle
 
 _JOINS = frozenset({"aten::cat", "aten::concat", "aten::concatenate"})
 _SPLITS = frozenset({"aten::chunk", "aten::split.Tensor", "aten::split.sizes", "aten::split_with_sizes"})
@@ -39,7 +40,7 @@ def drop_identities(gm: GraphModule) -> int:
             gm.graph.erase_node(node)
             count += 1
     if count:
-        gm.recompile()
+        settle(gm)
     return count
 
 
@@ -80,7 +81,7 @@ def read_parts(gm: GraphModule, written: frozenset[Node]) -> int:
                 node.args, node.kwargs = (part, *rest), {}
             count += len(readers)
     if count:
-        gm.recompile()
+        settle(gm)
     return count
 
 
@@ -111,7 +112,7 @@ def read_joined(gm: GraphModule, written: frozenset[Node]) -> int:
             piece.replace_all_uses_with(part)
         count += 1
     if count:
-        gm.recompile()
+        settle(gm)
     return count
 
 

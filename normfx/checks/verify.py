@@ -18,6 +18,7 @@ from normfx.compat.tracing import enable_python_dispatcher
 from normfx.errors import VerifyError
 from normfx.graph.opaque import is_foreign_op
 from normfx.graph.regions import acts_on_autograd, attribute, carried, is_mode_switch, replayed_modes
+from normfx.graph.views import operands, shared
 
 _SCALAR_MODULES = frozenset({math.__name__, operator.__name__, "_operator", "builtins"})
 
@@ -130,6 +131,9 @@ def _check_rerun(node: Node, mode: FakeTensorMode, stage: str) -> None:
             continue
         if old.dtype != new.dtype or old.device != new.device or not _same_shape(old, new):
             raise _fail(stage, node, _describe(new), _describe(old))
+    given = operands(node)
+    if shared(again, given) and not shared(recorded, given):
+        raise _fail(stage, node, "a view of its operand", "a value that shares no memory with it")
 
 
 def _rerun(node: Node, mode: FakeTensorMode) -> Any:

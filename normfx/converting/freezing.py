@@ -14,6 +14,7 @@ from normfx.capture.trace import Captured
 from normfx.compat.tensors import FakeTensor, storage_key
 from normfx.converting.rows import centre_parameters
 from normfx.errors import ExportError
+from normfx.graph.views import settle
 from normfx.weights.kept import Kept, keepable, kept_values
 
 _STATE = (InputKind.PARAMETER, InputKind.BUFFER)
@@ -57,8 +58,7 @@ def freeze(
     for spec in gone:
         gm.graph.erase_node(unread[spec.arg.name])
     left = [spec for spec in specs if spec not in gone]
-    gm.graph.lint()
-    gm.recompile()
+    settle(gm)
     return ExportGraphSignature(left, signature.output_specs), _still_held(state, gone, left)
 
 

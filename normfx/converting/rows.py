@@ -9,6 +9,7 @@ from torch.fx import Node
 from normfx.capture.trace import Captured
 from normfx.graph.calls import add_call
 from normfx.graph.nodes import arguments, entry_readers, op_name, tensor
+from normfx.graph.views import settle
 from normfx.ir import ops
 
 _WHOLE_ROWS = frozenset({"aten::expand", "aten::view", "aten::reshape", "aten::flatten", "aten::unflatten"})
@@ -39,7 +40,7 @@ def centre_parameters(captured: Captured, shared: bool = True) -> None:
             node.replace_all_uses_with(source)
             graph.erase_node(node)
             node = centred
-    captured.graph_module.recompile()
+    settle(captured.graph_module)
 
 
 def _rows_of(node: Node) -> Node | None:

@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from normfx.capture.cleanup import drop_dead_code
 from normfx.graph.regions import attribute
+from normfx.graph.views import settle
 from normfx.lower.affordable import kept_bytes
 from normfx.weights.kept import Kept, records_gradients
 from normfx.weights.store import Fold, Folds
@@ -66,8 +67,7 @@ def _feed(gm: GraphModule, nodes: Sequence[Node], prefix: str) -> tuple[Node, ..
         inputs.append(new)
         last = [new]
     drop_dead_code(gm.graph)
-    gm.graph.lint()
-    gm.recompile()
+    settle(gm)
     return tuple(inputs)
 
 

@@ -11,6 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 from normfx.errors import NormfxError
 from normfx.graph.calls import add_call, add_norm
 from normfx.graph.nodes import grad_modes, shape, tensor
+from normfx.graph.views import settle
 from normfx.ir import ops
 from normfx.ir.centring import accumulation_dtype
 from normfx.ir.form import Form
@@ -48,7 +49,7 @@ def use_native_norms(gm: GraphModule) -> None:
             with graph.inserting_before(node):
                 node.replace_all_uses_with(_native(graph, call.x, call.weight, call.bias, call.form, node))
             graph.erase_node(node)
-    gm.recompile()
+    settle(gm)
 
 
 def write_as_aten(gm: GraphModule) -> None:
@@ -69,7 +70,7 @@ def write_as_aten(gm: GraphModule) -> None:
                     out = _root_mean_square(graph, call, node)
             node.replace_all_uses_with(out)
             graph.erase_node(node)
-    gm.recompile()
+    settle(gm)
 
 
 def _root_mean_square(graph: Graph, call: NormCall, like: Node) -> Node:

@@ -28,6 +28,7 @@ from normfx.compat.inductor import register_lowering
 from normfx.graph.aliasing import mutated
 from normfx.graph.calls import add_call
 from normfx.graph.nodes import extent, op_name, tensor, value
+from normfx.graph.views import settle
 from normfx.ir.fused_ops import BODIES as FUSED
 from normfx.ir.ops import define
 from normfx.lower.choice import is_fusible, product_between, readers_of
@@ -75,8 +76,7 @@ def store_sums(gm: GraphModule) -> int:
         for user in users:
             user.replace_input_with(node, new)
     if chosen:
-        graph.lint()
-        gm.recompile()
+        settle(gm)
     return len(chosen)
 
 

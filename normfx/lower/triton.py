@@ -17,6 +17,7 @@ from normfx.compat.distributed import is_distributed
 from normfx.graph.aliasing import mutated
 from normfx.graph.calls import add_call
 from normfx.graph.nodes import entries, grad_modes, shape, tensor, total, value
+from normfx.graph.views import settle
 from normfx.ir.fused_ops import CALLS, KINDS, NORM_ADD_NORM, NormCall, norm_call
 from normfx.kernels.cost import backward_cost, forward_cost
 from normfx.kernels.launch import BACKWARD_IN_REGISTERS, backward_launch, forward_launch
@@ -76,8 +77,7 @@ def lower_norms(gm: GraphModule, everywhere: bool, trained: Container[Node]) -> 
         for source in _sources(spec, modes[node]):
             kernels[source.name] = source.text
     drop_dead_code(gm.graph)
-    gm.graph.lint()
-    gm.recompile()
+    settle(gm)
     return Lowered(found, kernels)
 
 

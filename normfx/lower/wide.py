@@ -20,6 +20,7 @@ from normfx.graph.aliasing import escaping, mutated, storages_of
 from normfx.graph.calls import add_call
 from normfx.graph.nodes import BAKED, arguments, entries, is_getitem, op_name, parameter_only, shape, size_hint, value
 from normfx.graph.regions import is_autocast
+from normfx.graph.views import settle
 from normfx.lower.linear import Product, linear_product
 from normfx.lower.wide_speed import ROWS, attention_is_faster, products_are_faster
 from normfx.weights.kept import folded, records_gradients
@@ -62,7 +63,7 @@ def widen(gm: GraphModule, free: frozenset[Node]) -> None:
             edit.attention(node)
     if edit.changed:
         graph.lint()
-        gm.recompile()
+        settle(gm)
 
 
 def narrow(gm: GraphModule, weight: Node) -> None:

@@ -190,6 +190,26 @@ def test_frozen_with_any_length() -> None:
         torch.testing.assert_close(rewritten.module()(ids(tokens)), model(ids(tokens)), rtol=1e-12, atol=1e-12)
 
 
+class Prompted(nn.Module):
+    """A row before those of each sample, as a class token is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.row, self.norm, self.head = nn.Parameter(torch.randn(1, 1, 8)), nn.LayerNorm(8), nn.Linear(8, 2)
+        self.up = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(torch.cat([self.row.expand(x.shape[0], -1, -1), self.up(x)], 1)))
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_the_row_is_frozen_and_not_its_repetitions(samples: int) -> None:
+    model, x = Prompted().double(), x64(samples, 4, 8)
+    rewritten = saved_and_loaded(normfx.rewrite(torch.export.export(model, (x,)), FROZEN))
+    assert rewritten.state_dict["row_folded"].shape == (1, 1, 8) and "aten.expand.default" in targets(rewritten)
+    torch.testing.assert_close(rewritten.module()(x), model(x), rtol=1e-12, atol=1e-12)
+
+
 class Drifting(nn.Module):
     """The scale of a norm is a buffer that each call changes."""
 

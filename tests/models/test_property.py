@@ -102,6 +102,10 @@ def test_traps_keep_the_mean(op: str) -> None:
     assert [r.code for r in refused if r.rule == "pre_rms_norm"], report.sites[-1].rules
 
 
+def test_each_setting_of_the_search() -> None:
+    assert fuzz.run(0, len(fuzz.SETTINGS)) == []
+
+
 @pytest.mark.slow
 def test_thousands_of_random_programs() -> None:
     """As `python tests/support/fuzz.py`: each is rewritten, by default rules or compressed, and compared with eager."""

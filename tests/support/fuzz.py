@@ -104,7 +104,7 @@ def _check(steps: tuple[Step, ...], options: Mapping[str, str]) -> GraphReport:
     settings = Options.parse({"strict": True, "fold": "live", **options}, environ={})
     _, report = transform_canonical(captured, settings)
     kept = settings.fold == "cached"
-    folding = keep_folds_outside(captured, settings, False, {}, lambda dtype: False)[0] if kept else None
+    folding = keep_folds_outside(captured, settings, False, False, {}, lambda dtype: False)[0] if kept else None
     forward = captured.graph_module.forward
     run = fed(forward, folding) if folding is not None else forward
     flat = list(model.parameters())
