@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from normfx.capture.trace import Captured
@@ -15,8 +16,12 @@ from normfx.ir import ops
 _WHOLE_ROWS = frozenset({"aten::expand", "aten::view", "aten::reshape", "aten::flatten", "aten::unflatten"})
 """They keep rows whole if the last dimension has the same size before and after."""
 
-_ALONG = frozenset({"aten::slice", "aten::select", "aten::unsqueeze", "aten::squeeze"})
+_ALONG = frozenset({"aten::slice", "aten::select", "aten::index_select", "aten::unsqueeze", "aten::squeeze"})
 """They keep rows whole if they act along another dimension than the last."""
+
+
+_MASKS = frozenset({torch.bool, torch.uint8})
+"""A mask of n dimensions indexes as many."""
 
 
 def centre_parameters(captured: Captured, shared: bool = True) -> None:
@@ -54,12 +59,22 @@ def _rows_of(node: Node) -> Node | None:
         return None
     if name == "aten::embedding":
         operand = arguments(source)["weight"]
-    elif name in _WHOLE_ROWS or (name in _ALONG and not _acts_on_rows(source)):
+    elif name in _WHOLE_ROWS or _looks_rows_up(source) or (name in _ALONG and not _acts_on_rows(source)):
         operand = source.args[0]
     else:
         return None
     plain = isinstance(operand, Node) and tensor(operand).shape[-1] == size and tensor(operand).dtype == dtype
     return operand if plain else None
+
+
+def _looks_rows_up(source: Node) -> bool:
+    """Whether an op is an indexing without an index, of numbers or a mask, for the last dimension."""
+    if not op_name(source).startswith("aten::index."):
+        return False
+    given = arguments(source)
+    indices = [None if index is None else tensor(index) for index in given["indices"]]
+    dims = sum(index.ndim if index is not None and index.dtype in _MASKS else 1 for index in indices)
+    return dims < tensor(given["self"]).ndim
 
 
 def _acts_on_rows(source: Node) -> bool:

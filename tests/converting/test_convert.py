@@ -176,6 +176,48 @@ def test_refused(case: str, message: str) -> None:
         normfx.convert(moved(Block(case).double()), ids())
 
 
+POSITIONS = {
+    "index": lambda table: table[torch.arange(5)],
+    "two indices": lambda table: table.view(1, 16, 8)[torch.zeros(5, dtype=torch.long), torch.arange(5)],
+    "between": lambda table: table.view(16, 1, 8)[:, torch.zeros(2, dtype=torch.long)][:5, 0],
+    "mask": lambda table: table[torch.arange(16) < 5],
+    "index_select": lambda table: table.index_select(0, torch.arange(5)),
+}
+
+
+class Positions(nn.Module):
+    def __init__(self, case: str) -> None:
+        super().__init__()
+        self.case, self.places = case, nn.Parameter(torch.randn(16, 8))
+        self.table, self.norm, self.head = nn.Embedding(11, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.norm(self.table(ids) + POSITIONS[self.case](self.places)))
+
+
+@pytest.mark.parametrize("case", POSITIONS)
+def test_rows_looked_up_in_a_parameter(case: str) -> None:
+    model = moved(Positions(case).double())
+    converted = normfx.convert(model, ids())
+    assert norms(converted) == {"RMSNorm": 1} and converted.places.mean(-1).abs().max() < 1e-15
+    torch.testing.assert_close(converted(*ids()), model(*ids()), rtol=1e-12, atol=1e-12)
+
+
+ENTRIES = {
+    "columns": lambda table: table[:, torch.arange(8)],
+    "a mask of entries": lambda table: table[torch.ones_like(table) > 0].view(16, 8),
+    "rows of other lengths": lambda table: table.view(8, 16)[torch.arange(8)].reshape(16, 8),
+}
+
+
+@pytest.mark.parametrize("case", ENTRIES)
+def test_entries_looked_up_are_no_rows(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean of what is looked up is not that of a row of the parameter."""
+    monkeypatch.setitem(POSITIONS, case, lambda table: ENTRIES[case](table)[:5])
+    with pytest.raises(normfx.ConvertError, match="is computed from others"):
+        normfx.convert(moved(Positions(case).double()), ids())
+
+
 class Shared(nn.Module):
     """One linear layer and one norm at several places; γ could be folded at the last one only."""
 
