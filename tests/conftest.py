@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import pytest
 import torch
@@ -62,6 +63,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("no time was left for it")
 
 
+def _restore(environment: Mapping[str, str]) -> None:
+    """Take back what a library wrote into the environment: peft leaves CXX=gcc where its BOFT fails to build."""
+    changed = {name for name in os.environ.keys() | environment if os.environ.get(name) != environment.get(name)}
+    for name in changed:
+        if name in environment:
+            os.environ[name] = environment[name]
+        elif not name.startswith("_"):  # what Inductor hands to the code it compiles in this process
+            del os.environ[name]
+
+
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Else a test inherits what others compiled of the same code, and Dynamo's recompile limit."""
@@ -70,7 +81,9 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("normfx.weights.kept.watches_pages", lambda: True)
     torch._dynamo.reset()
     torch.manual_seed(0)
+    environment = dict(os.environ)
     yield
+    _restore(environment)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # of an example that needed one
     left = get_eval_frame_callback()
