@@ -31,5 +31,13 @@ def versioned(torch: str) -> None:
         session.run("pytest", "-n", "2", "-q", *session.posargs)
 
 
+@nox.session(default=False)
+def clients(session: nox.Session) -> None:
+    """The libraries of docs/clients.md, all of them."""
+    session.install("-e", ".[clients]")
+    session.run("pytest", "-n", "2", "-q", "-m", "slow or not slow", "tests/clients", *session.posargs)
+    session.run("python", "tests/clients/table.py")
+
+
 for version in VERSIONS:
     versioned(version)

@@ -34,9 +34,17 @@ def renew_views(graph: Graph) -> None:
             if isinstance(values, (tuple, list)) and isinstance(node.args[1], int):
                 node.meta["val"] = values[node.args[1]]
         elif _may_be_view(node) and not shared(node.meta["val"], operands(node)):
-            again = fake_result(node.target, node.args, node.kwargs)
+            again = _run_again(node)
             if shared(again, operands(node)):
                 node.meta["val"] = again
+
+
+def _run_again(node: Node) -> Any:
+    """What a call makes of its operands' values; an in-place one that changes strides or sizes leaves theirs alone."""
+    args, kwargs = operands(node)
+    if schema(node.target).is_mutable:
+        args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.detach(), (args, kwargs))
+    return fake_result(node.target, args, kwargs)
 
 
 def operands(node: Node) -> Any:
@@ -58,10 +66,9 @@ def _memory(value: Any) -> frozenset[int]:
 
 
 def _may_be_view(node: Node) -> bool:
-    """Whether the result of a call may be a view by its op's schema, and has a value to tell."""
+    """Whether the result of a call may share memory with an operand by its op's schema, and has a value to tell."""
     if node.op != "call_function" or not isinstance(node.target, OpOverload) or node.target.namespace != "aten":
         return False
-    described = schema(node.target)
-    if described.is_mutable or not any(a.alias_info is not None for a in described.arguments):
+    if not any(a.alias_info is not None for a in schema(node.target).arguments):
         return False
     return any(type(leaf) is FakeTensor for leaf in pytree.tree_leaves(node.meta.get("val")))

@@ -71,6 +71,16 @@ def test_a_write_through_a_view_is_seen() -> None:
     assert new in mutated(gm.graph)
 
 
+def test_what_is_written_in_place_is_its_operand() -> None:
+    gm = traced(lambda x: (x * 2).t_().add_(1).relu())
+    new = replaced(gm)
+    (turned,) = gm.graph.find_nodes(op="call_function", target=aten.t_.default)
+    settle(gm)
+    assert storages_of(gm.graph)[turned] == storages_of(gm.graph)[new] and new in mutated(gm.graph)
+    assert new.meta["val"].shape == (2, 6) and turned.meta["val"].shape == (6, 2)
+    verify(gm, "rewrite")
+
+
 def test_copies_stay_copies() -> None:
     gm = traced(lambda x: (x * 2).t().reshape(12).relu())
     (copy,) = gm.graph.find_nodes(op="call_function", target=aten.reshape.default)

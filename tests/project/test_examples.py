@@ -147,6 +147,16 @@ def test_trainer(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_lightning(tmp_path: Path) -> None:
+    pytest.importorskip("lightning")
+    printed = example("lightning_fit.py", tmp_path)
+    assert_all_rms_norms(printed, 5)
+    first, last = numbers("loss # at the first step, # after 8", printed)
+    assert last < first, printed
+    assert_small("largest difference of the losses from eager: #", printed)
+
+
+@pytest.mark.slow
 def test_export(tmp_path: Path) -> None:
     printed = example("export_aoti.py", tmp_path)
     assert numbers("# LayerNorms exported, # left after the rewrite", printed) == [3, 0]
