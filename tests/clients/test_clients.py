@@ -16,7 +16,7 @@ def test_results_are_eager_s(client: Client, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("NORMFX_STRICT", "1")
     outcome = client.run()
     assert outcome.report.graphs and not any(graph.failure for graph in outcome.report.graphs)
-    assert outcome.difference < 1e-5
+    assert outcome.report.counts["layer_norm"] and outcome.difference < 1e-5
 
 
 def test_the_page_lists_them() -> None:

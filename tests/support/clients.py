@@ -61,9 +61,11 @@ def outcome(actual: Any, expected: Any) -> Outcome:
     return Outcome(difference.item(), normfx.compiled_report())
 
 
-def encoder(dropout: float = 0.0) -> nn.TransformerEncoder:
-    layer = nn.TransformerEncoderLayer(32, 2, 64, dropout, batch_first=True, norm_first=True)
-    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+def encoder() -> nn.Module:
+    """Two pre-norm blocks of sequences with 8 features."""
+    layer = nn.TransformerEncoderLayer(64, 4, 128, 0.0, batch_first=True, norm_first=True)
+    blocks = nn.TransformerEncoder(layer, 2, nn.LayerNorm(64), enable_nested_tensor=False)
+    return nn.Sequential(nn.Linear(8, 64), blocks)
 
 
 def trained_looking(model: nn.Module) -> nn.Module:
@@ -144,7 +146,7 @@ def _() -> Outcome:
 def _() -> Outcome:
     from accelerate import Accelerator
 
-    x = torch.randn(64, 16, 32)
+    x = torch.randn(64, 32, 8)
 
     def trained(compiled: bool) -> list[Tensor]:
         torch.manual_seed(0)
@@ -156,7 +158,7 @@ def _() -> Outcome:
         model, optimizer = accelerator.prepare(model, optimizer)
         losses = []
         for _ in range(3):
-            loss = model(x).square().mean()
+            loss = (model(x)[..., :8] - x).square().mean()
             accelerator.backward(loss)
             optimizer.step()
             optimizer.zero_grad()
@@ -213,9 +215,9 @@ def _() -> Outcome:
 def _() -> Outcome:
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    model: Any = trained_looking(encoder()).eval()
+    model: Any = vit()
     quantize_(model, Int8WeightOnlyConfig(version=2))
-    x = torch.randn(2, 5, 32)
+    x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         return outcome(torch.compile(model, backend="normfx")(x), model(x))
 
@@ -223,12 +225,16 @@ def _() -> Outcome:
 # ---------------------------------------------------------------- vision, text and images, sentences
 
 
-@client("timm", "create_model", 'torch.compile(model, backend="normfx")')
-def _() -> Outcome:
+def vit() -> nn.Module:
     import timm
 
     sizes = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5)
-    model = trained_looking(timm.create_model("vit_tiny_patch16_224", **sizes)).eval()
+    return trained_looking(timm.create_model("vit_tiny_patch16_224", **sizes)).eval()
+
+
+@client("timm", "create_model", 'torch.compile(model, backend="normfx")')
+def _() -> Outcome:
+    model = vit()
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         return outcome(torch.compile(model, backend="normfx")(x), model(x))
@@ -319,7 +325,7 @@ def _() -> Outcome:
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
-            self.net, self.head, self.losses = trained_looking(encoder()), nn.Linear(32, 2), []
+            self.net, self.head, self.losses = trained_looking(encoder()), nn.Linear(64, 2), []
 
         def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
             x, label = batch
@@ -331,7 +337,7 @@ def _() -> Outcome:
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), 0.1)
 
-    data = [(torch.randn(64, 16, 32), torch.randint(0, 2, (64,))) for _ in range(3)]
+    data = [(torch.randn(64, 32, 8), torch.randint(0, 2, (64,))) for _ in range(3)]
 
     def losses(compiled: bool) -> list[Tensor]:
         module: Any = Classifier()
