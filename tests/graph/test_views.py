@@ -26,7 +26,7 @@ def traced(f: Any) -> GraphModule:
 
 
 def replaced(gm: GraphModule) -> Node:
-    """A product, written anew as a sum."""
+    """Replaces the product in a graph by a sum."""
     (old,) = gm.graph.find_nodes(op="call_function", target=aten.mul.Tensor)
     with gm.graph.inserting_before(old):
         new = add_call(gm.graph, aten.add.Tensor, (old.args[0], old.args[0]), old)

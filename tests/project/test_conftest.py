@@ -1,4 +1,4 @@
-"""What tests leave behind."""
+"""The environment of a test does not depend on the tests before it."""
 
 from __future__ import annotations
 
