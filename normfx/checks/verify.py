@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterator
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -14,11 +13,10 @@ from torch.fx import GraphModule, Node
 from normfx.compat import pytree
 from normfx.compat.operators import HigherOrderOperator, OpOverload, schema
 from normfx.compat.tensors import FakeTensor, FakeTensorMode
-from normfx.compat.tracing import enable_python_dispatcher
 from normfx.errors import VerifyError
 from normfx.graph.opaque import is_foreign_op
 from normfx.graph.regions import acts_on_autograd, attribute, carried, is_mode_switch, replayed_modes
-from normfx.graph.views import operands, shared
+from normfx.graph.views import operands, run_again, shared
 
 _SCALAR_MODULES = frozenset({math.__name__, operator.__name__, "_operator", "builtins"})
 
@@ -122,7 +120,7 @@ def _check_rerun(node: Node, mode: FakeTensorMode, stage: str) -> None:
     if data_dependent or node.target is torch.ops.aten.item.default or node.meta.get("unbacked_bindings"):
         return  # a new symbol on every run, or none without the value
     try:
-        again = _rerun(node, mode)
+        again = run_again(node, mode)
     except Exception as error:
         raise _fail(stage, node, "an op that accepts its arguments", f"{type(error).__name__}: {error}") from error
     recorded = pytree.tree_leaves(node.meta.get("val"))
@@ -134,22 +132,6 @@ def _check_rerun(node: Node, mode: FakeTensorMode, stage: str) -> None:
     given = operands(node)
     if shared(again, given) and not shared(recorded, given):
         raise _fail(stage, node, "a view of its operand", "a value that shares no memory with it")
-
-
-def _rerun(node: Node, mode: FakeTensorMode) -> Any:
-    target: Any = node.target
-    args, kwargs = pytree.tree_map_only(Node, lambda n: n.meta.get("val"), (node.args, node.kwargs))
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(mode)
-        stack.enter_context(enable_python_dispatcher())
-        if mode.shape_env is not None:
-            stack.enter_context(mode.shape_env.ignore_fresh_unbacked_symbols())
-            stack.enter_context(mode.shape_env.suppress_guards())
-        if schema(target).is_mutable:
-            # detached: an op that changes strides or sizes must not change what was recorded
-            args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.detach(), (args, kwargs))
-        return target(*args, **kwargs)
 
 
 def _same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -9,8 +10,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from normfx.compat import pytree
 from normfx.compat.operators import OpOverload, schema
-from normfx.compat.tensors import FakeTensor, storage_key
-from normfx.graph.calls import fake_result
+from normfx.compat.tensors import FakeTensor, FakeTensorMode, storage_key
+from normfx.compat.tracing import enable_python_dispatcher
 from normfx.graph.nodes import is_getitem
 
 
@@ -33,18 +34,27 @@ def renew_views(graph: Graph) -> None:
             values = source.meta.get("val")
             if isinstance(values, (tuple, list)) and isinstance(node.args[1], int):
                 node.meta["val"] = values[node.args[1]]
-        elif _may_be_view(node) and not shared(node.meta["val"], operands(node)):
-            again = _run_again(node)
+        elif (fake := _possible_view(node)) is not None and not shared(node.meta["val"], operands(node)):
+            again = run_again(node, fake.fake_mode)
             if shared(again, operands(node)):
                 node.meta["val"] = again
 
 
-def _run_again(node: Node) -> Any:
-    """What a call makes of its operands' values; an in-place one that changes strides or sizes leaves theirs alone."""
+def run_again(node: Node, mode: FakeTensorMode) -> Any:
+    """What the op of a call makes of its operands' values. No guard is added, and the values stay as they are."""
+    target: Any = node.target
     args, kwargs = operands(node)
-    if schema(node.target).is_mutable:
-        args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.detach(), (args, kwargs))
-    return fake_result(node.target, args, kwargs)
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(mode)
+        stack.enter_context(enable_python_dispatcher())
+        if mode.shape_env is not None:
+            stack.enter_context(mode.shape_env.ignore_fresh_unbacked_symbols())
+            stack.enter_context(mode.shape_env.suppress_guards())
+        if schema(target).is_mutable:
+            # detached: an op that changes strides or sizes must not change what was recorded
+            args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.detach(), (args, kwargs))
+        return target(*args, **kwargs)
 
 
 def operands(node: Node) -> Any:
@@ -65,10 +75,11 @@ def _memory(value: Any) -> frozenset[int]:
     )
 
 
-def _may_be_view(node: Node) -> bool:
-    """Whether the result of a call may share memory with an operand by its op's schema, and has a value to tell."""
+def _possible_view(node: Node) -> FakeTensor | None:
+    """A result of a call whose op, by its schema, may return memory of an operand; None for other calls."""
     if node.op != "call_function" or not isinstance(node.target, OpOverload) or node.target.namespace != "aten":
-        return False
-    if not any(a.alias_info is not None for a in schema(node.target).arguments):
-        return False
-    return any(type(leaf) is FakeTensor for leaf in pytree.tree_leaves(node.meta.get("val")))
+        return None
+    if not any(argument.alias_info is not None for argument in schema(node.target).arguments):
+        return None
+    leaves = pytree.tree_leaves(node.meta.get("val"))
+    return next((leaf for leaf in leaves if type(leaf) is FakeTensor), None)

@@ -87,11 +87,11 @@ def folder() -> Iterator[Path]:
 # ---------------------------------------------------------------- transformers
 
 
-def gpt2(tokens: int = 64, **more: Any) -> Any:
+def gpt2() -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
-        vocab_size=32, n_embd=32, n_layer=2, n_head=2, n_positions=tokens, bos_token_id=None, eos_token_id=None, **more
+        vocab_size=32, n_embd=32, n_layer=2, n_head=2, n_positions=64, bos_token_id=None, eos_token_id=None
     )
     return trained_looking(GPT2LMHeadModel(config)).eval()
 
