@@ -146,6 +146,33 @@ def test_a_norm_that_stays_keeps_the_width() -> None:
     assert {r.code for r in first.refusals if r.rule == "crms_norm"} == {"fixed_width"}
 
 
+class Narrow(nn.Module):
+    """A norm of half of a product, or one that a convolution over the channels reads."""
+
+    def __init__(self, piece: bool) -> None:
+        super().__init__()
+        self.piece, self.norm = piece, nn.LayerNorm(8)
+        self.write, self.linear, self.convolution = (
+            nn.Linear(4, 16 if piece else 8),
+            nn.Linear(8, 8),
+            nn.Conv1d(8, 3, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.piece:
+            first, second = self.write(x).chunk(2, -1)
+            return self.linear(self.norm(first)) * second
+        return self.convolution(self.norm(self.write(x)).transpose(1, 2))
+
+
+@pytest.mark.parametrize(("piece", "code"), [(True, "split_features"), (False, "reader_not_linear")])
+@pytest.mark.parametrize("basis", ["drop", "orthonormal"])
+def test_pieces_and_convolutions_keep_the_width(piece: bool, code: str, basis: str) -> None:
+    report = assert_same_float64(Narrow(piece), (torch.randn(2, 7, 4),), {**CRMS, "crms_basis": basis})
+    (site,) = report.sites
+    assert site.to_rms_norm and [r.code for r in site.refusals if r.rule == "crms_norm"] == [code]
+
+
 class Packed(nn.Module):
     """A norm without γ and β, read by a linear whose weight is stored in int8."""
 
