@@ -66,9 +66,6 @@ def crash_note(stage: str, changed: bool) -> str:
     )
 
 
-def stage_warning(stage: str, error: BaseException) -> str:
-    """Text of the one warning given when a stage fails and the original graph is used."""
-    return (
-        f"normfx: stage '{stage}' failed ({type(error).__name__}: {error}); "
-        f"the model is compiled unchanged by Inductor. {REPORT_HINT}"
-    )
+def stage_warning(stage: str, error: BaseException, then: str = "the model is compiled unchanged by Inductor") -> str:
+    """Text of the one warning given when a stage fails; `then`: what happens in its place."""
+    return f"normfx: stage '{stage}' failed ({type(error).__name__}: {error}); {then}. {REPORT_HINT}"

@@ -183,7 +183,8 @@ class Frozen:
         except Exception as error:
             if self._strict:
                 raise StageError("freeze", error) from error
-            warnings.warn(stage_warning("freeze", error), NormfxWarning, stacklevel=2)
+            then = "the model runs without the frozen variant, by kept folds"
+            warnings.warn(stage_warning("freeze", error, then), NormfxWarning, stacklevel=2)
             self._never = True
             return
         watch.accept(watched, stamps)

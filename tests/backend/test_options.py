@@ -191,12 +191,26 @@ def test_a_frozen_variant_that_fails_is_done_without(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("normfx.lower.folded.FrozenTemplate.build", _broken)
     model, x = Norm(), torch.randn(2, 4)
     with torch.no_grad():
-        with pytest.warns(normfx.NormfxWarning, match="stage 'freeze'"):
+        with pytest.warns(normfx.NormfxWarning, match=r"stage 'freeze' .* the model runs without the frozen variant"):
             out = torch.compile(model, backend="normfx", fullgraph=True, options={"fold": "frozen"})(x)
         torch.testing.assert_close(out, model(x))
         torch._dynamo.reset()
         with raises_inside(StageError, r"stage 'freeze' failed: IndexError: no such thing"):
             torch.compile(model, backend="normfx", options={"fold": "frozen", "strict": True})(x)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:normfx. stage 'freeze':normfx.errors.NormfxWarning")
+def test_what_inductor_cannot_freeze() -> None:
+    """A float64 convolution, for which Inductor (2.14) has no packed weights: its own freezing raises."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(3, 8, 2), nn.Flatten(2), nn.LayerNorm(5), nn.Linear(5, 4)).double().eval()
+    x = torch.randn(2, 3, 6, dtype=torch.float64)
+    compiled = torch.compile(model, backend="normfx", options={"fold": "frozen"})
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-12, atol=1e-12)
+            model[3].weight.data[0] += 1
 
 
 @pytest.mark.parametrize(("level", "words"), [("0", []), ("1", ["fold_affine", "capture"]), ("2", ["before", "after"])])
