@@ -136,24 +136,18 @@ def test_two_processes(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_trainer(tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
-    printed = example("trainer.py", tmp_path)
-    assert_all_rms_norms(printed, 3)
+@pytest.mark.parametrize(
+    ("name", "packages", "norms", "limit"),
+    [("trainer.py", ("transformers", "accelerate"), 3, 1e-4), ("lightning_fit.py", ("lightning",), 5, 1e-5)],
+)
+def test_trainers(name: str, packages: tuple[str, ...], norms: int, limit: float, tmp_path: Path) -> None:
+    for package in packages:
+        pytest.importorskip(package)
+    printed = example(name, tmp_path)
+    assert_all_rms_norms(printed, norms)
     first, last = numbers("loss # at the first step, # after 8", printed)
     assert last < first, printed
-    assert_small("largest difference of the losses from eager: #", printed, 1e-4)
-
-
-@pytest.mark.slow
-def test_lightning(tmp_path: Path) -> None:
-    pytest.importorskip("lightning")
-    printed = example("lightning_fit.py", tmp_path)
-    assert_all_rms_norms(printed, 5)
-    first, last = numbers("loss # at the first step, # after 8", printed)
-    assert last < first, printed
-    assert_small("largest difference of the losses from eager: #", printed)
+    assert_small("largest difference of the losses from eager: #", printed, limit)
 
 
 @pytest.mark.slow
