@@ -92,7 +92,7 @@ class Other(nn.Module):
 
     def __init__(self, kind: str) -> None:
         super().__init__()
-        self.kind, self.norm, self.weight = kind, nn.LayerNorm(6), nn.Parameter(torch.empty(4, 6))
+        self.kind, self.norm, self.weight = kind, nn.LayerNorm(6), nn.Parameter(torch.randn(4, 6))
         self.convolution = nn.Conv1d(6, 4, 1)
 
     def forward(self, x: Tensor) -> Tensor:
