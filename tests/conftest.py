@@ -79,6 +79,8 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("NORMFX_VERIFY", "1")
     # the same folds on every kernel: where it does not help to watch the memory, contents are compared
     monkeypatch.setattr("normfx.weights.kept.watches_pages", lambda: True)
+    # else only the first test of a process that may be warned is, whichever that is
+    monkeypatch.setattr("normfx.options._warned", set())
     torch._dynamo.reset()
     torch.manual_seed(0)
     environment = dict(os.environ)

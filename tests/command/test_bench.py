@@ -172,6 +172,7 @@ def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:normfx. lowering='triton' has no effect:normfx.NormfxWarning")
 def test_modes(tmp_path: Path) -> None:
     """Every variant with a mode compiles; without a device there are no CUDA graphs in it."""
     names = [name for name, variant in VARIANTS.items() if variant.replays and "max" not in name]
