@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,12 @@ class Quartiles(NamedTuple):
         return cls(*statistics.quantiles(values, n=4, method="inclusive"))
 
 
+IDLE = 0.05
+"""The part of one core below which this process does nothing."""
+
+LONGEST_WAIT = 0.5
+"""Seconds after which a turn begins even if threads of this process still run."""
+
 Timed = Callable[[Callable[[], object], int, str], float]
 """A call, how often to make it, on which device → seconds of one."""
 
@@ -38,21 +45,25 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds a call takes, round by round, as `timed` (by default `seconds`) says.
 
-    In a round every call has its turn (of `repeats` calls), each round beginning with another one: what slows the
-    machine, or follows a certain neighbour, meets all of them. Rounds pair up: ratios are to be taken within a round.
+    In a round every call has its turn (of `repeats` calls), in an order drawn for each round: what slows the machine,
+    or follows a certain neighbour, meets all of them. Rounds pair up: ratios are to be taken within a round. On the CPU
+    a turn begins with a call that is not timed, made when no thread of the turn before runs any more.
     """
     timed = timed or seconds
     names = list(calls)
+    order = random.Random(0)
     times: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
     gc.disable()
     gc.collect()
     gc.freeze()  # so that collecting between rounds takes no time
     try:
-        for turn in range(rounds):
+        for _ in range(rounds):
             gc.collect()
-            first = turn % len(names)
-            for name in names[first:] + names[:first]:
+            for name in order.sample(names, len(names)):
+                if torch.device(device).type == "cpu":
+                    wait_until_idle()
+                    calls[name]()
                 times[name].append(timed(calls[name], repeats[name] if repeats else 1, device))
     finally:
         gc.unfreeze()
@@ -77,6 +88,20 @@ def seconds(call: Callable[[], object], repeats: int = 1, device: str = "cpu") -
     end.record()
     torch.cuda.synchronize()
     return float(start.elapsed_time(end)) / 1e3 / repeats
+
+
+def wait_until_idle() -> None:
+    """Return when no thread of this process runs, or after LONGEST_WAIT.
+
+    The threads of a pool run on for a while after its work, in case more comes: those of ONNX Runtime for 35 ms on each
+    core, of OpenMP for some 5. Whoever were timed next would have that much less of the machine.
+    """
+    end = time.perf_counter() + LONGEST_WAIT
+    while time.perf_counter() < end:
+        begin, used = time.perf_counter(), time.process_time()
+        time.sleep(0.005)
+        if time.process_time() - used < IDLE * (time.perf_counter() - begin):
+            return
 
 
 def speeds(base: Sequence[float], own: Sequence[float]) -> Quartiles:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import threading
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +20,7 @@ from normfx.bench.clock import Call, Captured
 from normfx.bench.measure import VARIANTS, Cell, Measured, Result, Settings, Variant, measure, peak_memory
 from normfx.bench.models import MODELS, make
 from normfx.bench.present import Results, markdown
-from normfx.bench.timing import Quartiles, interleaved, relative_error, speeds
+from normfx.bench.timing import Quartiles, interleaved, relative_error, speeds, wait_until_idle
 from normfx.cli import main
 
 
@@ -206,11 +208,39 @@ def test_errors(arguments: tuple[str, str], message: str, tmp_path: Path, capsys
     assert not list(tmp_path.iterdir())
 
 
-def test_turns_rotate() -> None:
+def test_turns() -> None:
+    """Each call has one turn in a round, after one that is not timed; whom it follows changes."""
     log: list[str] = []
-    times = interleaved({n: partial(log.append, n) for n in "abc"}, 3, {"a": 1, "b": 2, "c": 1})
-    assert "".join(log) == "abbc" + "bbca" + "cabb"
-    assert {n: len(t) for n, t in times.items()} == {"a": 3, "b": 3, "c": 3}
+    timed: list[tuple[str, int]] = []
+
+    def note(call: Callable[[], object], repeats: int, device: str) -> float:
+        call()
+        timed.append((log[-1], repeats))
+        return float(len(timed))
+
+    repeats = {"a": 1, "b": 2, "c": 1}
+    times = interleaved({n: partial(log.append, n) for n in "abc"}, 20, repeats, timed=note)
+    assert log == [name for name, _ in timed for _ in range(2)]
+    assert all(number == repeats[name] for name, number in timed)
+    rounds = ["".join(name for name, _ in timed[i : i + 3]) for i in range(0, 60, 3)]
+    assert {n: len(t) for n, t in times.items()} == dict.fromkeys("abc", 20)
+    assert set(rounds) == {"abc", "acb", "bac", "bca", "cab", "cba"}
+
+
+def test_a_turn_waits_for_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is timed has the machine to itself: threads that still run are waited for, but not for ever."""
+    monkeypatch.setattr("normfx.bench.timing.LONGEST_WAIT", 600.0)
+    busy = threading.Thread(target=lambda: sum(range(20_000_000)))
+    busy.start()
+    wait_until_idle()
+    assert not busy.is_alive()
+    monkeypatch.setattr("normfx.bench.timing.LONGEST_WAIT", 0.02)
+    stop = threading.Event()
+    endless = threading.Thread(target=lambda: [None for _ in iter(stop.is_set, True)])
+    endless.start()
+    wait_until_idle()
+    stop.set()
+    endless.join()
 
 
 def test_numbers() -> None:
