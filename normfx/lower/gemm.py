@@ -41,14 +41,24 @@ def packing() -> Iterator[None]:
         yield
 
 
-@functools.cache
 def onednn_is_faster() -> bool:
-    """Whether a packed oneDNN linear is as fast as a packed MKL one in float32 here, or faster; measured by a few
-    processes, in 0.2 s. Where both are equal oneDNN's takes less memory: as much as the weight. MKL's takes 1.5 times
-    (768 × 50,257) to 4 times (768 × 768) as much, and the product reads the weight itself too."""
+    """Whether a packed oneDNN linear is as fast as a packed MKL one in float32 here, or faster."""
+    seconds = _packed_forms()
+    return seconds is not None and seconds[1] / seconds[0] > 1 / MARGIN
+
+
+def mkl_is_faster() -> bool:
+    """Whether a packed MKL linear is the fastest in float32 here, of oneDNN's and ATen's `addmm`."""
+    return _packed_forms() is not None and not onednn_is_faster() and mkl_speed() > MARGIN
+
+
+@functools.cache
+def _packed_forms() -> Pair | None:
+    """Seconds of oneDNN's and of MKL's packed linear in float32, by weights from memory, measured by a few processes,
+    in 0.2 s; None where one of them is missing."""
     mkl_backend: Any = torch.backends.mkl
     if not onednn_works(torch.float32) or not mkl_backend.is_available():
-        return False
+        return None
     with torch.inference_mode(False), torch.no_grad():
         x, weight, bias = layer(torch.float32)
         multiply = onednn.linear()
@@ -61,8 +71,26 @@ def onednn_is_faster() -> bool:
                 lambda: [onednn.mkl_linear(x, each, weight, bias, ROWS) for each in other],
             )
 
-        own, other = least(FILE, "float32 packed, oneDNN and MKL, weights from memory", both)
-        return other / own > 1 / MARGIN
+        return least(FILE, "float32 packed, oneDNN and MKL, weights from memory", both)
+
+
+@functools.cache
+def mkl_speed() -> float:
+    """Speed of a packed MKL linear in float32 relative to ATen's `addmm` here, by weights from memory, measured like
+    the others. MKL has to be there."""
+    with torch.inference_mode(False), torch.no_grad():
+        x, weight, bias = layer(torch.float32)
+
+        def both() -> Pair:
+            packed = [onednn.mkl_pack(weight, ROWS) for _ in range(COPIES)]
+            plain = [weight.clone().t() for _ in range(COPIES)]
+            return best(
+                lambda: [onednn.mkl_linear(x, each, weight, bias, ROWS) for each in packed],
+                lambda: [torch.addmm(bias, x, each) for each in plain],
+            )
+
+        mkl, plain = least(FILE, "float32, MKL packed and addmm, weights from memory", both)
+        return plain / mkl
 
 
 def packed_is_faster(dtype: torch.dtype) -> bool:
@@ -79,6 +107,8 @@ def packed_speed(dtype: torch.dtype) -> float:
 def packed_gain(dtype: torch.dtype) -> float:
     """Seconds that one multiply-add by packed weights saves here, 0 where they are not packed."""
     packed, plain = _seconds(dtype)
+    if dtype == torch.float32 and mkl_is_faster():
+        packed = min(packed, plain / mkl_speed())
     return (plain - packed) / (ROWS * IN * OUT) if plain / packed > MARGIN else 0.0
 
 

@@ -19,6 +19,7 @@ from normfx.graph import recompute
 from normfx.ir import centring, channels, form, fused_ops, ops
 from normfx.kernels import backward, forward, launch, rows, run, source, spec
 from normfx.lower import norm_ops, stored, two_norms
+from normfx.lower.sigmoid import with_sigmoids
 from normfx.options import KEYS
 
 MEANING = (
@@ -72,7 +73,7 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], patches: Mappi
     tag = f"{torch.compiler.config.cache_key_tag}normfx-{_digest()}{recompute.digest(gm.graph)}"
     config: Any = torch.compiler.config  # `patch` is put on the module when it is imported
     with config.patch(cache_key_tag=tag):
-        return cast(Callable[..., Any], compile_fx(gm, list(example_inputs), config_patches=dict(patches) or None))
+        return cast(Callable[..., Any], compile_fx(gm, list(example_inputs), config_patches=with_sigmoids(patches)))
 
 
 @functools.cache

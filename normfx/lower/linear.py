@@ -21,6 +21,12 @@ class Product(NamedTuple):
     def of_one_row(self) -> bool:
         return bool(entries(shape(self.x)[:-1]) == 1)
 
+    @property
+    def fixed_rows(self) -> int:
+        """How many rows x has, 0 where the graph serves several numbers of them."""
+        rows = entries(shape(self.x)[:-1])
+        return int(rows) if rows.is_Integer else 0
+
 
 def linear_product(node: Node) -> Product | None:
     """A linear layer on the CPU, all of one dtype; under autocast its output has another."""

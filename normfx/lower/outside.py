@@ -47,7 +47,7 @@ def keep_folds_outside(
     if widens:
         widen(gm, free)
     if packs:
-        pack_linears(gm, free, plain_row)
+        pack_linears(gm, free, values, plain_row)
     devices = {tensor(node).device for node in free}
     budgets = functools.cache(partial(budget, settings.fold_memory))
     names = {node: source.name for node, source in captured.sources.items()}

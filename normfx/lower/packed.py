@@ -1,20 +1,23 @@
-"""Kept weights in the layout oneDNN multiplies by, without freezing anything.
+"""Kept weights in the layout that oneDNN or MKL multiplies by, without freezing anything.
 
 Inductor packs weights only as constants. Here a linear layer's weight is one more kept value: the graph computes
 `pack(W)`, which the store takes out, and multiplies by it in `packed_linear`. What the graph is given is a handle of
 one entry at a fixed address; the packed tensor that it stands for is found in weights/handles.py, and exchanged when
 W changed.
+
+MKL packs for one number of rows, so its form serves graphs in which that number is fixed.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, library
 from torch.fx import GraphModule, Node
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from normfx.compat import onednn
 from normfx.graph.aliasing import escaping, storages_of
@@ -22,9 +25,9 @@ from normfx.graph.calls import add_call
 from normfx.graph.nodes import BAKED, parameter_only, tensor
 from normfx.graph.regions import is_autocast
 from normfx.ir.ops import define
-from normfx.lower.gemm import packed_is_faster
+from normfx.lower.gemm import mkl_is_faster, packed_is_faster
 from normfx.lower.linear import Product, linear_product
-from normfx.weights.handles import value_of
+from normfx.weights.handles import set_size, value_of
 from normfx.weights.kept import folded, records_gradients
 
 ROWS = 128
@@ -33,6 +36,9 @@ ROWS = 128
 LEAST = {torch.float32: 2**16, torch.bfloat16: 2**15}
 """Entries of the smallest weights worth packing: the call itself costs 10 µs more than a plain product."""
 
+_ROWS: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
+"""For how many rows MKL packs a parameter, or what is computed from it."""
+
 
 @functools.cache
 def _multiply() -> Any:
@@ -40,32 +46,56 @@ def _multiply() -> Any:
     return onednn.linear()
 
 
-def _pack(weight: Tensor, out: int, rows: int) -> Tensor:
+@functools.lru_cache(maxsize=256)
+def _shape(features: int, width: int) -> Tensor:
+    """A tensor without memory of its own: MKL's product asks the weight for its shape, and reads the packed one."""
+    with torch.inference_mode(False):
+        return torch.empty(1, dtype=torch.float32, device="cpu").expand(features, width)
+
+
+def _pack(weight: Tensor, out: int, rows: int, mkl: bool = False) -> Tensor:
     """A matrix whose output features lie along dimension `out` → the same, packed for so many rows."""
-    return onednn.pack((weight.t() if out else weight).contiguous(), rows)
+    matrix = (weight.t() if out else weight).contiguous()
+    if not mkl:
+        return onednn.pack(matrix, rows)
+    packed = onednn.mkl_pack(matrix, rows)
+    set_size(packed, matrix.nbytes)
+    return packed
 
 
-def _packed_linear(x: Tensor, handle: Tensor, bias: Tensor | None, features: int) -> Tensor:
-    result: Tensor = _multiply()(x, value_of(handle), bias, "none", [], "")
-    return result
+def _packed_linear(x: Tensor, handle: Tensor, bias: Tensor | None, features: int, rows: int = 0) -> Tensor:
+    """rows: those that MKL packed the weight for; 0: oneDNN packed it. Raises RuntimeError for another number."""
+    if not rows:
+        result: Tensor = _multiply()(x, value_of(handle), bias, "none", [], "")
+        return result
+    width = x.shape[-1]
+    if x.numel() != rows * width:
+        raise RuntimeError(f"normfx: {tuple(x.shape)} times a weight that was packed for {rows} rows; please report it")
+    return onednn.mkl_linear(x, value_of(handle), _shape(features, width), bias, rows)
 
 
-PACK = define("pack(Tensor weight, int out, int rows) -> Tensor", _pack, "CPU")
+PACK = define("pack(Tensor weight, int out, int rows, bool mkl=False) -> Tensor", _pack, "CPU")
 PACKED_LINEAR = define(
-    "packed_linear(Tensor x, Tensor handle, Tensor? bias, int features) -> Tensor",
+    "packed_linear(Tensor x, Tensor handle, Tensor? bias, int features, int rows=0) -> Tensor",
     _packed_linear,
     "CPU",
     (torch.Tag.flexible_layout,),
 )
 # what a graph is given instead of a packed weight is its handle
-library.register_fake(PACK, lambda weight, out, rows: weight.new_empty(1, dtype=torch.int64))
-library.register_fake(PACKED_LINEAR, lambda x, handle, bias, features: x.new_empty((*x.shape[:-1], features)))
+library.register_fake(PACK, lambda weight, out, rows, mkl=False: weight.new_empty(1, dtype=torch.int64))
+library.register_fake(PACKED_LINEAR, lambda x, handle, bias, features, rows=0: x.new_empty((*x.shape[:-1], features)))
 
 
-def pack_linears(gm: GraphModule, free: frozenset[Node], plain_row: Callable[[torch.dtype], bool]) -> None:
+def pack_linears(
+    gm: GraphModule,
+    free: frozenset[Node],
+    values: Mapping[Node, Tensor],
+    plain_row: Callable[[torch.dtype], bool],
+) -> None:
     """Let the linear layers of a graph multiply by packed weights, in place, where that is faster.
 
     free:      parameters that may be kept. Every packed weight is one of `kept_values` afterwards.
+    values:    the parameters themselves, as far as they are known
     plain_row: whether products of one row are as fast by weights of a dtype that are not packed
     """
     graph = gm.graph
@@ -76,32 +106,54 @@ def pack_linears(gm: GraphModule, free: frozenset[Node], plain_row: Callable[[to
     products = {node: p for node, p in products.items() if p.weight in known}
     storages = storages_of(graph)
     outside, kept = escaping(graph, storages), folded(known)
-    packs: dict[tuple[Node, int, int], Node] = {}
+    packs: dict[tuple[Any, ...], Node] = {}
     for node, product in products.items():
         x, weight, bias, out = product
         fake = tensor(weight)
-        if storages[weight] & outside or not (weight in free or weight in kept) or not packed_is_faster(fake.dtype):
+        if storages[weight] & outside or not (weight in free or weight in kept):
             continue
-        if product.of_one_row and plain_row(fake.dtype):
+        form: tuple[Any, ...]
+        fixed: tuple[int, ...] = ()
+        rows = product.fixed_rows
+        if fake.dtype == torch.float32 and rows > 1 and mkl_is_faster() and _is_for(rows, weight, values):
+            fixed = (rows,)
+            form = weight, out, rows, True
+        elif packed_is_faster(fake.dtype) and not (product.of_one_row and plain_row(fake.dtype)):
+            form = weight, out, 1 if product.of_one_row else ROWS
+        else:
             continue
-        form = weight, out, 1 if product.of_one_row else ROWS
         if form not in packs:
             with graph.inserting_before(node):
                 packs[form] = add_call(graph, PACK, form, node)
             packs[form].meta[BAKED] = True
         with graph.inserting_before(node):
-            new = add_call(graph, PACKED_LINEAR, (x, packs[form], bias, int(fake.shape[out])), node)
+            new = add_call(graph, PACKED_LINEAR, (x, packs[form], bias, int(fake.shape[out]), *fixed), node)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
+
+
+def _is_for(rows: int, weight: Node, values: Mapping[Node, Tensor]) -> bool:
+    """Whether MKL may pack a weight for so many rows: it packs none for a second number, which would take more memory
+    for each length of an input. oneDNN's form serves all of them."""
+    found, work = [], [weight]
+    seen = {weight}
+    while work:
+        node = work.pop()
+        if node in values:
+            found.append(values[node])
+        new = [n for n in node.all_input_nodes if n not in seen]
+        seen.update(new)
+        work += new
+    return bool(found) and _ROWS.setdefault(max(found, key=Tensor.numel), rows) == rows
 
 
 def unpack(gm: GraphModule, node: Node) -> None:
     """Let the products by a packed weight multiply by the weight itself again, in place; other nodes stay."""
     if node.target is not PACK:
         return
-    weight, out, _ = node.args
+    weight, out = node.args[:2]
     for product in list(node.users):
-        x, _, bias, _ = product.args
+        x, _, bias = product.args[:3]
         with gm.graph.inserting_before(product):
             if out:
                 new = add_call(gm.graph, torch.ops.aten.addmm.default, (bias, x, weight), product)

@@ -11,7 +11,6 @@ are those of Inductor.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,15 +19,11 @@ import torch
 from torch import Tensor, library
 from torch.fx import Graph, Node
 
-from normfx.compat.inductor import CustomGraphPass
-from normfx.compat.inductor import config as inductor_config
 from normfx.ir.ops import define
 from normfx.lower import rates
 from normfx.lower.gemm import onednn_works
+from normfx.lower.passes import HOOK, LastPass, digest, setting
 from normfx.lower.rates import Product
-
-HOOK = "post_grad_custom_post_pass"
-"""Inductor's place for a pass that runs after its own ones."""
 
 LEAST = 2**26
 """Floating-point operations of the smallest products considered: the call itself costs 10 µs more than ATen's."""
@@ -81,7 +76,7 @@ def with_products(patches: Mapping[str, Any], products: str = "auto") -> dict[st
     """
     if not _replaces(patches, products):
         return dict(patches)
-    return {**patches, HOOK: FasterProducts(products == "auto", _setting(patches, HOOK))}
+    return {**patches, HOOK: FasterProducts(products == "auto", setting(patches, HOOK))}
 
 
 def plain_rows(patches: Mapping[str, Any], products: str) -> Callable[[torch.dtype], bool]:
@@ -95,15 +90,11 @@ def plain_rows(patches: Mapping[str, Any], products: str) -> Callable[[torch.dty
 
 
 def _replaces(patches: Mapping[str, Any], products: str) -> bool:
-    tuned = products == "auto" and (_setting(patches, "max_autotune") or _setting(patches, "max_autotune_gemm"))
+    tuned = products == "auto" and (setting(patches, "max_autotune") or setting(patches, "max_autotune_gemm"))
     return products != "aten" and not tuned and onednn_works(torch.float32)
 
 
-def _setting(patches: Mapping[str, Any], name: str) -> Any:
-    return patches[name] if name in patches else getattr(inductor_config, name)
-
-
-class FasterProducts(CustomGraphPass):
+class FasterProducts(LastPass):
     """Replaces products by oneDNN's.
 
     measured: only where these were measured to be faster
@@ -111,12 +102,10 @@ class FasterProducts(CustomGraphPass):
     """
 
     def __init__(self, measured: bool, first: Any = None) -> None:
+        super().__init__(first)
         self.measured = measured
-        self.first = tuple(first) if isinstance(first, (list, tuple)) else (first,) if first is not None else ()
 
-    def __call__(self, graph: Graph) -> None:
-        for run in self.first:
-            run(graph)
+    def change(self, graph: Graph) -> None:
         for node in graph.nodes:
             product = _product(node, torch.float32)
             if product is not None and (not self.measured or rates.onednn_is_faster(product)):
@@ -125,15 +114,8 @@ class FasterProducts(CustomGraphPass):
             if product is not None and product.rows > rates.FEW_ROWS and rates.wide_is_faster(product):
                 node.target = REPLACED[torch.bfloat16][node.target]
 
-    def uuid(self) -> Any:
-        """What Inductor's caches know the pass by; None, as a user's pass may answer, switches them off."""
-        others = [one.uuid() if isinstance(one, CustomGraphPass) else None for one in self.first]
-        return None if None in others else (_digest(), self.measured, *others)
-
-
-def _digest() -> str:
-    source = inspect.getsource(inspect.getmodule(_digest) or rates) + inspect.getsource(rates)
-    return hashlib.sha256(source.encode()).hexdigest()
+    def key(self) -> tuple[Any, ...]:
+        return digest(inspect.getmodule(FasterProducts), rates), self.measured
 
 
 def _product(node: Node, dtype: torch.dtype) -> Product | None:

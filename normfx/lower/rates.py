@@ -89,24 +89,20 @@ def wide_is_faster(product: Product) -> bool:
     return _ratio(FILE_WIDE, product, lambda of_class: _measure(of_class, torch.bfloat16, wide)) >= WIDE_MARGIN
 
 
-def _ratio(file: str, product: Product, measure: Callable[[Product], float]) -> float:
-    """ATen's time divided by that of another way to multiply, for products of this class; measured once."""
+def _ratio(file: str, product: Product, measure: Callable[[Product], measurements.Pair]) -> float:
+    """ATen's time divided by that of another way to multiply, for products of this class; measured by one process."""
     of_class = _class(product)
     key = " ".join(map(str, map(int, of_class)))
-    with measurements.LOCK:
-        known = measurements.read(file)
-        if not isinstance(known.get(key), float):
-            known[key] = measure(of_class)
-            measurements.write(file, known)
-        ratio: float = known[key]
-        return ratio
+    plain, own = measurements.least(file, key, lambda: measure(of_class), processes=1)
+    return plain / own
 
 
 def measured() -> dict[Product, float]:
     """What is known of this machine: for each class, ATen's time divided by oneDNN's."""
     with measurements.LOCK:
         known = measurements.read(FILE).items()
-        numbers = {tuple(map(int, key.split())): ratio for key, ratio in known if isinstance(ratio, float)}
+        pairs = ((key, found) for key, found in known if isinstance(found, list) and len(found) == 4)
+        numbers = {tuple(map(int, key.split())): plain / own for key, (plain, own, *_) in pairs}
     return {Product(r, i, c, bool(ta), bool(tb)): ratio for (r, i, c, ta, tb), ratio in numbers.items()}
 
 
@@ -126,15 +122,14 @@ def _class(product: Product) -> Product:
 
 def _measure(
     product: Product, dtype: torch.dtype = torch.float32, other: Callable[[Tensor, Tensor], Tensor] = onednn
-) -> float:
-    """ATen's time divided by the other's, best of several interleaved rounds."""
+) -> measurements.Pair:
+    """Seconds of ATen's product and of the other."""
     rows, inner, columns, a_transposed, b_transposed = product
     with disable_current_modes(), torch.inference_mode(False), torch.no_grad():
         a = _matrix(rows, inner, a_transposed, dtype)
         count = math.ceil(READ_BYTES / (a.element_size() * inner * columns)) if rows <= FEW_ROWS else 1
         copies = [_matrix(inner, columns, b_transposed, dtype) for _ in range(count)]
-        plain, own = _best(lambda: _each(torch.mm, a, copies), lambda: _each(other, a, copies))
-    return plain / own
+        return _best(lambda: _each(torch.mm, a, copies), lambda: _each(other, a, copies))
 
 
 @functools.cache

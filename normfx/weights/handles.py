@@ -6,10 +6,14 @@ The value is found by the handle's address, so that it may be exchanged while th
 from __future__ import annotations
 
 import weakref
+from collections.abc import MutableMapping
 
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 _VALUES: dict[int, Tensor] = {}
+
+_SIZES: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
 
 
 def set_value(handle: Tensor, value: Tensor) -> None:
@@ -25,6 +29,12 @@ def value_of(handle: Tensor) -> Tensor:
     return _VALUES[handle.data_ptr()]
 
 
+def set_size(value: Tensor, written: int) -> None:
+    """Say how many bytes of a value's memory are written, where those are fewer: the system provides no others."""
+    _SIZES[value] = written
+
+
 def size_in_bytes(value: Tensor) -> int:
     """The bytes of a kept value, or of what its handle stands for."""
-    return _VALUES.get(value.data_ptr(), value).nbytes
+    kept = _VALUES.get(value.data_ptr(), value)
+    return _SIZES.get(kept, kept.nbytes)

@@ -29,6 +29,7 @@ def _widens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wide, "products_are_faster", lambda: True)
     monkeypatch.setattr(wide, "attention_is_faster", lambda: True)
     monkeypatch.setattr(packed, "packed_is_faster", gemm.onednn_works)
+    monkeypatch.setattr(packed, "mkl_is_faster", lambda: False)
     monkeypatch.setattr(packed, "LEAST", dict.fromkeys(packed.LEAST, 1))
     monkeypatch.setattr(wide, "LEAST", 1)
     monkeypatch.setattr(wide, "ROWS", 1)

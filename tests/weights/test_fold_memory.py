@@ -31,6 +31,7 @@ def _small_weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small weights are looked at and packed too, whatever this machine is fast at. Kept variants need no Inductor."""
     monkeypatch.setattr("normfx.lower.folded.compile_graph", lambda gm, inputs, patches: gm.forward)
     monkeypatch.setattr(packed, "packed_is_faster", gemm.onednn_works)
+    monkeypatch.setattr(packed, "mkl_is_faster", lambda: False)
     monkeypatch.setattr(affordable, "packed_gain", lambda dtype: 1e-12)
     for module in (gemm, constants):
         monkeypatch.setattr(module, "onednn_is_faster", lambda: True)

@@ -71,6 +71,7 @@ def test_one_memory_in_two_layouts(
     name: str, kind: type[nn.Module], dtype: torch.dtype, fold: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packed, "packed_is_faster", gemm.onednn_works)
+    monkeypatch.setattr(packed, "mkl_is_faster", lambda: False)
     monkeypatch.setattr(packed, "LEAST", dict.fromkeys(packed.LEAST, 1))
     model = kind(LAYOUTS[name], 24).to(dtype)
     x = torch.randn(5, 24, dtype=dtype)
