@@ -99,8 +99,8 @@ class FrozenTemplate:
         return compiled
 
 
-MKL = 4
-"""Times its own size that a weight takes where MKL packs it: itself, and 1.5 to 4 times as much packed."""
+MKL = 2
+"""Times its own size that a weight takes where MKL packs it: itself, and as much again packed (lower/packed.py)."""
 
 
 def _frozen_bytes(weight: torch.Tensor) -> int:
