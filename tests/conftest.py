@@ -17,6 +17,9 @@ BEGIN = time.monotonic()
 
 COSTLY = "tests/costly.txt"
 
+COLLECTED = pytest.StashKey[frozenset[str]]()
+"""The names of all tests that were collected, before markers choose."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--budget", type=float, help="minutes of two cores that the default tests may cost")
@@ -48,6 +51,7 @@ class Named:
 @pytest.hookimpl(tryfirst=True)  # before markers choose
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark costly tests slow, and order tests by a word: a deadline would else leave out the same ones every time."""
+    config.stash[COLLECTED] = frozenset(item.nodeid for item in items)
     costly = frozenset((config.rootpath / COSTLY).read_text().splitlines())
     for item in items:
         if item.nodeid in costly:
