@@ -16,7 +16,7 @@ from rich.console import Console
 from normfx.allocator import allocator, free_bytes, obstacle
 from normfx.environment import version
 from normfx.lower import choice
-from normfx.lower.gemm import MARGIN, packed_speed
+from normfx.lower.gemm import MARGIN, mkl_is_faster, mkl_speed, packed_speed
 from normfx.lower.wide_speed import products_are_faster, products_speed
 from normfx.options import Options
 from normfx.weights.budget import Budget, budget, machine_memory
@@ -127,6 +127,10 @@ def _products(dtype: torch.dtype) -> Finding:
         return Finding(f"{name} products", "weights are not packed: oneDNN cannot on this processor, or is not there")
     verdict = "kept weights are packed" if speed > MARGIN else "weights are not packed"
     found = f"with packed weights {speed:.2f} times as fast as addmm: {verdict}"
+    if dtype == torch.float32 and mkl_is_faster():
+        found += (
+            f"; packed by MKL {mkl_speed():.2f} times: where the number of rows is fixed, kept weights are packed by it"
+        )
     if dtype == torch.bfloat16:
         place = "float32" if products_are_faster() else "bfloat16"
         found += f"; in float32 {products_speed():.2f} times as fast as in bfloat16: computed in {place}"

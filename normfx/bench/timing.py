@@ -94,7 +94,7 @@ def wait_until_idle() -> None:
     """Return when no thread of this process runs, or after LONGEST_WAIT.
 
     The threads of a pool run on for a while after its work, in case more comes: those of ONNX Runtime for 35 ms on each
-    core, of OpenMP for some 5. Whoever were timed next would have that much less of the machine.
+    core, of OpenMP for some 5. The call that is timed next would have that much less of the machine.
     """
     end = time.perf_counter() + LONGEST_WAIT
     while time.perf_counter() < end:

@@ -23,7 +23,7 @@ class Product(NamedTuple):
 
     @property
     def fixed_rows(self) -> int:
-        """How many rows x has, 0 where the graph serves several numbers of them."""
+        """The number of rows that x has, 0 where the graph serves several numbers of them."""
         rows = entries(shape(self.x)[:-1])
         return int(rows) if rows.is_Integer else 0
 

@@ -28,7 +28,7 @@ os.register_at_fork(after_in_child=lambda: globals().update(LOCK=threading.RLock
 _known: dict[Path, dict[str, Any]] = {}
 
 _asked: set[tuple[Path, str]] = set()
-"""What this process has measured, or found measured."""
+"""The questions that this process has answered by a measurement of its own."""
 
 PROCESSES = 3
 """So many processes measure a pair of times, and the least of each counts: other programs that run on the same cores
@@ -86,7 +86,7 @@ def write(name: str, known: dict[str, Any]) -> None:
 def least(name: str, key: str, measure: Callable[[], Pair], processes: int = PROCESSES) -> Pair:
     """A pair of times in seconds: the least that this process and earlier ones measured.
 
-    A process measures once. No further one does when so many `processes` had the machine to themselves meanwhile.
+    A process measures once. After so many `processes` that had the machine to themselves, no further one measures.
     """
     with LOCK:
         known, asked = read(name), (path(name), key)
@@ -108,7 +108,7 @@ def least(name: str, key: str, measure: Callable[[], Pair], processes: int = PRO
 
 
 def _seconds_waited() -> float:
-    """How long threads of this process that could run waited for a core, as far as the system tells (Linux)."""
+    """Return how long threads of this process waited for a core, in seconds; 0 where the system does not tell."""
     nanoseconds = 0
     for file in Path("/proc/self/task").glob("*/schedstat"):
         try:

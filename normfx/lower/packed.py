@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, MutableMapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, library
@@ -86,6 +86,15 @@ library.register_fake(PACK, lambda weight, out, rows, mkl=False: weight.new_empt
 library.register_fake(PACKED_LINEAR, lambda x, handle, bias, features, rows=0: x.new_empty((*x.shape[:-1], features)))
 
 
+class Form(NamedTuple):
+    """The arguments of PACK: a weight, where its output features lie, rows that are told to the library, and which."""
+
+    weight: Node
+    out: int
+    rows: int
+    mkl: bool = False
+
+
 def pack_linears(
     gm: GraphModule,
     free: frozenset[Node],
@@ -106,25 +115,22 @@ def pack_linears(
     products = {node: p for node, p in products.items() if p.weight in known}
     storages = storages_of(graph)
     outside, kept = escaping(graph, storages), folded(known)
-    packs: dict[tuple[Any, ...], Node] = {}
+    packs: dict[Form, Node] = {}
     for node, product in products.items():
         x, weight, bias, out = product
         fake = tensor(weight)
         if storages[weight] & outside or not (weight in free or weight in kept):
             continue
-        form: tuple[Any, ...]
-        fixed: tuple[int, ...] = ()
         rows = product.fixed_rows
         if fake.dtype == torch.float32 and rows > 1 and mkl_is_faster() and _is_for(rows, weight, values):
-            fixed = (rows,)
-            form = weight, out, rows, True
+            form, fixed = Form(weight, out, rows, True), [rows]
         elif packed_is_faster(fake.dtype) and not (product.of_one_row and plain_row(fake.dtype)):
-            form = weight, out, 1 if product.of_one_row else ROWS
+            form, fixed = Form(weight, out, 1 if product.of_one_row else ROWS), []
         else:
             continue
         if form not in packs:
             with graph.inserting_before(node):
-                packs[form] = add_call(graph, PACK, form, node)
+                packs[form] = add_call(graph, PACK, form if form.mkl else form[:3], node)
             packs[form].meta[BAKED] = True
         with graph.inserting_before(node):
             new = add_call(graph, PACKED_LINEAR, (x, packs[form], bias, int(fake.shape[out]), *fixed), node)

@@ -19,7 +19,7 @@ HOOK = "post_grad_custom_post_pass"
 
 
 def setting(patches: Mapping[str, Any], name: str) -> Any:
-    """A setting of Inductor under config patches."""
+    """Return the value that a setting of Inductor has under config patches."""
     return patches[name] if name in patches else getattr(inductor_config, name)
 
 
@@ -38,7 +38,7 @@ class LastPass(CustomGraphPass):
 
     @abstractmethod
     def key(self) -> tuple[Any, ...]:
-        """What the pass does depends on this."""
+        """Return everything that decides what the pass does."""
 
     def __call__(self, graph: Graph) -> None:
         for run in self.first:
@@ -46,11 +46,11 @@ class LastPass(CustomGraphPass):
         self.change(graph)
 
     def uuid(self) -> Any:
-        """What Inductor's caches know the pass by; None, as a user's pass may answer, switches them off."""
+        """Return what Inductor's caches know the pass by; None, as a user's pass may answer, switches them off."""
         others = [one.uuid() if isinstance(one, CustomGraphPass) else None for one in self.first]
         return None if None in others else (*self.key(), *others)
 
 
 def digest(*modules: ModuleType | None) -> str:
-    """Of the modules' sources."""
+    """Return a digest of the modules' sources: what tells one version of a pass from another."""
     return hashlib.sha256("".join(inspect.getsource(module) for module in modules if module).encode()).hexdigest()

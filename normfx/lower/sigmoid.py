@@ -22,7 +22,7 @@ aten = torch.ops.aten
 
 
 def with_sigmoids(patches: Mapping[str, Any]) -> dict[str, Any]:
-    """Inductor's config patches, with the pass after those that they have."""
+    """Return Inductor's config patches with the pass added; passes that they have run first."""
     return {**patches, HOOK: SigmoidForTanh(setting(patches, HOOK))}
 
 

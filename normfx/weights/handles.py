@@ -30,7 +30,7 @@ def value_of(handle: Tensor) -> Tensor:
 
 
 def set_size(value: Tensor, written: int) -> None:
-    """Say how many bytes of a value's memory are written, where those are fewer: the system provides no others."""
+    """Record how many bytes of a value's memory are written, where not all are: the system provides no others."""
     _SIZES[value] = written
 
 

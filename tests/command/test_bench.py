@@ -209,7 +209,7 @@ def test_errors(arguments: tuple[str, str], message: str, tmp_path: Path, capsys
 
 
 def test_turns() -> None:
-    """Each call has one turn in a round, after one that is not timed; whom it follows changes."""
+    """Each call has one turn in a round, which begins with a call that is not timed; the order changes."""
     log: list[str] = []
     timed: list[tuple[str, int]] = []
 
@@ -228,7 +228,7 @@ def test_turns() -> None:
 
 
 def test_a_turn_waits_for_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who is timed has the machine to itself: threads that still run are waited for, but not for ever."""
+    """A timed call has the machine to itself: threads that still run are waited for, but not for ever."""
     monkeypatch.setattr("normfx.bench.timing.LONGEST_WAIT", 600.0)
     busy = threading.Thread(target=lambda: sum(range(20_000_000)))
     busy.start()

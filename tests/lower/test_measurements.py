@@ -47,7 +47,7 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> Processes:
 
 
 def test_the_least_of_a_few_processes_counts(processes: Processes) -> None:
-    """One that measured while the machine was slow does not decide for those after it."""
+    """A process that measured while the machine was slow does not decide for later ones."""
     found = [processes.ask(pair) for pair in [(9.0, 1.0), (2.0, 5.0), (3.0, 4.0), (0.1, 0.1)]]
     assert found == [(9.0, 1.0), (2.0, 1.0), (2.0, 1.0), (2.0, 1.0)] and processes.measured == PROCESSES
 
@@ -57,7 +57,7 @@ def test_one_process_may_be_enough(processes: Processes) -> None:
 
 
 def test_who_waited_for_a_core_does_not_count(processes: Processes) -> None:
-    """What was measured beside other programs is used, and measured again by the next process."""
+    """A pair that was measured while other programs ran is used, and measured again by the next process."""
     assert processes.ask((5.0, 9.0), waited=60.0, processes=1) == (5.0, 9.0)
     assert processes.ask((1.0, 2.0), processes=1) == (1.0, 2.0)
     assert processes.ask((0.1, 0.1), processes=1) == (1.0, 2.0) and processes.measured == 2
@@ -78,7 +78,7 @@ def test_a_machine_that_is_never_quiet(processes: Processes) -> None:
     "content", ["", "[1]", '{"key": [1.0]}', '{"key": ["a", 1.0, 9, 9]}', '{"key": [1.0, 1.0, 9]}', '{"key": 1.5}']
 )
 def test_a_broken_file_is_measured_again(content: str, processes: Processes) -> None:
-    """Also one that an older version wrote."""
+    """A file that an older version wrote counts as broken, too."""
     measurements.path("pairs").parent.mkdir(parents=True)
     measurements.path("pairs").write_text(content)
     assert processes.ask((1.0, 2.0)) == (1.0, 2.0)
@@ -87,7 +87,7 @@ def test_a_broken_file_is_measured_again(content: str, processes: Processes) -> 
 
 @pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="this system does not tell who waited")
 def test_a_thread_that_waits_is_seen() -> None:
-    """More threads than cores, all with work that needs no interpreter lock."""
+    """Runs more threads than cores, all with work that needs no interpreter lock."""
 
     def work() -> None:
         torch.set_num_threads(1)

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from equivalence import EagerBackend, assert_low_precision
 from folding import X, check, compiled, folding, net
 from models import CASES, Case
-from torch import Tensor, nn
+from packing import HAS_MKL, PRODUCTS, Reads, count, pack_all
 from writes import WRITES
 
 from normfx.compat import onednn
@@ -24,9 +23,6 @@ from normfx.lower import gemm, packed, rates
 from normfx.weights import handles, store
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch was built without oneDNN")
-
-
-HAS_MKL = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this torch was built without MKL")
 
 
 @pytest.fixture(params=["oneDNN", pytest.param("MKL", marks=HAS_MKL)])
@@ -39,11 +35,7 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(autouse=True)
 def _packs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pack small weights too, whatever this machine is fast at, in the dtypes that its oneDNN can pack."""
-    monkeypatch.setattr(packed, "packed_is_faster", gemm.onednn_works)
-    monkeypatch.setattr(packed, "mkl_is_faster", lambda: False)
-    monkeypatch.setattr(rates, "plain_row_is_fast", lambda: False)
-    monkeypatch.setattr(packed, "LEAST", dict.fromkeys(packed.LEAST, 1))
+    pack_all(monkeypatch)
 
 
 def packed_products(model: Callable[..., Any], *inputs: Any) -> int:
@@ -53,18 +45,6 @@ def packed_products(model: Callable[..., Any], *inputs: Any) -> int:
         actual = torch.compile(model, backend=backend, fullgraph=True)(*inputs)
         torch.testing.assert_close(actual, model(*inputs), rtol=1e-4, atol=1e-4)
     return count(backend)
-
-
-def count(backend: EagerBackend) -> int:
-    """Of the one graph."""
-    return sum(rows_of(backend).values())
-
-
-def rows_of(backend: EagerBackend) -> Counter[int]:
-    """How many products of the one graph there are by weights packed for a number of rows; 0: for any, by oneDNN."""
-    (module,) = backend.modules
-    found = [node for node in module.graph.nodes if node.target is packed.PACKED_LINEAR]
-    return Counter(int(node.args[4]) if len(node.args) > 4 else 0 for node in found)
 
 
 # ---------------------------------------------------------------- true to the weights
@@ -163,39 +143,6 @@ def test_threads() -> None:
 
 
 # ---------------------------------------------------------------- which products
-
-
-class Reads(nn.Module):
-    """A norm whose output is read by a packed linear layer, and multiplied in a way that is given."""
-
-    def __init__(self, product: Callable[[Tensor, Tensor, Tensor], Any]) -> None:
-        super().__init__()
-        self.norm, self.product, self.read = nn.LayerNorm(8), product, nn.Linear(8, 8)
-        self.weight, self.bias = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8))
-        nn.init.uniform_(self.norm.weight, 0.5, 2.0)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.product(self.norm(x), self.weight, self.bias), self.read(self.norm(x))
-
-
-linear = nn.functional.linear
-
-PRODUCTS: dict[str, tuple[Callable[..., Any], int]] = {
-    "linear": (lambda y, w, b: linear(y, w, b), 1),
-    "no bias": (lambda y, w, b: linear(y, w), 1),
-    "addmm": (lambda y, w, b: torch.addmm(b, y.flatten(0, 1), w), 1),
-    "addmm of a transpose": (lambda y, w, b: torch.addmm(b, y.flatten(0, 1), w.t()), 1),
-    "scaled addmm": (lambda y, w, b: torch.addmm(b, y.flatten(0, 1), w, alpha=2), 0),
-    "addmm with a matrix": (lambda y, w, b: torch.addmm(b.expand(15, 8), y.flatten(0, 1), w), 0),
-    "used twice": (lambda y, w, b: linear(torch.tanh(linear(y, w, b)), w), 2),
-    "input transposed": (lambda y, w, b: linear(torch.tanh(y).transpose(0, 1), w, b), 1),
-    "input broadcast": (lambda y, w, b: linear(torch.tanh(y)[:, :1].expand(3, 4, 8), w, b), 1),
-    "no rows": (lambda y, w, b: linear(y[:0], w, b), 1),
-    "one dimension": (lambda y, w, b: linear(torch.tanh(y)[0, 0], w, b), 0),
-    "weight is an activation": (lambda y, w, b: linear(y, torch.tanh(y[0, :4]) @ w), 0),
-    "view of the weight returned": (lambda y, w, b: (linear(torch.tanh(y), w, b), w.t()), 0),
-    "weight written": (lambda y, w, b: linear(torch.tanh(y), w.mul_(1.0), b), 0),
-}
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
@@ -315,78 +262,3 @@ assert seen[0].report.sites[0].rules and "packed" not in str(seen[0].graph_modul
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-
-
-# ---------------------------------------------------------------- MKL's form
-
-
-@HAS_MKL
-@pytest.mark.parametrize("library", ["MKL"], indirect=True)
-class TestMKL:
-    def test_one_number_of_rows(self, library: str) -> None:
-        """A second length of the inputs is served by oneDNN's form, which takes any further one."""
-        model = Reads(PRODUCTS["linear"][0])
-        found = []
-        for rows in (3, 4, 5, 3):
-            backend = EagerBackend({"fold": "cached"})
-            x = torch.randn(rows, 5, 8)
-            torch._dynamo.reset()
-            with torch.no_grad():
-                torch.testing.assert_close(torch.compile(model, backend=backend)(x), model(x), rtol=1e-4, atol=1e-4)
-            found.append(rows_of(backend))
-        assert found == [{15: 2}, {0: 2}, {0: 2}, {15: 2}]
-        torch._dynamo.reset()
-        other, backend = Reads(PRODUCTS["linear"][0]), EagerBackend({"fold": "cached"})
-        with torch.no_grad():
-            torch.compile(other, backend=backend)(torch.randn(4, 5, 8))
-        assert rows_of(backend) == {20: 2}  # another model has a number of its own
-
-    @pytest.mark.parametrize("name", ["linear", "no bias", "addmm"])
-    def test_rows_that_are_not_fixed(self, name: str, library: str) -> None:
-        model, backend = Reads(PRODUCTS[name][0]), EagerBackend({"fold": "cached"})
-        call = torch.compile(model, backend=backend, dynamic=True)
-        with torch.no_grad():
-            for rows in (3, 7):
-                x = torch.randn(rows, 5, 8)
-                torch.testing.assert_close(call(x), model(x), rtol=1e-4, atol=1e-4)
-        assert rows_of(backend) == {0: 2}
-
-    def test_other_rows_raise(self, library: str) -> None:
-        """MKL's product by what is packed for others would be wrong."""
-        handle = torch.zeros(1, dtype=torch.int64)
-        handles.set_value(handle, packed._pack(torch.randn(6, 8), 0, 4, True))
-        assert packed._packed_linear(torch.randn(2, 2, 8), handle, None, 6, 4).shape == (2, 2, 6)
-        with pytest.raises(RuntimeError, match="packed for 4 rows"):
-            packed._packed_linear(torch.randn(5, 8), handle, None, 6, 4)
-
-    def test_memory(self, library: str) -> None:
-        """What is counted is what is written: MKL asks for more address space than it uses."""
-        weight, handle = torch.randn(384, 384), torch.zeros(1, dtype=torch.int64)
-        value = packed._pack(weight, 1, 64, True)
-        handles.set_value(handle, value)
-        assert value.nbytes > handles.size_in_bytes(handle) == weight.nbytes
-
-    @pytest.mark.parametrize("out", [0, 1])
-    @pytest.mark.parametrize("sizes", [(2, 1, 1), (7, 300, 700), (197, 384, 96), (64, 1000, 33)])
-    def test_the_product(self, sizes: tuple[int, int, int], out: int, library: str) -> None:
-        rows, width, features = sizes
-        x, bias = torch.randn(rows, width), torch.randn(features)
-        weight = torch.randn(width, features) if out else torch.randn(features, width)
-        handle = torch.zeros(1, dtype=torch.int64)
-        handles.set_value(handle, packed._pack(weight, out, rows, True))
-        exact = x.double() @ (weight if out else weight.t()).double() + bias
-        actual = packed._packed_linear(x, handle, bias, features, rows).double()
-        plain = torch.addmm(bias, x, weight if out else weight.t()).double()
-        assert (actual - exact).norm() <= 1.25 * (plain - exact).norm() + 1e-7 * exact.norm()
-
-
-@HAS_MKL
-def test_packed_forms_are_compared_by_weights_from_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many weights in turn, not one that stays in a cache."""
-    found: list[list[Tensor]] = []
-    monkeypatch.setattr(gemm, "least", lambda file, key, measure: measure())
-    monkeypatch.setattr(gemm, "best", lambda *calls: (found.extend(call() for call in calls), (1.0, 1.0))[1])
-    assert gemm._packed_forms.__wrapped__() == (1.0, 1.0)
-    assert len(found) == 2 and gemm.COPIES * gemm.IN * gemm.OUT * 4 >= 2**25
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other)

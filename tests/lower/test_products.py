@@ -36,7 +36,7 @@ def _folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 
 def another_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that had the machine to itself when it measured."""
+    """From now on it is another process, which has the machine to itself."""
     monkeypatch.setattr(measurements, "_known", {})
     monkeypatch.setattr(measurements, "_asked", set())
     monkeypatch.setattr(measurements, "_seconds_waited", lambda: 0.0)

@@ -37,7 +37,7 @@ STAY: dict[str, Callable[[Tensor], Any]] = {
 
 
 def passed(body: Callable[..., Any], *inputs: Tensor) -> GraphModule:
-    """A graph of ATen ops, after the pass."""
+    """Return a graph of ATen ops, changed by the pass."""
     table = torch._decomp.get_decompositions([torch.ops.aten.gelu])
     gm = make_fx(body, tracing_mode="fake", decomposition_table=table)(*inputs)
     SigmoidForTanh()(gm.graph)
@@ -65,7 +65,7 @@ def test_the_same_in_double(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", GELUS)
 def test_no_less_exact(name: str, dtype: torch.dtype) -> None:
-    """Compiled by Inductor, against double precision, beside Inductor's own error."""
+    """Compares the error against double precision with that of Inductor's own code."""
     x = torch.linspace(-8, 8, 4001).to(dtype)
     exact = GELUS[name](x.double())
     errors = []

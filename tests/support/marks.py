@@ -11,7 +11,7 @@ from normfx.compat.inductor import CustomGraphPass
 
 
 class Marks(CustomGraphPass):
-    """A user's own pass: counts how often it ran, and before what."""
+    """Counts the matrix products that are in the graph when it runs."""
 
     def __init__(self, name: str | None = "marks") -> None:
         self.name, self.seen = name, 0
