@@ -13,7 +13,6 @@ import argparse
 import copy
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 import normfx
+from normfx.bench.timing import interleaved, speeds
 
 Run = Callable[[], Any]
 
@@ -120,17 +120,6 @@ def openvino(program: ExportedProgram, x: Tensor, folder: Path) -> tuple[Run, in
 RUNTIMES = {f.__name__: f for f in (aotinductor, onnxruntime, onnxruntime_23, openvino)}
 
 
-def measure(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + 3):
-        for name, run in runs.items():
-            begin = time.perf_counter()
-            run()
-            if turn >= 3:
-                times[name].append(time.perf_counter() - begin)
-    return times
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="vit,gpt2,bert,resnet")
@@ -167,10 +156,9 @@ def table(name: str, runtime: str, programs: dict[str, ExportedProgram], x: Tens
             found = runs[what]()
             found = found[0] if isinstance(found, (tuple, list)) else found
             errors[what] = ((found.double() - exact).abs().max() / exact.abs().max()).item()
-        times = measure(runs, rounds)
+        times = interleaved(runs, rounds)
         for what in runs:
-            ratios = [a / b for a, b in zip(times.get("original", times[what]), times[what], strict=True)]
-            low, middle, high = statistics.quantiles(ratios, n=4)
+            low, middle, high = speeds(times.get("original", times[what]), times[what])
             print(
                 f"| {name} | {runtime} | {what} | {1e3 * statistics.median(times[what]):.1f} | {middle:.2f} "
                 f"({low:.2f} to {high:.2f}) | {sizes[what] / 1e6:.1f} | {errors[what]:.1e} |",
