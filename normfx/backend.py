@@ -21,17 +21,15 @@ from normfx.capture.functionalize import functionalize_local
 from normfx.capture.simplify import drop_identities, read_joined, read_parts
 from normfx.capture.specialize import specialize_epsilons
 from normfx.capture.trace import Captured, capture
-from normfx.checks.verify import Checked, verify
+from normfx.checks.verify import verify
 from normfx.compat.dynamo import compile_id
 from normfx.dynamo import explained, function, handed_on
-from normfx.edit.writer import Rewritten
 from normfx.environment import environment
 from normfx.errors import NormfxError, NormfxWarning, StageError, crash_note, stage_warning
 from normfx.graph.aliasing import mutated
 from normfx.graph.facts import facts_of
 from normfx.graph.names import module_path, source_line
 from normfx.graph.recompute import keep_folds
-from normfx.ir.sites import Sites
 from normfx.logs import say
 from normfx.lower import choice
 from normfx.lower.affordable import beyond, rooms
@@ -42,17 +40,16 @@ from normfx.lower.native import use_native_norms
 from normfx.lower.outside import keep_folds_outside, keepable_weights
 from normfx.lower.products import plain_rows, with_products
 from normfx.lower.stored import store_sums
-from normfx.lower.triton import Lowered, lower_norms
+from normfx.lower.triton import lower_norms
 from normfx.lower.verified import verified
 from normfx.options import Options, warn_once
 from normfx.picture import draw, places
-from normfx.plan import Plan, make_plan
-from normfx.printing.printer import print_lines
+from normfx.plan import make_plan
 from normfx.recognize import recognize
-from normfx.records import Picture
 from normfx.report import FailureReport, FoldReport, GraphReport, Report, graph_report
 from normfx.weights.kept import records_gradients
 from normfx.weights.native import start_native_library
+from normfx.work import Work
 
 _listeners: list[Callable[[GraphReport], None]] = []
 
@@ -175,59 +172,6 @@ class Transformed:
         return str([site.rules for site in self.report.sites])
 
 
-@dataclass(eq=False)
-class Work:
-    """A graph on its way through the stages: what it starts with, and what each stage finds for later ones.
-
-    freezes: the canonical graph is wanted even if no rule applies
-    parameters_only: rules may exchange parameters and norms, and add no op and drop none
-    excess:  weights whose folds do not fit into the memory that folds may take
-    stage:   the one that runs, or failed; seconds: by stage
-    """
-
-    settings: Options
-    freezes: bool = False
-    original: GraphModule | None = None
-    example_inputs: Sequence[Any] = ()
-    joined: bool = True
-    parameters_only: bool = False
-    captured: Captured = field(init=False)
-    values: Mapping[Node, torch.Tensor] = field(default_factory=dict)
-    sites: Sites = field(init=False)
-    plan: Plan = field(init=False)
-    before: str = ""
-    lines: Mapping[Node, int] = field(default_factory=dict)
-    picture: Picture = field(init=False)
-    done: Rewritten = field(default_factory=Rewritten)
-    lowered: Lowered = field(default_factory=Lowered)
-    report: GraphReport = field(init=False)
-    excess: frozenset[Node] = frozenset()
-    folding: Folding | None = None
-    memory: Mapping[str, Any] = field(default_factory=dict)
-    stored_sums: int = 0
-    checked: Checked = field(default_factory=dict)
-    stage: str = "capture"
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def canonical(self) -> GraphModule:
-        return self.captured.graph_module
-
-    @property
-    def used(self) -> bool:
-        """Whether the canonical graph is compiled, whatever else becomes of it."""
-        return self.plan.changes or self.freezes or bool(_forcing)
-
-    @property
-    def names(self) -> Mapping[Node, str]:
-        """Names of inputs, parameters and buffers."""
-        return {node: source.name for node, source in self.captured.sources.items()}
-
-    def text(self) -> tuple[str, Mapping[Node, int]]:
-        """The graph as it is printed, and the line of each node."""
-        return print_lines(self.canonical.graph, self.names, self.captured.weights, module_path)
-
-
 @dataclass(frozen=True)
 class Stage:
     """A step on a graph. when: it is left out otherwise; check: the graph's invariants are checked after it, under this
@@ -265,11 +209,11 @@ def _recognize(work: Work) -> None:
     weights = work.captured.weights
     live = None
     if work.settings.fold != "live":
-        keeps = keepable_weights(work.captured, work.settings)
+        keeps = frozenset() if work.computes_folds else keepable_weights(work.captured, work.settings)
         if work.original is not None:  # else they are written into a program or a model, which has room for them
             work.excess = beyond(work.canonical.graph, keeps, rooms(work.settings.fold_memory), work.values)
         live = (weights - keeps) | work.excess
-    facts = facts_of(work.canonical.graph, weights, live)
+    facts = facts_of(work.canonical.graph, weights, live, work.adds_apart)
     work.sites = recognize(facts, module_path, source_line, work.parameters_only)
     if work.parameters_only:
         streams = tuple(stream.of_parameters() for stream in work.sites.streams)
@@ -368,7 +312,7 @@ def transform(
     A graph on which no rule applies is its canonical graph, too, where sums of a residual stream are to be stored.
     freezes: the canonical graph is wanted even if no rule applies; joined: other processes do the same
     """
-    work = Work(settings, freezes, gm, example_inputs, joined)
+    work = Work(settings, freezes, gm, example_inputs, joined, forced=bool(_forcing))
     specialize_epsilons(gm)
     source, number = function(gm), compile_id()
     try:
@@ -394,7 +338,7 @@ def transform_canonical(
     captured: Captured, settings: Options, parameters_only: bool = False
 ) -> tuple[bool, GraphReport]:
     """Rewrite a canonical graph in place. Returns whether anything was applied, and the report."""
-    work = Work(settings, parameters_only=parameters_only)
+    work = Work(settings, parameters_only=parameters_only, forced=bool(_forcing))
     work.captured = captured
     _run(work, exported=True)
     return work.plan.changes, work.report

@@ -45,9 +45,10 @@ def rewrite(
 ) -> ExportedProgram | tuple[ExportedProgram, Report]:
     """An ExportedProgram computing the same function with the rules applied; the argument is left as it is.
 
-    options: those of the backend. By default folds are live: expressions on the program's own parameters, whose names
-             and state dict do not change. With `{"fold": "frozen"}` they are computed once and become buffers of the
-             program, in the places of parameters that nothing reads any more: for deployment
+    options: those of the backend. By default folds are expressions on the program's own parameters, whose names and
+             state dict do not change, where computing them in each run costs less than they save; with
+             `{"fold": "live"}` wherever they are exact. With `{"fold": "frozen"}` they are computed once and become
+             buffers of the program, in the places of parameters that nothing reads any more: for deployment
     report:  also return a Report, which says what became of each norm
 
     The result holds ATen ops alone, norms as `aten.rms_norm` and `aten.layer_norm` where these compute the same, so it
@@ -65,7 +66,7 @@ def rewrite(
     captured = capture_exported(exported_program)
     if settings.fold == "frozen":
         captured = _without_changing(exported_program, captured)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and settings.fold == "live"):
+    with torch.set_grad_enabled(torch.is_grad_enabled() and settings.fold != "frozen"):
         changed, found = transform_canonical(captured, settings)
     say(found, settings.debug)
     rewritten = _written(exported_program, captured, settings) if changed else exported_program
@@ -80,7 +81,7 @@ def _settings(options: Mapping[str, Any] | None) -> Options:
         )
     settings = parse(options)
     rules = tuple(rule.name for rule in RULES if rule.exported and rule.name in settings.rules)
-    fold = "frozen" if settings.fold == "frozen" else "live"
+    fold = settings.fold if settings.fold in ("frozen", "live") else "auto"
     return replace(settings, rules=rules, fold=fold, lowering="inductor")
 
 

@@ -23,6 +23,7 @@ class Facts:
     composed_live: of these, the ones that must be computed in every call, whatever it costs
     modes:      whether gradients are recorded at each node
     order:      says what may be computed earlier
+    adds_apart: a bias that a product did not have is added in passes of its own, in every product
     """
 
     graph: Graph
@@ -33,9 +34,12 @@ class Facts:
     composed_live: frozenset[Node]
     modes: Mapping[Node, bool]
     order: Order
+    adds_apart: bool = False
 
 
-def facts_of(graph: Graph, weights: frozenset[Node], live: frozenset[Node] | None = frozenset()) -> Facts:
+def facts_of(
+    graph: Graph, weights: frozenset[Node], live: frozenset[Node] | None = frozenset(), adds_apart: bool = False
+) -> Facts:
     """The facts about a graph.
 
     live: those of the weights whose folds are computed in every call, at a price; None: all, whatever the price
@@ -44,7 +48,8 @@ def facts_of(graph: Graph, weights: frozenset[Node], live: frozenset[Node] | Non
     parameters = parameter_only(graph, weights, written)
     priced = frozenset(_dependents(parameters, live or ()))
     always = weights if live is None else priced
-    return Facts(graph, weights, written, parameters, priced, always, grad_modes(graph), Order(graph, written))
+    order = Order(graph, written)
+    return Facts(graph, weights, written, parameters, priced, always, grad_modes(graph), order, adds_apart)
 
 
 def _dependents(parameters: frozenset[Node], start: Iterable[Node]) -> Iterator[Node]:

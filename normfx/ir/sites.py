@@ -234,6 +234,7 @@ class Readers:
     shared:  readers whose weight is also read after another norm with other γ or β
     live:    values of parameters alone whose folds would be computed in every call
     affine:  of a scaling and shift that belongs to no norm, the ops that compute it
+    adds_apart: as of graph.facts.Facts
     """
 
     norm: Norm
@@ -246,6 +247,7 @@ class Readers:
     axes: Mapping[Node, Axis] = field(default_factory=dict)
     computed: frozenset[Node] = frozenset()
     affine: Affine | None = None
+    adds_apart: bool = False
 
     @property
     def norms(self) -> tuple[Norm, ...]:

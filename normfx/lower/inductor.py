@@ -20,6 +20,7 @@ from normfx.ir import centring, channels, form, fused_ops, ops
 from normfx.kernels import backward, forward, launch, rows, run, source, spec
 from normfx.lower import norm_ops, stored, two_norms
 from normfx.lower.sigmoid import with_sigmoids
+from normfx.lower.small_constants import write_small_constants
 from normfx.options import KEYS
 
 MEANING = (
@@ -70,6 +71,7 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], patches: Mappi
     for node in gm.graph.find_nodes(op="placeholder"):
         if input_source(node) is None:  # an input that normfx added; AOTAutograd asks each where it comes from
             set_input_source(node, ConstantSource(node.name))
+    write_small_constants(gm)
     tag = f"{torch.compiler.config.cache_key_tag}normfx-{_digest()}{recompute.digest(gm.graph)}"
     config: Any = torch.compiler.config  # `patch` is put on the module when it is imported
     with config.patch(cache_key_tag=tag):

@@ -153,6 +153,7 @@ def find_readers(norm: Norm, facts: Facts, constants: Constants, convolutions: b
         live=facts.live | computed,
         axes=axes,
         computed=computed,
+        adds_apart=facts.adds_apart,
     )
 
 

@@ -47,7 +47,8 @@ CODES = {
     ),
     "live_weights": Code(
         "folded weights would be computed again in every call, and for so few rows that costs more than it saves",
-        "run inference under torch.no_grad(), train on larger batches, or fold regardless: options={'fold': 'live'}",
+        "run inference under torch.no_grad(), or train on larger batches; fold regardless: options={'fold': 'live'}; "
+        "in an exported program: options={'fold': 'frozen'}",
     ),
 }
 

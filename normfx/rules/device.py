@@ -19,6 +19,8 @@ from normfx.graph.nodes import value
 class DeviceCosts:
     """layer_norm, rms_norm: passes over the rows of a norm
     affine: passes over the rows for γ and β; affine_grad: for their gradients
+    new_bias: passes over what a product computes, for a bias that it did not have and that no packed weight adds;
+    new_bias_grad: for its gradient
     launch: bytes that could be moved while one more kernel starts
     """
 
@@ -26,11 +28,13 @@ class DeviceCosts:
     rms_norm: int
     affine: int
     affine_grad: int
+    new_bias: int
+    new_bias_grad: int
     launch: int
 
 
-CPU = DeviceCosts(layer_norm=3, rms_norm=2, affine=1, affine_grad=1, launch=0)
-GPU = DeviceCosts(layer_norm=1, rms_norm=1, affine=0, affine_grad=1, launch=8 * 2**20)
+CPU = DeviceCosts(layer_norm=3, rms_norm=2, affine=1, affine_grad=1, new_bias=2, new_bias_grad=1, launch=0)
+GPU = DeviceCosts(layer_norm=1, rms_norm=1, affine=0, affine_grad=1, new_bias=0, new_bias_grad=1, launch=8 * 2**20)
 
 
 def device_costs(node: Node) -> DeviceCosts:

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import sympy
 import torch
 from torch import nn
 from torch.fx import Node
@@ -83,7 +84,10 @@ def objections(site: Readers) -> Iterator[Objection]:
     yield from _roundings(site)
     price, sizes = cost(site), (norm.output, *(linear.weight for linear, _, _ in site.linears))
     before, after = size_hint(price.before, sizes), size_hint(price.after, sizes)
-    if after > before:
+    if after > before >= after - size_hint(_added(site), sizes):
+        nodes = _biases(site)
+        yield "new_bias", ", ".join(node.name for node in nodes), nodes
+    elif after > before:
         live = [linear for linear, _, _ in site.linears if _live(linear, site)]
         weights = size_hint(total(entries(shape(linear.weight)) for linear in live), sizes)
         detail = f"{weights} entries of weights, {size_hint(entries(shape(site.norm.output)), sizes)} normalised"
@@ -132,7 +136,23 @@ def cost(site: Readers) -> Cost:
     trained = bool(live) and torch.is_grad_enabled()
     before = (costs.affine + (costs.affine_grad if trained else 0)) * bytes_of(site.norm.output)
     after = total(LIVE_PASSES * bytes_of(weight) + LIVE_LAUNCHES * costs.launch for weight in live)
-    return Cost(before, after)
+    return Cost(before, after + _added(site))
+
+
+def _added(site: Readers) -> sympy.Expr:
+    """Bytes of the passes over products that would get a bias."""
+    costs, trained = device_costs(site.norm.output), torch.is_grad_enabled()
+    passes = costs.new_bias + (costs.new_bias_grad if trained and not site.live.isdisjoint(site.vectors) else 0)
+    return total(passes * bytes_of(node) for node in _biases(site))
+
+
+def _biases(site: Readers) -> tuple[Node, ...]:
+    """The products that would get a bias, where it would be added in passes of its own."""
+    shift = site.norm.bias is not None or (site.affine is not None and bool(site.affine.terms))
+    if not shift:
+        return ()
+    bare = (linear for linear, _, _ in site.linears if linear.bias is None and not linear.groups)
+    return tuple(linear.node for linear in bare if site.adds_apart or _live(linear, site))
 
 
 def _live(linear: Linear, site: Readers) -> bool:
@@ -160,7 +180,7 @@ class _Read(nn.Module):
         super().__init__()
         self.tap = tap
         self.norm = nn.LayerNorm(6) if norm is None else norm
-        self.read = nn.Linear(6, 4)
+        self.read = nn.Linear(6, 4, bias=tap != "no bias")
         self.convolution = nn.Conv1d(6, 4, 3, padding=1)
         self.register_buffer("packed", torch.arange(24, dtype=torch.int8).reshape(4, 6))
 
@@ -220,6 +240,10 @@ def _input() -> tuple[torch.Tensor, ...]:
     return (torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0)),)
 
 
+def _many() -> torch.Tensor:
+    return torch.randn(40, 5, 6, generator=torch.Generator().manual_seed(0))
+
+
 PACKED = Code(
     "a reader's weight is stored packed, as integers or floats of 8 bits", "none needed: γ and β stay in the norm"
 )
@@ -254,6 +278,11 @@ RULE = Rule(
         "short_range": Code(
             "a reader computes in float16, and W·γ may leave its range although W and γ do not",
             "none needed: γ stays in the norm; under bfloat16 autocast it is folded",
+        ),
+        "new_bias": Code(
+            "a reader that has no bias would get one, and adding it in a pass over what the reader computes costs more "
+            "than γ and β do",
+            "none needed: γ and β stay in the norm",
         ),
         "no_affine": Code("the norm has neither weight nor bias", "none needed"),
         "unbounded_shift": Code(
@@ -295,5 +324,6 @@ RULE = Rule(
         Example("two axes", lambda: _Read(norm=nn.LayerNorm((5, 6))), _input, "several_axes"),
         Example("statistics returned", _Statistics, _input, "opaque_norm"),
         Example("few rows in training", _Read, _input, "live_weights", fold="auto"),
+        Example("no bias to add to", lambda: _Read("no bias"), lambda: (_many(),), "new_bias", fold="auto"),
     ),
 )

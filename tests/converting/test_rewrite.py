@@ -19,6 +19,7 @@ import normfx
 FAMILIES = ("gpt2", "timm vit layer scale", "bert post-norm", "gpt_neox parallel", "encoder", "llama", "mixer")
 QUICK = {"gpt2", "encoder"}
 FROZEN = {"fold": "frozen"}
+LIVE = {"fold": "live"}
 
 
 def saved_and_loaded(program: ExportedProgram) -> ExportedProgram:
@@ -38,7 +39,7 @@ def test_rewrite_exported_program(dynamic: bool) -> None:
     shapes = {"ids": {1: torch.export.Dim("tokens", min=2, max=64)}} if dynamic else None
     program = torch.export.export(model, (ids(),), dynamic_shapes=shapes)
     text = str(program.graph)
-    rewritten = normfx.rewrite(program)
+    rewritten = normfx.rewrite(program, LIVE)
     assert str(program.graph) == text
     targets = [str(n.target) for n in rewritten.graph.nodes if n.op == "call_function"]
     assert not any("layer_norm" in t or "normfx" in t for t in targets)
@@ -54,7 +55,7 @@ def test_rewrite_exported_program(dynamic: bool) -> None:
 
 def test_rewritten_program_trains_and_decomposes() -> None:
     model = Blocks().double()
-    rewritten = normfx.rewrite(torch.export.export(model, (ids(),)))
+    rewritten = normfx.rewrite(torch.export.export(model, (ids(),)), LIVE)
     module = rewritten.module()
     module(ids()).sum().backward()
     model(ids()).sum().backward()
@@ -105,11 +106,51 @@ def x64(*shape: int) -> Tensor:
 
 def test_a_report_comes_back() -> None:
     program = torch.export.export(Blocks(), (ids(),))
-    rewritten, report = normfx.rewrite(program, report=True)
+    rewritten, report = normfx.rewrite(program, LIVE, report=True)
     assert isinstance(report, normfx.Report) and report.counts["to_rms_norm"] == 3
     assert rewritten is not program and [site.name for site in report.sites] == ["norms.0", "norms.1", "final"]
     same, report = normfx.rewrite(program, {"rules": "none"}, report=True)
     assert same is program and {r.code for site in report.sites for r in site.refusals} == {"disabled"}
+
+
+# ---------------------------------------------------------------- what pays
+
+
+def test_folds_that_are_computed_in_each_run_must_pay() -> None:
+    """By default, few rows leave the program as it is, and the reason names the way out; many rows pay."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8)).double()
+    program = torch.export.export(model, (x64(5, 8),))
+    same, report = normfx.rewrite(program, report=True)
+    assert same is program
+    refusals = [refusal for refusal in report.sites[0].refusals if refusal.rule in ("linear_norm", "fold_affine")]
+    assert {refusal.code for refusal in refusals} == {"live_weights"}
+    assert all("options={'fold': 'frozen'}" in refusal.hint for refusal in refusals)
+    many = x64(500, 8)
+    rewritten, report = normfx.rewrite(torch.export.export(model, (many,)), report=True)
+    assert report.counts["to_rms_norm"] == 1
+    assert rewritten.state_dict.keys() == program.state_dict.keys()
+    torch.testing.assert_close(rewritten.module()(many), model(many), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_head_without_a_bias_gets_none(bias: bool) -> None:
+    """Its bias would be added in a pass over all of its output, which is wider than the rows of the norm."""
+    model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 64, bias=bias)).double()
+    moved(model)
+    x = x64(5, 8)
+    with torch.no_grad():
+        rewritten, report = normfx.rewrite(torch.export.export(model, (x,)), FROZEN, report=True)
+        torch.testing.assert_close(rewritten.module()(x), model(x), rtol=1e-12, atol=1e-12)
+    codes = [{refusal.code for refusal in site.refusals if refusal.rule == "fold_affine"} for site in report.sites]
+    assert codes == [set(), set() if bias else {"new_bias"}]
+    assert ("3.weight_folded" in rewritten.state_dict) == bias
+
+
+def moved(model: nn.Module) -> None:
+    """Move γ and β off ones and zeros."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(p.numel())))
 
 
 # ---------------------------------------------------------------- frozen folds
@@ -130,7 +171,7 @@ def test_frozen_families(name: str) -> None:
     torch.testing.assert_close(actual, expected, rtol=bound, atol=bound * expected.abs().max().item())
     assert report.counts["to_rms_norm"] == case.to_rms
     assert any(key.endswith("_folded") for key in rewritten.state_dict)
-    live = normfx.rewrite(program)
+    live = normfx.rewrite(program, LIVE)
     assert len(rewritten.graph.nodes) < len(live.graph.nodes)
     assert program.state_dict.keys() == live.state_dict.keys()
 
@@ -305,6 +346,6 @@ def test_weights_without_values_cannot_be_frozen() -> None:
     with torch.device("meta"):
         model: Any = Blocks()
     program = torch.export.export(model, (ids().to("meta"),))
-    assert normfx.rewrite(program) is not program
+    assert normfx.rewrite(program, LIVE) is not program
     with pytest.raises(normfx.ExportError, match="have no values"):
         normfx.rewrite(program, FROZEN)

@@ -26,7 +26,7 @@ FLOORS = (
     ("agreement", "apply", "dynamo", "environment", "lower", "picture", "report_text"),
     ("report_html",),
     ("report",),
-    ("logs",),
+    ("logs", "work"),
     ("backend",),
     ("converting", "explaining", "model_input", "doctor"),
     ("bench", "export"),

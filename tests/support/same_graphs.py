@@ -115,7 +115,7 @@ def _texts(name: str, make: Callable[[], tuple[nn.Module, tuple[Any, ...]]]) -> 
         model.eval()
         for rules in ("default", "all"):
             program = torch.export.export(model, inputs)
-            yield f"{name}, exported, {rules}", str(normfx.rewrite(program, {"rules": rules}).graph)
+            yield f"{name}, exported, {rules}", str(normfx.rewrite(program, {"rules": rules, "fold": "live"}).graph)
 
 
 def _text(ready: Transformed) -> str:
