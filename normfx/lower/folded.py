@@ -27,6 +27,7 @@ from normfx.lower.constants import FrozenTemplate
 from normfx.lower.hoist import Folding, fed
 from normfx.lower.inductor import compile_graph
 from normfx.weights.budget import HELD
+from normfx.weights.freed import read_by_live_folds, refusing_freed
 from normfx.weights.samples import is_recording, wait_for
 from normfx.weights.store import STORE, Folds, picker
 from normfx.weights.watch import Stamp, Watch, identity, is_ordinary
@@ -85,17 +86,21 @@ def compile_folded(
     patches: Mapping[str, Any],
     strict: bool = False,
     room: Rooms = lambda device: sys.maxsize,
+    weights: frozenset[Node] = frozenset(),
 ) -> Compiled:
     """Compile a graph with its folds kept (`folding`, of this graph), or live.
 
     constants: parameters, buffers and constants of the graph, for a frozen variant next to it; None: no such variant
     strict:    a frozen variant that cannot be built raises, instead of a warning
     room:      bytes that the constants of a frozen variant may take, those of kept folds included
+    weights:   parameters, buffers and constants of the graph, whose memory is asked for where a live fold reads it
     """
+    read = read_by_live_folds(gm, weights)
     template = None if constants is None else FrozenTemplate(gm, folding, constants, patches, room)
     if template is not None:
         patches = {**patches, "freezing": False}
     call = compile_kept(folding, example_inputs, patches) if folding else compile_graph(gm, example_inputs, patches)
+    call = refusing_freed(call, read)
     frozen = Frozen(template, call, example_inputs, strict) if template else None
     return Compiled(frozen or call, folding.folds if folding else None, frozen)
 

@@ -26,6 +26,7 @@ from normfx.allocator import release_memory
 from normfx.compat.tensors import storage_key
 from normfx.compat.tracing import disable_current_modes
 from normfx.weights.expression import Expression
+from normfx.weights.freed import check_memory
 from normfx.weights.handles import set_value, size_in_bytes
 from normfx.weights.samples import is_recording, wait_for
 from normfx.weights.watch import Identity, Stamp, Watch, identity, is_ordinary, storage_of
@@ -92,7 +93,8 @@ class Store:
 
     def entries(self) -> list[Entry]:
         """The entries that are in use."""
-        return list(self._entries.values())
+        with self.lock:  # another thread may be adding one
+            return list(self._entries.values())
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -221,6 +223,10 @@ class Folds:
     def parameter_sets(self) -> int:
         return len(self._bindings)
 
+    def _sets(self) -> list[_Binding]:
+        """The parameter sets, as they are now: a model may die at any time, in any thread, and takes its own out."""
+        return list(self._bindings.values())
+
     def values(self, arguments: Sequence[Any]) -> tuple[Tensor, ...]:
         """The folded values for these arguments of the graph."""
         sources = self._pick(arguments)
@@ -236,7 +242,7 @@ class Folds:
             if binding is not None:
                 return self._refreshed(binding, sources)
             self.unkept += 1
-            _check_memory(sources)
+            check_memory(sources)
             return tuple(map(self._passing, self.folds, repeat(sources)))
 
     def _passing(self, fold: Fold, sources: Sequence[Tensor]) -> Tensor:
@@ -252,7 +258,7 @@ class Folds:
     def _refreshed(self, binding: _Binding, sources: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         first = not binding.values
         if not binding.current(sources):
-            _check_memory(sources)
+            check_memory(sources)
             stamps = binding.watch.read(sources)
             binding.watch.forget()  # an exception below leaves some values new and some old
             wanted = [tuple(stamps[i] for i in fold.sources) for fold in self.folds]
@@ -305,7 +311,7 @@ class Folds:
     def _missing(self, identities: Sequence[Identity]) -> int:
         """Bytes of the values of these sources that are not there yet, less those of sets that can never come again."""
         keys = [(fold.expression, tuple(identities[i] for i in fold.sources), self._rebinds) for fold in self.folds]
-        gone = sum(b.watch.expired for b in self._bindings.values())
+        gone = sum(b.watch.expired for b in self._sets())
         whole = sum(fold.bytes for fold in self.folds)
         new = sum(fold.bytes for fold, key in zip(self.folds, keys, strict=True) if not STORE.known(key))
         return max(0, new - gone * whole)
@@ -313,9 +319,9 @@ class Folds:
     def _bind(self, sources: tuple[Tensor, ...]) -> _Binding:
         binding = _Binding(Watch(sources))
         binding.watch.on_deleted = partial(_drop, weakref.ref(self), weakref.ref(binding))
-        old = [b for b in self._bindings.values() if b.watch.expired or b.watch.moved(binding.watch)]
-        excess = len(self._bindings) - len(old) - PARAMETER_SETS + 1
-        old += [b for b in self._bindings.values() if b not in old][: max(excess, 0)]
+        old = [b for b in self._sets() if b.watch.expired or b.watch.moved(binding.watch)]
+        others = [b for b in self._sets() if b not in old]
+        old += others[: max(len(others) - PARAMETER_SETS + 1, 0)]
         for gone in old:
             self.retire(gone)
         binding.entries = [self._entry(k, binding, old) for k in range(len(self.folds))]
@@ -340,7 +346,7 @@ class Folds:
     def let_go(self) -> None:
         """Drop all values: they are computed again when they are asked for. What other graphs share stays with them."""
         with STORE.lock:
-            for binding in list(self._bindings.values()):
+            for binding in self._sets():
                 self.retire(binding)
 
     def retire(self, binding: _Binding) -> None:
@@ -355,18 +361,6 @@ def _drop(folds: weakref.ref[Folds], binding: weakref.ref[_Binding]) -> None:
     owner, gone = folds(), binding()
     if owner is not None and gone is not None:
         owner.retire(gone)
-
-
-def _check_memory(tensors: Sequence[Tensor]) -> None:
-    """Raises for a tensor whose storage was freed, as eager mode does: kernels would read what is not there."""
-    for tensor in tensors:
-        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
-        if tensor.numel() and storage_of(tensor).nbytes() < needed:
-            raise RuntimeError(
-                f"normfx: a parameter of shape {tuple(tensor.shape)} has no memory: its storage was freed or made "
-                f"smaller ({storage_of(tensor).nbytes()} bytes, {needed} needed). Fill it before calling the model."
-            )
 
 
 def picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:

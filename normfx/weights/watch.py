@@ -73,8 +73,9 @@ class Watch:
         self._accepted: _Accepted | None = None
         self.trackable = self._memory is not None and not any(tensors[i].is_inference() for i in self._far)
         self._living = len(storages)
-        for storage in storages.values():
-            weakref.finalize(storage, _storage_died, weakref.ref(self)).atexit = False
+        # they go with the watch: weakref.finalize would keep one for each watch until the storage dies
+        died = functools.partial(_storage_died, weakref.ref(self))
+        self._deaths = [weakref.ref(storage, died) for storage in storages.values()]
 
     @property
     def expired(self) -> bool:
@@ -126,7 +127,7 @@ class Watch:
         return [*map(identity, far)] != [self.identities[i] for i in self._far]
 
 
-def _storage_died(watch: weakref.ref[Watch]) -> None:
+def _storage_died(watch: weakref.ref[Watch], storage: object) -> None:
     found = watch()
     if found is not None:
         found._living -= 1

@@ -175,7 +175,7 @@ def test_adapters_merged_and_unmerged(name: str) -> None:
 # ---------------------------------------------------------------- freed memory, failures, growth
 
 
-@pytest.mark.parametrize("fold", KEPT)
+@pytest.mark.parametrize("fold", ["live", *KEPT])
 def test_freed_weights_raise(fold: str) -> None:
     """As eager mode does; the memory is not read."""
     model = net(width=WIDE)
