@@ -13,9 +13,10 @@ import pytest
 import torch
 from folding import X, net
 from torch import Tensor, nn
+from torch.fx import Graph
 
-import normfx
 from normfx.weights import store
+from normfx.weights.expression import Expression
 
 
 @contextmanager
@@ -67,20 +68,22 @@ def test_models_die_in_another_thread() -> None:
     assert not errors
 
 
-def test_reports_while_values_are_made() -> None:
-    call, kept = one_callable(), [net()]
+def test_entries_are_listed_while_others_are_made() -> None:
+    """As a report does, which another thread reads."""
+    shared, living = store.Store(), list[store.Entry]()
 
-    def report() -> None:
-        str(normfx.compiled_report())
-        assert store.STORE.bytes >= 0
+    def add() -> None:
+        if len(living) < 50_000:
+            entry = store.Entry(Expression("", Graph()), (), (), None)
+            with shared.lock:
+                living.append(shared.entry(len(living), lambda: entry))
 
-    with torch.no_grad():
-        call(kept[0], X)
-        with meanwhile(report) as errors:
-            for _ in range(60):
-                kept.append(net())
-                call(kept[-1], X)
-    assert not errors
+    with meanwhile(add) as errors:
+        for _ in range(300):
+            listed = shared.entries()
+            assert len(set(map(id, listed))) == len(listed) <= len(living)
+            assert shared.bytes == 0
+    assert living and not errors
 
 
 def test_a_living_storage_is_not_held_by_watches_that_are_gone() -> None:
