@@ -9,7 +9,7 @@ from typing import Any
 
 import sympy
 
-from normfx.ir.sites import Composed, Norm, Pair, Sites
+from normfx.ir.sites import Composition, Norm, Sites
 from normfx.rules import RULES
 from normfx.rules.cut import cut
 from normfx.rules.device import GPU, device_costs
@@ -20,7 +20,8 @@ Says = Callable[[Norm], bool]
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """All decisions of one graph, in rule order, and for each norm, composed weight or pair of linears its part.
+    """All decisions of one graph, in rule order, and for each norm, composed weight, pair of linears or sum of branches
+    its part.
 
     spelled: norms that no rule touches and that become canonical ops: a LayerNorm in two passes, or a kernel
     """
@@ -28,7 +29,7 @@ class Plan:
     norms: tuple[Norm, ...]
     decisions: tuple[Decision[Any], ...]
     spelled: tuple[Norm, ...] = ()
-    composed: tuple[Composed | Pair, ...] = ()
+    composed: tuple[Composition, ...] = ()
 
     @property
     def changes(self) -> bool:
@@ -39,8 +40,8 @@ class Plan:
         return (d for d in self.decisions if d.applied)
 
     @cached_property
-    def _by_norm(self) -> Mapping[Norm | Composed | Pair, list[Decision[Any]]]:
-        found: dict[Norm | Composed | Pair, list[Decision[Any]]] = dict()
+    def _by_norm(self) -> Mapping[Norm | Composition, list[Decision[Any]]]:
+        found: dict[Norm | Composition, list[Decision[Any]]] = dict()
         found.update({norm: [] for norm in self.norms})
         found.update({weight: [] for weight in self.composed})
         for decision in self.decisions:
@@ -48,10 +49,10 @@ class Plan:
                 found[norm].append(decision)
         return found
 
-    def of(self, norm: Norm | Composed | Pair) -> tuple[Decision[Any], ...]:
+    def of(self, norm: Norm | Composition) -> tuple[Decision[Any], ...]:
         return tuple(self._by_norm[norm])
 
-    def rules(self, norm: Norm | Composed | Pair) -> tuple[str, ...]:
+    def rules(self, norm: Norm | Composition) -> tuple[str, ...]:
         """Names of the rules applied to a norm, in order."""
         return tuple(d.rule.name for d in self.of(norm) if d.applied)
 
@@ -63,7 +64,7 @@ class Plan:
             found[d.rule.name] = Cost(so_far.before + d.cost.before, so_far.after + d.cost.after)
         return found
 
-    def refusals(self, norm: Norm | Composed | Pair) -> tuple[Refusal, ...]:
+    def refusals(self, norm: Norm | Composition) -> tuple[Refusal, ...]:
         return tuple(refusal for d in self.of(norm) for refusal in d.refusals)
 
 
@@ -83,7 +84,7 @@ def make_plan(
     decisions = _decisions(sites, enabled, kernels, options or {})
     touched = {norm for decision in decisions if decision.applied for norm in decision.norms}
     stays = (norm for norm in sites.norms if norm not in touched and enabled)
-    return Plan(sites.norms, decisions, tuple(filter(spells, stays)), (*sites.composed, *sites.pairs))
+    return Plan(sites.norms, decisions, tuple(filter(spells, stays)), (*sites.composed, *sites.pairs, *sites.branches))
 
 
 def _decisions(

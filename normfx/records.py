@@ -181,7 +181,8 @@ class GraphReport:
     bytes:      by rule, predicted for a call: what passes over the activations it touches and over live weights read
                 and write, before and after, as text with the graph's symbolic sizes
     saved:      by rule, the difference of the two at the sizes of the call that was captured
-    composed:   weights computed from parameters alone, of kind "Weight", and pairs of linear layers, of kind "Linear"
+    composed:   weights computed from parameters alone, of kind "Weight", pairs of linear layers, of kind "Linear", and
+                sums of branches that read one value, of kind "Branches"
     function:   name and place of the function that Dynamo traced ("" where it is not known)
     compile_id: Dynamo's: "2/1" is the second compilation of the third function
     gradients:  whether gradients of parameters are recorded

@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from normfx.graph.names import source_line
 from normfx.graph.nodes import size_hint
-from normfx.ir.sites import Composed, Norm, Pair
+from normfx.ir.sites import Composition, Norm
 from normfx.picture import size
 from normfx.plan import Plan
 from normfx.records import FailureReport, FoldReport, GraphBreak, GraphReport, RefusalReport, SiteReport
@@ -69,8 +69,8 @@ class Report:
 
     @property
     def composed(self) -> tuple[SiteReport, ...]:
-        """Weights that the graphs compute from parameters alone, of kind "Weight", and pairs of linear layers with
-        nothing between, of kind "Linear"."""
+        """Weights that the graphs compute from parameters alone, of kind "Weight", pairs of linear layers with nothing
+        between, of kind "Linear", and sums of branches that read one value, of kind "Branches"."""
         return tuple(site for graph in self.graphs for site in graph.composed)
 
     @property
@@ -127,7 +127,7 @@ def graph_report(
     """The report of one graph. counts: live folds, run-time centrings; names: of the graph's inputs; excess: weights
     whose folds could be kept, but do not fit into the memory that they may take."""
 
-    def refusals(site: Norm | Composed | Pair) -> tuple[RefusalReport, ...]:
+    def refusals(site: Norm | Composition) -> tuple[RefusalReport, ...]:
         return tuple(refusal(r) for r in plan.refusals(site))
 
     def refusal(r: Refusal) -> RefusalReport:

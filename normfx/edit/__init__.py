@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from normfx.edit.branches import merge_branches
 from normfx.edit.surgery import Surgery, output_dims, set_argument, set_weight, weight_of
 from normfx.errors import NormfxError
 from normfx.graph.calls import add_call, fake_result
 from normfx.graph.nodes import BAKED, arguments, grad_modes, is_row_major, op_name, tensor, value
 from normfx.ir import ops
 from normfx.ir.affine import Affine
-from normfx.ir.sites import Axis, BatchNorm, Block, Leaf, Linear, Norm, Pair, Readers, Residual, Stream
+from normfx.ir.sites import Axis, BatchNorm, Block, Branch, Leaf, Linear, Norm, Pair, Readers, Residual, Stream
 from normfx.recognize.flow import LINEARS
 
 
@@ -46,7 +47,7 @@ class Edit:
     """What a rule may ask for, on one graph.
 
     norm, center, drop_term, fold_reader, compose, drop_affine, defer, absorb, fuse, compress, bake,
-    fold_into_writer and merge are the edits; a rule may also read
+    fold_into_writer, merge and merge_branches are the edits; a rule may also read
 
     values:  present values of parameters, as far as they are known: they decide between forms that are all exact
     options: of the rules, by name
@@ -289,6 +290,10 @@ class Edit:
         set_argument(place, "bias", shift)
         place.meta["val"] = outer.node.meta["val"]
         self.surgery.replace(outer.node, place)
+
+    def merge_branches(self, host: Branch, rest: Iterable[Branch]) -> None:
+        """The layer of one term of a sum computes some of the other terms too, which leave the sum."""
+        merge_branches(self.surgery, host, tuple(rest))
 
     def _drop_batch_norm(self, site: BatchNorm) -> None:
         """What reads a BatchNorm reads its input; in the same layout, and in memory of its own if it leaves."""

@@ -1,4 +1,4 @@
-"""Records of linears and convolutions."""
+"""Records of linears and convolutions, and of weights."""
 
 from __future__ import annotations
 
@@ -67,4 +67,24 @@ class Pair:
 
     @property
     def norms(self) -> tuple[Pair, ...]:
+        return (self,)
+
+
+@dataclass(frozen=True, eq=False)
+class Composed:
+    """A weight that the graph computes from parameters alone.
+
+    nodes:    what computes it, views left aside; itself included
+    live:     parameters it is computed from that want its gradient, or all of them where folds are live
+    obstacle: code of what forbids keeping its value ("" when nothing does)
+    """
+
+    node: Node
+    nodes: tuple[Node, ...]
+    live: tuple[Node, ...] = ()
+    obstacle: str = ""
+    kind: ClassVar[str] = "Weight"
+
+    @property
+    def norms(self) -> tuple[Composed, ...]:
         return (self,)

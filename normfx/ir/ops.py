@@ -19,6 +19,7 @@ from normfx.compat.tracing import functorch_is_active
 from normfx.ir.centring import accumulation_dtype, center, center_block, centred
 from normfx.ir.channels import channel_scale, channel_shift, input_shift, merge_weights, scale_channels
 from normfx.ir.form import EpsPlace, Form, Kind, schema
+from normfx.ir.merging import diagonal_kernel, merge_kernels, merge_shifts
 
 
 def _wider(a: torch.dtype, b: torch.dtype) -> torch.dtype:
@@ -328,6 +329,11 @@ INPUT_SHIFT = define(
     input_shift,
 )
 MERGE_WEIGHTS = define("merge_weights(Tensor outer, Tensor inner, ScalarType dtype) -> Tensor", merge_weights)
+MERGE_KERNELS = define(
+    "merge_kernels(Tensor[] weights, float[] factors, int[] offsets, ScalarType dtype) -> Tensor", merge_kernels
+)
+MERGE_SHIFTS = define("merge_shifts(Tensor[] shifts, float[] factors, ScalarType dtype) -> Tensor", merge_shifts)
+DIAGONAL_KERNEL = define("diagonal_kernel(Tensor like, Tensor? scale, int groups) -> Tensor", diagonal_kernel)
 ROW_FACTOR = define(
     "row_factor(Tensor x, str kind, int dim, float eps, str eps_place, int correction, ScalarType compute_dtype) "
     "-> Tensor",
@@ -341,8 +347,10 @@ CHANNEL_FOLDS = {
     INPUT_SHIFT: input_shift,
 }
 """Those of an affine map of channels, and their bodies."""
+BRANCH_FOLDS = {MERGE_KERNELS: merge_kernels, MERGE_SHIFTS: merge_shifts, DIAGONAL_KERNEL: diagonal_kernel}
+"""Those of layers that read one value, and their bodies."""
 _OF_FEATURES = frozenset({CENTER, CENTER_BLOCK, SCALE_FEATURES, FOLD_SHIFT, COMPRESS, COMPRESS_INPUT})
-FOLDS = _OF_FEATURES | {MERGE_WEIGHTS, *CHANNEL_FOLDS}
+FOLDS = _OF_FEATURES | {MERGE_WEIGHTS, *CHANNEL_FOLDS, *BRANCH_FOLDS}
 """Ops that make folded weights, or the centred copies of activations."""
 BODIES = {
     **{op: _of_kind(kind, norm) for kind, op in NORMS.items()},
@@ -356,5 +364,6 @@ BODIES = {
     ROW_FACTOR: row_factor,
     SCALE_ROWS: scale_rows,
     **CHANNEL_FOLDS,
+    **BRANCH_FOLDS,
 }
 """Each canonical op and its body."""

@@ -16,7 +16,7 @@ from normfx.compat.dynamo import ConstantSource, input_source, set_input_source
 from normfx.compat.inductor import compile_fx, modes, option_names
 from normfx.errors import OptionError, did_you_mean
 from normfx.graph import recompute
-from normfx.ir import centring, channels, form, fused_ops, ops
+from normfx.ir import centring, channels, form, fused_ops, merging, ops
 from normfx.kernels import backward, forward, launch, rows, run, source, spec
 from normfx.lower import norm_ops, stored, two_norms
 from normfx.lower.sigmoid import with_sigmoids
@@ -24,8 +24,8 @@ from normfx.lower.small_constants import write_small_constants
 from normfx.options import KEYS
 
 MEANING = (
-    form, ops, centring, channels, fused_ops, norm_ops, two_norms, stored, spec, launch, rows, forward, backward,
-    source, run,
+    form, ops, centring, channels, merging, fused_ops, norm_ops, two_norms, stored, spec, launch, rows, forward,
+    backward, source, run,
 )  # fmt: skip
 """The modules that say what a graph with normfx's ops compiles to."""
 
@@ -88,11 +88,11 @@ def _digest() -> str:
 def inline_canonical_ops(gm: GraphModule) -> GraphModule:
     """Replace each normfx op by the ATen ops of its body, in place (for graphs that leave the process)."""
     for node in [n for n in gm.graph.nodes if n.target in BODIES]:
-        tensors = [a for a in node.args if isinstance(a, torch.fx.Node)]
+        tensors = node.all_input_nodes
 
         def body(*values: torch.Tensor, node: torch.fx.Node = node, tensors: list[torch.fx.Node] = tensors) -> Any:
             given = dict(zip(tensors, values, strict=True))
-            return BODIES[node.target](*[given.get(a, a) if isinstance(a, torch.fx.Node) else a for a in node.args])
+            return BODIES[node.target](*torch.fx.node.map_arg(node.args, given.__getitem__))
 
         traced = make_fx(body, pre_dispatch=True)(*[t.meta["val"] for t in tensors])
         inside = dict(zip(traced.graph.find_nodes(op="placeholder"), tensors, strict=True))

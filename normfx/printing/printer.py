@@ -103,7 +103,7 @@ def _canonical_arguments(node: Node, name: str, text: Mapping[Node, str]) -> lis
 
 _USUAL = {
     "eps_place": "inside", "correction": 0, "scale": 1.0, "factor": 1.0, "inner": 1, "centre_output": False,
-    "alpha": 1.0,
+    "alpha": 1.0, "offsets": [],
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from torch.fx import Node
 from normfx.graph.facts import Facts
 from normfx.ir.sites import Sites
 from normfx.recognize.batch import find_batch_norms
+from normfx.recognize.branches import find_branches
 from normfx.recognize.composed import find_composed
 from normfx.recognize.norms import find_norms
 from normfx.recognize.pairs import find_pairs
@@ -29,6 +30,7 @@ def recognize(facts: Facts, name: Callable[[Node], str], source: Callable[[Node]
     readers = find_all_readers(facts, [*over, *scalings], not modules, scalings)
     affines = tuple(told(scalings, readers, norms))
     scaled = {norm: found for norm in norms if (found := find_scaled(norm, facts)) is not None}
+    batch_norms = tuple(find_batch_norms(facts, norms))
     return Sites(
         norms=tuple(sorted((*norms, *(site.norm for site in affines)), key=lambda norm: norm.output)),
         streams=find_streams(facts, norms),
@@ -36,7 +38,8 @@ def recognize(facts: Facts, name: Callable[[Node], str], source: Callable[[Node]
         readers={norm: readers[norm] for norm in over},
         scaled=scaled,
         residuals=tuple(find_residuals(facts, norms, scaled.values())),
-        batch_norms=tuple(find_batch_norms(facts, norms)),
+        batch_norms=batch_norms,
         composed=tuple(find_composed(facts)),
         pairs=tuple(find_pairs(facts)),
+        branches=tuple(find_branches(facts, batch_norms)),
     )

@@ -17,6 +17,7 @@ from normfx.rules import (
     fold_scale,
     fuse_residual_norm,
     linear_norm,
+    merge_branches,
     merge_linears,
     pre_rms_norm,
 )
@@ -36,6 +37,7 @@ _OWN: tuple[Rule[Any], ...] = (  # each rule has its own kind of site
     bake_weights.RULE,
     fold_batch_norm.RULE,
     merge_linears.RULE,
+    merge_branches.RULE,
 )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch.fx import Node
 
 from normfx.edit import Edit
-from normfx.ir.sites import Composed, Norm, Pair, Sites
+from normfx.ir.sites import Composition, Norm, Sites
 from normfx.rules.cut import Part
 
 
@@ -20,7 +20,7 @@ class Site(Protocol):
     """What a rule decides: something in a graph that concerns some norms, or weights."""
 
     @property
-    def norms(self) -> tuple[Norm | Composed | Pair, ...]: ...
+    def norms(self) -> tuple[Norm | Composition, ...]: ...
 
 
 S = TypeVar("S", bound=Site)
@@ -97,7 +97,7 @@ class Decision(Generic[S]):
         return not self.refusals
 
     @property
-    def norms(self) -> tuple[Norm | Composed | Pair, ...]:
+    def norms(self) -> tuple[Norm | Composition, ...]:
         return self.site.norms
 
 
