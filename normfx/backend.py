@@ -224,7 +224,7 @@ def _decide(work: Work) -> None:
     """Which rule is applied where, and why not elsewhere."""
     option = work.settings.lowering
     says = choice.spells(option), choice.may_run(option)
-    work.plan = make_plan(work.sites, work.settings.rules, *says, work.settings.rule_options)
+    work.plan = make_plan(work.sites, work.settings.rules, *says, work.settings.rule_options, work.original is None)
     work.before, work.lines = work.text()
 
 
@@ -291,9 +291,9 @@ PIPELINE = (
 folds by lower/folded.py."""
 
 
-def _run(work: Work, exported: bool = False) -> None:
+def _run(work: Work) -> None:
     for stage in PIPELINE:
-        if (exported and not stage.exported) or not stage.when(work):
+        if (work.original is None and not stage.exported) or not stage.when(work):
             continue
         work.stage = stage.name
         begin = time.perf_counter()
@@ -339,5 +339,5 @@ def transform_canonical(
     """Rewrite a canonical graph in place. Returns whether anything was applied, and the report."""
     work = Work(settings, parameters_only=parameters_only, forced=bool(_forcing))
     work.captured = captured
-    _run(work, exported=True)
+    _run(work)
     return work.plan.changes, work.report

@@ -56,6 +56,12 @@ def did_you_mean(given: str, valid: Iterable[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else ""
 
 
+def first_line(error: BaseException) -> str:
+    """The class of an exception, and the first line of what it says."""
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
+
+
 def crash_note(stage: str, changed: bool) -> str:
     """What is added to an exception that Inductor or the compiled graph raised: normfx, the stage, the way out."""
     if not changed:

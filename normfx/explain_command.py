@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from normfx.errors import OptionError
+from normfx.errors import NormfxError, OptionError, first_line
 from normfx.explaining import explain
 from normfx.model_input import Called, from_config, from_factory, from_program
 from normfx.report import Report
@@ -53,8 +53,17 @@ def main(parsed: argparse.Namespace) -> int:
     called, state = _called(parsed), _state(parsed)
     if isinstance(called.model, torch.nn.Module) and state in ("default", "train"):
         called.model.train(state == "train")
-    with torch.set_grad_enabled(state == "train"):
-        report = explain(called.model)(*called.args, **called.kwargs)
+    try:
+        with torch.set_grad_enabled(state == "train"):
+            report = explain(called.model)(*called.args, **called.kwargs)
+    except Exception as error:
+        if parsed.hf_config is None or isinstance(error, NormfxError):
+            raise  # the user's own code: its traceback says where
+        raise OptionError(
+            f"normfx: --hf-config {parsed.hf_config}: {type(called.model).__name__} does not run with "
+            f"{' and '.join(called.kwargs)} alone ({first_line(error)}); write a factory that returns (module, args, "
+            "kwargs), and give its name"
+        ) from error
     if parsed.html is not None:
         _write(report, parsed.html)
     console = Console(soft_wrap=True)

@@ -25,7 +25,6 @@ from normfx.lower.inductor import inline_canonical_ops
 from normfx.lower.native import write_as_aten
 from normfx.options import Options
 from normfx.report import GraphReport, Report
-from normfx.rules import RULES
 
 
 @overload
@@ -80,9 +79,8 @@ def _settings(options: Mapping[str, Any] | None) -> Options:
             "fold='live' or fold='frozen'"
         )
     settings = parse(options)
-    rules = tuple(rule.name for rule in RULES if rule.exported and rule.name in settings.rules)
     fold = settings.fold if settings.fold in ("frozen", "live") else "auto"
-    return replace(settings, rules=rules, fold=fold, lowering="inductor")
+    return replace(settings, fold=fold, lowering="inductor")
 
 
 def _without_changing(program: ExportedProgram, captured: Captured) -> Captured:

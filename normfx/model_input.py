@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
-from collections.abc import Callable, Mapping
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +15,7 @@ from typing import Any
 
 import torch
 
-from normfx.errors import NormfxError, OptionError, did_you_mean
+from normfx.errors import NormfxError, OptionError, did_you_mean, first_line
 
 TOKENS = 32
 """Length of the sequence that a model with a configuration alone is called with."""
@@ -47,25 +49,66 @@ def from_factory(spec: str) -> Called:
         raise OptionError(
             f"normfx: {spec} must return a module, (module, args) or (module, args, kwargs), not ({kinds})"
         )
+    _check_arguments(spec, getattr(model, "forward", model), args, kwargs)
     return Called(model, tuple(args), kwargs)
+
+
+def _check_arguments(spec: str, forward: Any, args: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raises OptionError where a call would lack an argument, or have one too many."""
+    try:
+        inspect.signature(forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise OptionError(
+            f"normfx: {spec}: the module cannot be called with what its factory returned: {error}; "
+            "return (module, args) or (module, args, kwargs)"
+        ) from error
+    except ValueError:
+        return  # of what has no signature only the call itself tells
 
 
 def _imported(name: str) -> ModuleType:
     path = Path(name)
-    folder = path.parent if path.suffix == ".py" else Path()
-    if str(folder.resolve()) not in sys.path:
-        sys.path.insert(0, str(folder.resolve()))
+    is_file = path.suffix == ".py"
+    if is_file and not path.is_file():
+        raise OptionError(f"normfx: there is no file {path}")
+    if not is_file and name.startswith("."):
+        raise OptionError(f"normfx: cannot import {name!r}: it is a relative name; give package.module or FILE.py")
+    folder = str((path.parent if is_file else Path()).resolve())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
     try:
-        return importlib.import_module(path.stem if path.suffix == ".py" else name)
+        return _script(path) if is_file else importlib.import_module(name)
     except ImportError as error:
         raise OptionError(f"normfx: cannot import {name!r}: {error}") from error
+
+
+def _script(path: Path) -> ModuleType:
+    """The module of a file, under a name that no other module has: a script may be called like one of Python's."""
+    name, file = path.stem, path.resolve()
+    if name in sys.modules:
+        if getattr(sys.modules[name], "__file__", None) == str(file):
+            return sys.modules[name]
+        name = f"{name}_script"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def from_program(path: Path) -> Called:
     """The module of an exported program, with the inputs that it was exported with, which torch.export.save keeps."""
     if not path.is_file():
         raise OptionError(f"normfx: there is no file {path}")
-    program = torch.export.load(path)
+    try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is no zip file")  # torch would log a traceback
+        program = torch.export.load(path)
+    except Exception as error:  # whatever torch meets in a file that is something else
+        raise OptionError(
+            f"normfx: {path} is no program of torch.export.save ({first_line(error)}); a package of AOTInductor holds "
+            "compiled code, which cannot be explained"
+        ) from error
     if program.example_inputs is None:
         raise OptionError(
             f"normfx: {path} holds no example inputs; export it again with torch.export.export(model, args)"
@@ -84,8 +127,13 @@ def from_config(name: str) -> Called:
         import transformers  # an extra
     except ImportError as error:
         raise NormfxError("normfx: --hf-config needs transformers: pip install transformers") from error
+    auto: Any = transformers.AutoModel
     if Path(name).exists():
-        config = transformers.AutoConfig.from_pretrained(name, local_files_only=True)
+        try:
+            config = transformers.AutoConfig.from_pretrained(name, local_files_only=True)
+        except (OSError, ValueError) as error:
+            said = first_line(error)
+            raise OptionError(f"normfx: --hf-config {name}: no configuration of transformers ({said})") from error
     elif name in transformers.CONFIG_MAPPING:
         config = transformers.AutoConfig.for_model(name)
     else:
@@ -96,8 +144,10 @@ def from_config(name: str) -> Called:
     if hasattr(config, "use_cache"):
         config.use_cache = False
     torch.manual_seed(0)
-    auto: Any = transformers.AutoModel
-    model = auto.from_config(config)
+    try:
+        model = auto.from_config(config)
+    except (ImportError, ValueError) as error:  # it needs another package, or is no model by itself
+        raise OptionError(f"normfx: --hf-config {name}: no model of transformers ({first_line(error)})") from error
     return Called(model, (), _inputs(model, config))
 
 

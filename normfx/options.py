@@ -120,7 +120,7 @@ def parse_rules(spec: str | Iterable[str], start: tuple[str, ...], where: str) -
     if isinstance(spec, str):
         words = [w.strip() for w in spec.split(",") if w.strip()]
     elif isinstance(spec, Iterable) and not isinstance(spec, Mapping):
-        words = [str(w) for w in spec]
+        words = [str(w).strip() for w in spec]
         if not words:
             return ()
     else:
@@ -128,7 +128,7 @@ def parse_rules(spec: str | Iterable[str], start: tuple[str, ...], where: str) -
     sets = {"default": DEFAULT_RULES, "all": RULE_NAMES, "none": ()}
     chosen, fresh = set(start), True
     for word in words:
-        sign, name = (word[0], word[1:].strip()) if word[0] in "+-" else ("", word)
+        sign, name = (word[0], word[1:].strip()) if word[:1] in ("+", "-") else ("", word)
         if name not in sets and name not in RULE_NAMES:
             raise OptionError.unknown("rule", name, (*RULE_NAMES, *sets), where)
         members = set(sets.get(name, (name,)))

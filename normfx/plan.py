@@ -13,7 +13,7 @@ from normfx.ir.sites import Composition, Norm, Sites
 from normfx.rules import RULES
 from normfx.rules.cut import cut
 from normfx.rules.device import GPU, device_costs
-from normfx.rules.rule import DISABLED, Cost, Decision, Refusal, Rule, S, SoFar
+from normfx.rules.rule import DISABLED, NOT_EXPORTED, Code, Cost, Decision, Refusal, Rule, S, SoFar
 
 Says = Callable[[Norm], bool]
 
@@ -74,46 +74,56 @@ def make_plan(
     spells: Says = lambda norm: False,
     kernels: Says = lambda norm: False,
     options: Mapping[str, str] | None = None,
+    exported: bool = False,
 ) -> Plan:
     """Decide every candidate site of every rule; rules that are not enabled refuse.
 
     spells:  whether a norm that no rule touches is to become a canonical op, if rules are enabled at all
     kernels: whether a generated kernel may run a norm
     options: of the rules
+    exported: the graph is that of an exported program
     """
-    decisions = _decisions(sites, enabled, kernels, options or {})
+    decisions = _decisions(sites, enabled, kernels, options or {}, exported)
     touched = {norm for decision in decisions if decision.applied for norm in decision.norms}
     stays = (norm for norm in sites.norms if norm not in touched and enabled)
     return Plan(sites.norms, decisions, tuple(filter(spells, stays)), (*sites.composed, *sites.pairs, *sites.branches))
 
 
 def _decisions(
-    sites: Sites, enabled: tuple[str, ...], kernels: Says, options: Mapping[str, str]
+    sites: Sites, enabled: tuple[str, ...], kernels: Says, options: Mapping[str, str], exported: bool
 ) -> tuple[Decision[Any], ...]:
     """First which parts of streams to centre, for what it saves; then, rule by rule, what is right and pays."""
     so_far = SoFar(cut(sites.streams), options=options)
     for rule in RULES:
         if rule.name in enabled or rule.default:
-            made = tuple(_decide(rule, sites, so_far, rule.name in enabled, kernels))
+            off = DISABLED if rule.name not in enabled else NOT_EXPORTED if exported and not rule.exported else None
+            made = tuple(_decide(rule, sites, so_far, off, kernels))
             so_far = replace(so_far, decisions=(*so_far.decisions, *made))
     return so_far.decisions
 
 
-def _decide(rule: Rule[S], sites: Sites, so_far: SoFar, enabled: bool, kernels: Says) -> Iterator[Decision[S]]:
+def _decide(rule: Rule[S], sites: Sites, so_far: SoFar, off: Code | None, kernels: Says) -> Iterator[Decision[S]]:
     for site in rule.candidates(sites, so_far):
         on_gpu = [norm for norm in site.norms if isinstance(norm, Norm) and device_costs(norm.output) is GPU]
         if rule.for_kernels and on_gpu and not any(map(kernels, on_gpu)):
             continue
-        refusals = rule.refusals(site, so_far) if enabled else (_disabled(rule),)
+        refusals = rule.refusals(site, so_far) if off is None else (_off(rule, off),)
         yield Decision(rule, site, rule.cost(site), refusals)
 
 
-def _disabled(rule: Rule[Any]) -> Refusal:
-    hint = DISABLED.hint.replace("NAME", rule.name)
-    return Refusal(rule.name, "disabled", DISABLED.meaning, hint, meaning=DISABLED.meaning)
+def _off(rule: Rule[Any], why: Code) -> Refusal:
+    hint = why.hint.replace("NAME", rule.name)
+    return Refusal(rule.name, _OFF[why], why.meaning, hint, meaning=why.meaning)
+
+
+_OFF = {DISABLED: "disabled", NOT_EXPORTED: "not_exported"}
+"""The codes of rules that are not asked."""
 
 
 def refusal_codes() -> Mapping[str, Mapping[str, str]]:
     """Every refusal code of every rule with its meaning: the table of docs/refusals.md."""
-    table = {rule.name: {code: known.meaning for code, known in rule.codes.items()} for rule in RULES}
-    return {name: {**codes, "disabled": DISABLED.meaning} for name, codes in table.items()}
+    table = {}
+    for rule in RULES:
+        off = {_OFF[why]: why for why in (DISABLED, *(() if rule.exported else (NOT_EXPORTED,)))}
+        table[rule.name] = {code: known.meaning for code, known in {**rule.codes, **off}.items()}
+    return table

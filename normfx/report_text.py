@@ -106,11 +106,12 @@ def _traffic(graphs: Sequence[GraphReport]) -> str:
 
 
 def reasons(graphs: Sequence[GraphReport]) -> list[tuple[str, str]]:
-    """The two most frequent refusals, each with its hint; what few rows in training refuse goes first."""
-    sites = [site for graph in graphs for site in graph.sites]
-    count = Counter(reason for site in sites for reason in {_reason(r): None for r in site.refusals})
+    """The two most frequent refusals, each with its hint; what few rows in training refuse goes first. What an exported
+    program has no use for is no reason."""
+    sites = [[r for r in site.refusals if r.code != "not_exported"] for graph in graphs for site in graph.sites]
+    count = Counter(reason for refusals in sites for reason in {_reason(r): None for r in refusals})
     rules: dict[tuple[str, str, str], dict[str, None]] = {}
-    for refusal in (r for site in sites for r in site.refusals):
+    for refusal in (r for refusals in sites for r in refusals):
         rules.setdefault(_reason(refusal), {})[refusal.rule] = None
     ranked = sorted(rules, key=lambda reason: (reason[0] != "live_weights", -count[reason]))
     return [

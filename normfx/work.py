@@ -27,6 +27,7 @@ from normfx.report import GraphReport
 class Work:
     """A graph on its way through the stages: what it starts with, and what each stage finds for later ones.
 
+    original: Dynamo's graph, None for an exported program's
     freezes: the canonical graph is wanted even if no rule applies, for a frozen variant; forced: for a test
     parameters_only: rules may exchange parameters and norms, and add no op and drop none
     excess:  weights whose folds do not fit into the memory that folds may take

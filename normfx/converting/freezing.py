@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch.export import ExportedProgram
@@ -10,6 +10,7 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind, InputS
 from torch.fx import Node
 
 from normfx.capture.cleanup import drop_dead_code
+from normfx.capture.sources import Source
 from normfx.capture.trace import Captured
 from normfx.compat.tensors import FakeTensor, storage_key
 from normfx.converting.rows import centre_parameters
@@ -26,8 +27,8 @@ def freeze(
     """Make buffers of what the graph computes from parameters alone, in place. Returns the program's new signature and
     state dict.
 
-    A buffer is called like the largest parameter that it is computed from, with `_folded` after it. Parameters that
-    only folds read are dropped, under all of their names.
+    A buffer is called like the parameter of its shape that it is computed from, with `_folded` after it, or like the
+    largest one. Parameters that only folds read are dropped, under all of their names.
 
     Raises ExportError where the weights have no values.
     """
@@ -42,8 +43,7 @@ def freeze(
         names = [each.name for each in own]
         key = kept.expression.key, tuple(names)
         if key not in known:
-            main = max(own, key=lambda each: (each.kind == "parameter", held[each.name].numel()))
-            name = _unused(f"{main.name}_folded", {*held, *state})
+            name = _unused(f"{_main(kept.node, own, held)}_folded", {*held, *state})
             state[name] = _computed(kept, [held[each] for each in names])
             known[key] = _placed(captured, kept.node, name, specs)
         kept.node.replace_all_uses_with(known[key])
@@ -60,6 +60,17 @@ def freeze(
     left = [spec for spec in specs if spec not in gone]
     settle(gm)
     return ExportGraphSignature(left, signature.output_specs), _still_held(state, gone, left)
+
+
+def _main(value: Node, sources: list[Source], held: Mapping[str, torch.Tensor]) -> str:
+    """The name of the parameter that a value stands for: of several, the last one, since the bias of a layer is added
+    to what others contribute."""
+    shape = value.meta["val"].shape
+    ranked = (
+        (source.kind == "parameter", held[source.name].shape == shape, held[source.name].numel(), place, source.name)
+        for place, source in enumerate(sources)
+    )
+    return max(ranked)[-1]
 
 
 def _unused(name: str, taken: Iterable[str]) -> str:

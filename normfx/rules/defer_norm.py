@@ -291,7 +291,6 @@ RULE = Rule(
     cost=cost,
     rewrite=rewrite,
     default=False,
-    exported=False,  # a program has no store of folds
     options={"defer_means": MEANS},
     summary="{norms} {are} deferred into the linear layers that read them",
     example=Example("gated", _Read, _input, options=_SMALL),

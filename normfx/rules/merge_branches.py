@@ -295,7 +295,6 @@ RULE = Rule(
     guard=guard,
     cost=cost,
     rewrite=rewrite,
-    exported=False,  # a program has no store of folds
     options={"merge_kernels": ("equal", "padded", "any")},
     example=Example("an adapter", _Sum, _rows, fold="cached"),
     counterexamples=(

@@ -178,7 +178,7 @@ RULE = Rule(
         "live_weights": Code(
             "the product of the weights would be computed in every call, and for so few rows that costs more than it "
             "saves",
-            "run inference under torch.no_grad(), with options={'fold': 'auto'}",
+            "run inference under torch.no_grad(), with options={'fold': 'auto'}; in an exported program, with 'frozen'",
         ),
     },
     identity=identity,
@@ -187,7 +187,6 @@ RULE = Rule(
     guard=guard,
     cost=cost,
     rewrite=rewrite,
-    exported=False,  # a program has no store of folds
     example=Example("two layers", _Two, _input),
     counterexamples=(
         Example("a narrow layer between", lambda: _Two(width=1), _input, "no_gain"),

@@ -38,6 +38,10 @@ class Code:
 
 
 DISABLED = Code("the rule is switched off", "enable it with options={'rules': 'default,+NAME'} or NORMFX_RULES")
+NOT_EXPORTED = Code(
+    "the rule's op would be written out again in an exported program",
+    "none needed: what compiles the program may compute its ops together",
+)
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,8 @@ class Rule(Generic[S]):
     rewrite(site, edit):  the edits, in terms of normfx.edit.Edit
     default:              among the default rules; of one that is not, the report says nothing unless it is asked for
     makes_rms_norms:      the LayerNorms that it is applied to become RMSNorms
-    exported:             it is applied to exported programs too (normfx.rewrite)
+    exported:             it is applied to exported programs too (normfx.rewrite); not where all that it does is to make
+                          one op of several, since a program holds ATen ops alone
     for_kernels:          on a GPU it serves generated kernels alone: not decided where none may run a site's norm
     options:              options of its own that a user may give, each with its values, the default first
     summary:              what the report's first sentence says of the norms that it was applied to: "{norms} {are} …"

@@ -42,6 +42,9 @@ def alone():
 
 def wrong():
     return plain()[0], torch.randn(3, 8)
+
+def without_inputs():
+    return plain()[0]
 """
 
 
@@ -109,6 +112,16 @@ def test_explain_a_module_as_json(
     assert [each["graphs"][0]["gradients"] for each in found.values()] == [True, False]
 
 
+def test_a_script_called_like_a_module(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The file that was named is read, whatever module has been imported under its name."""
+    path = tmp_path / "json.py"
+    path.write_text(SCRIPT)
+    for _ in range(2):
+        assert main(["explain", f"{path}:plain"]) == 0
+        assert "1 LayerNorm: " in capsys.readouterr().out
+    assert json.loads("1") == 1 and "json" in sys.modules and not hasattr(sys.modules["json"], "plain")
+
+
 def test_explain_a_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.export.save(torch.export.export(Blocks(), (ids(),)), tmp_path / "blocks.pt2")
     assert main(["explain", str(tmp_path / "blocks.pt2")]) == 0
@@ -136,15 +149,22 @@ def test_explain_a_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["no_such_module_here:f"], "cannot import"),
         (["json:no_such_name"], "has no function"),
         (["missing.pt2"], "there is no file"),
+        (["missing.py:f"], "there is no file missing.py"),
+        ([".relative:f"], "it is a relative name"),
+        (["{folder}/text.pt2"], "is no program of torch.export.save"),
+        (["--hf-config", "{folder}"], "no configuration of transformers"),
+        (["--hf-config", "clip"], "CLIPModel does not run with input_ids alone"),
         (["--hf-config", "gpt_neoxx"], "did you mean 'gpt_neox'?"),
         (["{script}:wrong"], "must return a module"),
+        (["{script}:without_inputs"], "missing a required argument: 'input'; return (module, args)"),
     ],
 )
 def test_explain_says_what_is_wrong(
     arguments: list[str], words: str, script: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    script.with_name("text.pt2").write_text("no program")
     with pytest.raises(SystemExit) as left:
-        main(["explain", *(argument.format(script=script) for argument in arguments)])
+        main(["explain", *(argument.format(script=script, folder=script.parent) for argument in arguments)])
     assert left.value.code == 2 and words in capsys.readouterr().err
 
 

@@ -13,6 +13,7 @@ from folding import KEPT, check, compiled, net
 from rule_test import moved, rows
 from torch import Tensor, nn
 
+import normfx
 from normfx.survey.family import calibrated
 
 
@@ -118,6 +119,20 @@ def test_adapters_of_gpt2() -> None:
     report = assert_same_float64(model, (ids,), {"fold": "cached"})
     assert decided(report) == ["applied"] * 8
     assert all("pre_rms_norm" in site.rules for site in report.sites)
+
+
+@pytest.mark.parametrize(
+    ("fold", "expected"), [("frozen", "applied"), ("live", "live_weights"), ("auto", "live_weights")]
+)
+def test_exported_program(fold: str, expected: str) -> None:
+    """A constant for each merged weight; where it would be computed in each run the branches stay."""
+    torch.manual_seed(0)
+    model, x = moved(Block(Rows)).double().eval(), rows(4, 6, 5).double()
+    with torch.no_grad():
+        program, report = normfx.rewrite(torch.export.export(model, (x,)), {"fold": fold}, report=True)
+        torch.testing.assert_close(program.module()(x), model(x), rtol=1e-12, atol=1e-12)
+    assert decided(report) == [expected] * 4
+    assert any(name.startswith("up.0.down") for name in program.state_dict) == (expected != "applied")
 
 
 def test_it_is_off_without_the_rule() -> None:
