@@ -16,9 +16,8 @@ from torch.fx import GraphModule, Node
 from normfx.agreement import together
 from normfx.allocator import keep_freed_memory, keeps_freed_memory, memory_line
 from normfx.apply import apply_plan, count_folds
-from normfx.capture.cleanup import drop_dead_code
 from normfx.capture.functionalize import functionalize_local
-from normfx.capture.simplify import drop_identities, read_joined, read_parts
+from normfx.capture.simplify import simplify
 from normfx.capture.specialize import specialize_epsilons
 from normfx.capture.trace import Captured, capture
 from normfx.checks.verify import verify
@@ -26,7 +25,6 @@ from normfx.compat.dynamo import compile_id
 from normfx.dynamo import explained, function, handed_on
 from normfx.environment import environment
 from normfx.errors import NormfxError, NormfxWarning, StageError, crash_note, stage_warning
-from normfx.graph.aliasing import mutated
 from normfx.graph.facts import facts_of
 from normfx.graph.names import module_path, source_line
 from normfx.graph.recompute import keep_folds
@@ -197,10 +195,7 @@ def _functionalize(work: Work) -> None:
 
 def _simplify(work: Work) -> None:
     """Ops that do nothing go, and parts of what was joined are read directly."""
-    drop_identities(work.canonical)
-    written = mutated(work.canonical.graph)
-    if read_joined(work.canonical, written) + read_parts(work.canonical, written):
-        drop_dead_code(work.canonical.graph)
+    simplify(work.canonical, work.captured.weights, not work.parameters_only)
 
 
 def _recognize(work: Work) -> None:

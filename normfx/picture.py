@@ -168,7 +168,7 @@ def _readers(readers: Readers | None) -> Iterator[str]:
         return
     for linear, _, _ in readers.linears:
         yield f"{module_path(linear.node) or linear.node.name} (linear)"
-    for node in readers.others:
+    for node in (*readers.others, *readers.packed):
         yield f"{module_path(node) or node.name} ({_operator(node)})" if node.op != "output" else "the graph's output"
 
 

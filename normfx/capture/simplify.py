@@ -7,7 +7,9 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from normfx.graph.aliasing import is_identity_dropout, may_leave, storages_of
+from normfx.capture.cleanup import drop_dead_code
+from normfx.capture.multiples import gather_multiples
+from normfx.graph.aliasing import is_identity_dropout, may_leave, mutated, storages_of
 from normfx.graph.nodes import (
     arguments,
     grad_modes,
@@ -24,6 +26,16 @@ from normfx.graph.views import settle
 _JOINS = frozenset({"aten::cat", "aten::concat", "aten::concatenate"})
 _SPLITS = frozenset({"aten::chunk", "aten::split.Tensor", "aten::split.sizes", "aten::split_with_sizes"})
 _CASTS = frozenset({"aten::to.dtype", "aten::to.dtype_layout", "aten::to.device", "aten::to.other", "aten::type_as"})
+
+
+def simplify(gm: GraphModule, weights: frozenset[Node], changes_ops: bool = True) -> None:
+    """All of these forms, in place. changes_ops: else what modules of torch.nn compute stays in them."""
+    drop_identities(gm)
+    written = mutated(gm.graph)
+    changes = read_joined(gm, written) + read_parts(gm, written)
+    changes += gather_multiples(gm, weights) if changes_ops else 0
+    if changes:
+        drop_dead_code(gm.graph)
 
 
 def drop_identities(gm: GraphModule) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -16,6 +16,7 @@ from normfx.compat.dynamo import (
     ConstantSource,
     attribute_sources,
     input_source,
+    is_from_unspecialized_nn_module_source,
     is_from_unspecialized_param_buffer_source,
 )
 from normfx.graph.names import dotted, source_name
@@ -44,10 +45,22 @@ def _placeholder_source(node: Node) -> Source:
     example = node.meta.get("example_value")
     if isinstance(example, torch.nn.Parameter):
         kind = "parameter"
-    elif source is not None and is_from_unspecialized_param_buffer_source(source):
+    elif source is not None and (is_from_unspecialized_param_buffer_source(source) or _is_held(source, example)):
         kind = "buffer"
     wants = isinstance(example, torch.Tensor) and example.requires_grad
     return Source(kind, dotted(source_name(source)) or node.name, wants)
+
+
+def _is_held(source: Any, example: Any) -> bool:
+    """Whether an input is integers or flags that a module holds without having registered them, as a list of places is.
+
+    Like a buffer it is no argument of the call, and whoever writes to it is noticed. Floats that a module holds may be
+    what it computed last: they stay inputs.
+    """
+    if not isinstance(example, torch.Tensor) or not all(isinstance(size, int) for size in example.shape):
+        return False
+    whole = not example.is_floating_point() and not example.is_complex()
+    return whole and is_from_unspecialized_nn_module_source(source)
 
 
 def export_sources(ep: torch.export.ExportedProgram, graph: Graph) -> dict[Node, Source]:

@@ -9,7 +9,11 @@ import torch
 from torch._dynamo import config as _config
 from torch._dynamo import exc, utils
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
-from torch._dynamo.source import ConstantSource, is_from_unspecialized_param_buffer_source
+from torch._dynamo.source import (
+    ConstantSource,
+    is_from_unspecialized_nn_module_source,
+    is_from_unspecialized_param_buffer_source,
+)
 from torch._dynamo.symbolic_convert import TensorifyState
 from torch._functorch import config as aot_config
 from torch._guards import CompileContext
@@ -21,6 +25,7 @@ __all__ = [
     "TensorifyState",
     "aot_config",
     "exc",
+    "is_from_unspecialized_nn_module_source",
     "is_from_unspecialized_param_buffer_source",
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
@@ -15,6 +16,14 @@ __all__ = ["FakeTensor", "FakeTensorConverter", "FakeTensorMode", "is_traceable_
 def is_functorch_wrapped(tensor: torch.Tensor) -> bool:
     """Whether a transform of torch.func has wrapped a tensor."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def parts(tensor: torch.Tensor | None) -> list[torch.Tensor]:
+    """The plain tensors that a tensor consists of: itself, or those that a subclass of tensors wraps."""
+    if tensor is None or not is_traceable_wrapper_subclass(tensor):
+        return [] if tensor is None else [tensor]
+    wrapper: Any = tensor
+    return [part for name in wrapper.__tensor_flatten__()[0] for part in parts(getattr(wrapper, name))]
 
 
 def storage_key(storage: torch.UntypedStorage) -> int:

@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 from normfx.edit.branches import merge_branches
 from normfx.edit.surgery import Surgery, output_dims, set_argument, set_weight, weight_of
 from normfx.errors import NormfxError
+from normfx.graph.affine import composed
 from normfx.graph.calls import add_call, fake_result
 from normfx.graph.nodes import BAKED, arguments, grad_modes, is_row_major, op_name, tensor, value
 from normfx.ir import ops
@@ -143,21 +144,8 @@ class Edit:
 
     def compose(self, affine: Affine, place: Node) -> tuple[Node | None, Node | None]:
         """γ and β of some steps, computed before a node."""
-        graph, aten = self.surgery.graph, torch.ops.aten
-        gamma: Node | None = None
-        beta: Node | None = None
-        with graph.inserting_before(place):
-            for op, operand, alpha in ((step.op, step.operand, step.alpha) for step in affine.steps):
-                if op != "add":
-                    call = aten.mul.Tensor if op == "mul" else aten.div.Tensor
-                    beta = beta and add_call(graph, call, (beta, operand), place)
-                    first = operand if op == "mul" else add_call(graph, aten.reciprocal.default, (operand,), place)
-                    gamma = add_call(graph, call, (gamma, operand), place) if gamma else first
-                elif beta is not None:
-                    beta = add_call(graph, aten.add.Tensor, (beta, operand), place, alpha=alpha)
-                else:
-                    beta = operand if alpha == 1 else add_call(graph, aten.mul.Tensor, (operand, alpha), place)
-        return gamma, beta
+        with self.surgery.graph.inserting_before(place):
+            return composed(self.surgery.graph, affine.steps, place)
 
     def drop_affine(self, norm: Norm) -> None:
         """What reads a scaling and shift reads what was scaled, in the same dtype and layout."""

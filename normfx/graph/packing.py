@@ -8,10 +8,11 @@ import torch
 from torch.fx import Node
 
 from normfx.compat.operators import OpOverload
+from normfx.compat.tensors import parts
 from normfx.graph.aliasing import operands_by_name
 from normfx.graph.nodes import entries, op_name, shape, size_hint, value
 
-_INDICES = frozenset({"index", "indices"})
+INDICES = frozenset({"index", "indices"})
 """Names of schema arguments that say where entries lie."""
 
 _ARITHMETIC = frozenset(
@@ -35,8 +36,8 @@ def packed_sources(weight: Node) -> tuple[Node, ...]:
         if item in seen:
             continue
         seen.add(item)
-        if node.op != "call_function":
-            if _holds_codes(node, as_index) and _is_large(node, weight):
+        if node.op not in ("call_function", "call_method"):
+            if any(_holds_codes(part, as_index) and _is_large(part, node, weight) for part in parts(value(node))):
                 found[node] = None
             continue
         work += [(operand, as_index or index) for operand, index in _contents(node)]
@@ -51,23 +52,20 @@ def _contents(node: Node) -> Iterator[tuple[Node, bool]]:
     for name, operand in operands_by_name(node):
         spread = op_name(node) in _ARITHMETIC and _entries(operand) != _entries(node)
         if not spread:
-            yield operand, name in _INDICES
+            yield operand, name in INDICES
 
 
 def _entries(node: Node) -> object:
     return entries(shape(node)) if value(node) is not None else None
 
 
-def _holds_codes(node: Node, as_index: bool) -> bool:
-    fake = value(node)
-    if fake is None or fake.ndim == 0 or fake.dtype == torch.bool or fake.is_complex():
+def _holds_codes(fake: torch.Tensor, as_index: bool) -> bool:
+    if fake.ndim == 0 or fake.dtype == torch.bool or fake.is_complex():
         return False
     narrow = fake.element_size() == 1
     return narrow if as_index or fake.is_floating_point() else True
 
 
-def _is_large(source: Node, weight: Node) -> bool:
-    fake = value(source)
-    assert fake is not None
-    bits = 8 * fake.element_size() * entries(shape(source))
+def _is_large(part: torch.Tensor, source: Node, weight: Node) -> bool:
+    bits = 8 * part.element_size() * entries(part.shape)
     return size_hint(bits, (source,)) >= size_hint(entries(shape(weight)), (weight,))

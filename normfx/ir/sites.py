@@ -90,7 +90,7 @@ class Norm:
         return Form(kind, self.dims[0], *given, 1.0, self.compute_dtype, self.out_dtype)
 
 
-LeafKind = Literal["parameter", "centred", "scaled", "piece", "embedding", "norm", "sharded", "raw", "value"]
+LeafKind = Literal["parameter", "centred", "scaled", "piece", "embedding", "norm", "sharded", "raw", "packed", "value"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +119,7 @@ class Leaf:
     embedding: looked-up rows: centre the rows
     norm:      output of another norm, which has a mean
     sharded:   rows put together from features that were spread over processes
+    packed:    output of a product whose weight is stored packed: centred, the weight would be stored unpacked
     raw:       a value of the stream whose original is read too ("observer" reads it)
     value:     any other activation or graph input
     path:      of a scaled leaf, the linear and what stands between it and the product, with the feature axis in each
@@ -177,7 +178,7 @@ class Stream:
     def of_parameters(self) -> Stream:
         """The stream, of which only what parameters alone decide may be centred, and rows looked up in a table."""
         barred = {
-            leaf: replace(leaf, obstacle="uncentred_input")
+            leaf: replace(leaf, obstacle="packed_weight" if leaf.kind == "packed" else "uncentred_input")
             for leaf in self.leaves
             if leaf.explicit and not leaf.obstacle and leaf.kind != "embedding"
         }
@@ -231,7 +232,8 @@ class Readers:
     path:    the row-preserving nodes between
     axes:    the norm's features inside of its output and of each node between
     others:  readers that are not linears over the feature axis
-    padded:  of these, convolutions over the features that cannot take β: at a border they do not add all of Wβ
+    packed:  products with a weight that is stored packed, by ops that are no linear; not among the others
+    padded:  of the others, convolutions over the features that cannot take β: at a border they do not add all of Wβ
     shared:  readers whose weight is also read after another norm with other γ or β
     live:    values of parameters alone whose folds would be computed in every call
     affine:  of a scaling and shift that belongs to no norm, the ops that compute it
@@ -243,6 +245,7 @@ class Readers:
     path: tuple[Node, ...]
     others: tuple[Node, ...]
     padded: tuple[Node, ...] = ()
+    packed: tuple[Node, ...] = ()
     shared: tuple[Node, ...] = ()
     live: frozenset[Node] = frozenset()
     axes: Mapping[Node, Axis] = field(default_factory=dict)

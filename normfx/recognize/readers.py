@@ -27,6 +27,7 @@ from normfx.ir.affine import Affine
 from normfx.ir.sites import Axis, Linear, Norm, Readers, Scaled
 from normfx.recognize.axes import reshape_axis
 from normfx.recognize.flow import CASTS, CONVOLUTIONS, PARTS, RESHAPES, Constants, flow
+from normfx.recognize.packed import Packing
 from normfx.recognize.products import product
 
 ROW_OPS = (
@@ -59,7 +60,8 @@ def find_all_readers(
     scalings: what those among the norms that are none do
     """
     constants = Constants(facts.written)
-    found = {norm: find_readers(norm, facts, constants, convolutions) for norm in norms}
+    packing = Packing(facts)
+    found = {norm: find_readers(norm, facts, constants, packing, convolutions) for norm in norms}
     rows = frozenset(node for readers in found.values() for node in readers.axes)
     found = {norm: readers.without_weights(rows) for norm, readers in found.items()}
     affines: dict[Node, set[object]] = {}
@@ -98,7 +100,9 @@ def find_scaled(norm: Norm, facts: Facts) -> Scaled | None:
     return None if factor is None or users[0] in facts.written else Scaled(norm, users[0], factor)
 
 
-def find_readers(norm: Norm, facts: Facts, constants: Constants, convolutions: bool = True) -> Readers:
+def find_readers(
+    norm: Norm, facts: Facts, constants: Constants, packing: Packing, convolutions: bool = True
+) -> Readers:
     """Walk forwards from a norm's output along its feature axis.
 
     Nothing in another gradient mode than the norm can take γ and β on: they would gain or lose gradients.
@@ -108,6 +112,7 @@ def find_readers(norm: Norm, facts: Facts, constants: Constants, convolutions: b
     path: list[Node] = []
     others: list[Node] = []
     padded: list[Node] = []
+    packed: list[Node] = []
     axis = norm.axis
     axes = {norm.output: axis} if axis is not None else {}
     work = [(norm.output, axis, 1.0)] if axis is not None else []
@@ -129,6 +134,8 @@ def find_readers(norm: Norm, facts: Facts, constants: Constants, convolutions: b
             onward = _forward(user, node, axis, constants) if passes_rows(user) else None
             if not same_mode:
                 others.append(user)
+            elif packing.multiplies(user) and (linear is None or linear.weight not in facts.parameters):
+                packed.append(user)
             elif (
                 linear is not None and user not in barred and linear.weight not in barred and linear.bias not in barred
             ):
@@ -150,6 +157,7 @@ def find_readers(norm: Norm, facts: Facts, constants: Constants, convolutions: b
         tuple(path),
         tuple(others),
         tuple(padded),
+        tuple(packed),
         live=facts.live | computed,
         axes=axes,
         computed=computed,

@@ -59,15 +59,15 @@ def _site(name: str, source: str, start: Node, end: Node, nodes: frozenset[Node]
     )
 
 
-_Link = tuple[Node, Axis | None, tuple[Step, ...]]
+Link = tuple[Node, Axis | None, tuple[Step, ...]]
 """The value that an op scales or shifts, the axis of its vectors (None: they are numbers), and what it does."""
 
 
-def _chain(node: Node, facts: Facts, inside: frozenset[Node]) -> Iterator[tuple[Node, _Link]]:
+def _chain(node: Node, facts: Facts, inside: frozenset[Node]) -> Iterator[tuple[Node, Link]]:
     """The node and its only reader, and that one's, as long as they are links along one axis, in one mode."""
     axis: Axis | None = None
     before: Node | None = None
-    while node not in inside and node not in facts.written and (link := _link(node, facts)) is not None:
+    while node not in inside and node not in facts.written and (link := link_of(node, facts)) is not None:
         start, own, _ = link
         if before is not None and (start is not before or region_of(node) != region_of(before)):
             return
@@ -82,7 +82,7 @@ def _chain(node: Node, facts: Facts, inside: frozenset[Node]) -> Iterator[tuple[
         (node,) = readers
 
 
-def _link(node: Node, facts: Facts) -> _Link | None:
+def link_of(node: Node, facts: Facts) -> Link | None:
     """The node as a scaling or shift of a value by vectors of parameters."""
     found = _operands(node, facts)
     if found is None or node in facts.parameters:

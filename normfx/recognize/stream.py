@@ -32,6 +32,7 @@ from normfx.graph.packing import packed_sources
 from normfx.graph.shards import crossing, is_split, is_summed
 from normfx.ir.sites import Axis, Block, Leaf, LeafKind, Norm, Stream
 from normfx.recognize.flow import LINEARS, Constants, Flow, flow, scales_rows
+from normfx.recognize.packed import Packing
 from normfx.recognize.pieces import block_of
 
 
@@ -43,6 +44,7 @@ class _Region:
     norms: dict[Node, list[Norm]]
     outputs: Mapping[Node, Norm]
     constants: Constants
+    packing: Packing
     axes: dict[Node, Axis] = field(default_factory=dict)
     flows: dict[Node, Flow] = field(default_factory=dict)
     conflicts: set[Node] = field(default_factory=set)
@@ -68,7 +70,7 @@ def find_streams(facts: Facts, norms: Iterable[Norm]) -> tuple[Stream, ...]:
             alone.append(Stream((norm,), (), obstacle="several_axes", detail=detail))
         else:
             seeds.setdefault(norm.input, []).append(norm)
-    region = _Region(facts, seeds, outputs, Constants(facts.written))
+    region = _Region(facts, seeds, outputs, Constants(facts.written), Packing(facts))
     _collect(region)
     _mark_raw(graph, region)
     _enter_late(graph, region)
@@ -93,6 +95,8 @@ def _collect(region: _Region) -> None:
             continue
         step = flow(node, axis, region.constants)
         if step is None or any(_also_coefficient(node, operand, step) for operand, _ in step.carried):
+            continue
+        if region.packing.unpacks(node, (operand for operand, _ in step.carried)):
             continue
         region.axes[node], region.flows[node] = axis, step
         work.extend(step.carried)
@@ -210,7 +214,8 @@ def _stream(
         for reader in readers
     }
     dropped = tuple((node, name) for node in nodes for name in region.flows[node].dropped)
-    joins = not any(op_name(n) in LINEARS for n in nodes) or any(_joins(node, region) for node in nodes)
+    written = any(op_name(n) in LINEARS for n in nodes) or any(leaf.kind == "packed" for leaf in leaves.values())
+    joins = not written or any(_joins(node, region) for node in nodes)
     axes = {node: region.axes[node] for node in nodes}
     return Stream(tuple(norms), tuple(leaves.values()), reads, dropped, joins, region.facts.live, axes)
 
@@ -231,7 +236,10 @@ def _leaf(key: tuple[Node, Axis], users: list[Node | Norm], region: _Region) -> 
         kind = "embedding"
     elif node in region.flows:
         block = _block(node, axis, users, region)
-        kind = "raw" if block is None else "piece"
+        if block is not None and region.packing.multiplies(block.linear):
+            kind, block = "packed", None
+        else:
+            kind = "raw" if block is None else "piece"
     elif node in region.outputs:
         norm = region.outputs[node]
         centred = norm.kind == "LayerNorm" and norm.weight is None and norm.bias is None and norm.axis == axis
@@ -242,7 +250,9 @@ def _leaf(key: tuple[Node, Axis], users: list[Node | Norm], region: _Region) -> 
         kind = "sharded"
     else:
         scaled = _scaled_writer(node, axis, users, region)
-        if scaled is not None:
+        if region.packing.writes(node) if scaled is None else region.packing.multiplies(scaled[0][-1][0]):
+            kind = "packed"
+        elif scaled is not None:
             kind, (path, scale) = "scaled", scaled
             linear = path[-1][0]
     obstacle = _leaf_obstacle(node, kind, linear if block is None else block.linear, region)

@@ -30,7 +30,8 @@ CODES = {
         "write out-of-place: x = x + y",
     ),
     "packed_weight": Code(
-        "a writer's weight is stored packed, as integers or floats of 8 bits",
+        "a writer's weight is stored packed, as integers or floats of 8 bits: centred it would be unpacked, and "
+        "centring what it computes in every call costs more than it saves",
         "none needed: the norm stays a LayerNorm so that the weight stays packed",
     ),
     "rounded_weight": Code(
@@ -96,9 +97,14 @@ def objections(part: Part) -> Iterator[Objection]:
         rows = size_hint(total(entries(shape(norm.input)) for norm in stream.norms), _nodes(stream))
         yield "live_weights", f"{len(weights)} weights of {size} entries, {rows} normalised", tuple(weights)
         return
+    packed = [leaf for leaf in explicit if leaf.kind == "packed"]
+    if packed:
+        yield "packed_weight", ", ".join(leaf.node.name for leaf in packed), tuple(leaf.node for leaf in packed)
+        if _pays(Cost(whole.before, whole.after - _total(stream, packed)), stream):
+            return
     raw = [leaf for leaf in explicit if leaf.kind == "raw"]
     sharded = [leaf for leaf in explicit if leaf.kind == "sharded" and stream.joins]
-    others = [leaf for leaf in explicit if leaf.kind != "raw" and leaf not in sharded]
+    others = [leaf for leaf in explicit if leaf.kind not in ("raw", "packed") and leaf not in sharded]
     if raw:
         details = ", ".join(f"{leaf.node.name} is read by {_observer(leaf).name}" for leaf in raw)
         yield "observed", details, tuple(node for leaf in raw for node in (leaf.node, _observer(leaf)))

@@ -65,7 +65,7 @@ def candidates(sites: Sites, so_far: SoFar) -> Iterator[Deferred]:
         if batch_norm.writer is not None:
             writers[batch_norm.writer.node] = batch_norm.norm.output
     for norm, readers in sites.readers.items():
-        if not readers.linears and not readers.others:
+        if not (readers.linears or readers.others or readers.packed):
             continue
         linears = [linear.node for linear, _, _ in readers.linears]
         resized = not {norm.output, *linears}.isdisjoint(compressed)
@@ -142,7 +142,7 @@ def _values(site: Deferred, so_far: SoFar) -> Iterator[Objection]:
     if readers.shared and site.folds:
         yield "shared_weight", ", ".join(node.name for node in readers.shared), readers.shared
     packed = fold_affine.packed_readers(readers)
-    if packed and site.folds:
+    if readers.packed or (packed and site.folds):
         yield "packed_weight", ", ".join(node.name for node in packed), packed
     moved = [node for node in readers.path if isinstance(node.meta["val"], torch.Tensor)]
     linears = [node for linear, _, _ in readers.linears for node in (linear.weight, linear.node)]

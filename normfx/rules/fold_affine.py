@@ -111,9 +111,9 @@ def _roundings(site: Readers) -> Iterator[Objection]:
 
 
 def packed_readers(site: Readers) -> tuple[Node, ...]:
-    """Readers whose weight is stored packed: folded, it would be stored unpacked."""
+    """Readers, linears and other products, whose weight is stored packed: folded, it would be stored unpacked."""
     fixed = (linear for linear, _, _ in site.linears if linear.weight not in site.computed)
-    return tuple(linear.node for linear in fixed if packed_sources(linear.weight))
+    return (*(linear.node for linear in fixed if packed_sources(linear.weight)), *site.packed)
 
 
 def narrow_readers(site: Readers) -> tuple[Node, ...]:

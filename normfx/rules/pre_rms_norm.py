@@ -75,13 +75,13 @@ class _Packed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm, self.table = nn.LayerNorm(8), nn.Embedding(10, 8)
+        self.norm, self.table, self.plain = nn.LayerNorm(8), nn.Embedding(10, 8), nn.Linear(8, 8)
         self.register_buffer("packed", torch.arange(64, dtype=torch.int8).reshape(8, 8))
         self.scale = nn.Parameter(torch.full((8, 1), 0.01))
 
     def forward(self, ids: torch.Tensor) -> Any:
         x = self.table(ids)
-        return self.norm(x + nn.functional.linear(x, self.packed * self.scale))
+        return self.norm(self.plain(x) + nn.functional.linear(x, self.packed * self.scale))
 
 
 class _PostNorm(nn.Module):

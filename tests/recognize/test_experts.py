@@ -219,7 +219,7 @@ def test_one_packed_expert_refuses_the_stream() -> None:
     report = _check("packed_expert")
     assert report.counts["to_rms_norm"] == 1  # the norm before, on looked-up rows
     (refusal,) = [r for r in report.sites[1].refusals if r.rule == "pre_rms_norm"]
-    assert refusal.code == "packed_weight" and "mul" in refusal.detail
+    assert refusal.code == "packed_weight" and "linear" in refusal.detail
     assert report.graphs[0].after.count("center(s.downs") == 0
 
 

@@ -67,6 +67,15 @@ def ternary(w: Tensor) -> Tensor:
     return (w / step).round().clamp(-1, 1) * step
 
 
+def blocks(w: Tensor) -> Tensor:
+    """NVFP4: blocks of entries with a scale of 8 bits each, entries of the grid of four-bit floats."""
+    parts = w.view(w.shape[0], -1, 4)
+    step = (parts.abs().amax(-1, keepdim=True) / 6).to(torch.float8_e4m3fn).to(w.dtype)
+    grid = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=w.dtype)
+    nearest = ((parts / step).abs()[..., None] - grid).abs().argmin(-1)
+    return (grid[nearest] * parts.sign() * step).view_as(w)
+
+
 def absmax(x: Tensor) -> Tensor:
     step = x.abs().amax(-1, keepdim=True).clamp(min=1e-5) / 127
     return (x / step).round().clamp(-128, 127) * step
@@ -92,6 +101,7 @@ FORMS: dict[str, Callable[[Layer, Tensor], Tensor]] = {
     "fake quantised by channel": lambda m, x: F.linear(x, _per_channel(m.weight), m.bias),
     "einsum": lambda m, x: torch.einsum("btd,hd->bth", x, m.weight) + m.bias,
     "tensordot": lambda m, x: torch.tensordot(x, m.weight, ([2], [1])) + m.bias,
+    "four bits in blocks": lambda m, x: F.linear(x, straight(m.weight, blocks(m.weight)), m.bias),
     "columns": lambda m, x: (m.weight @ x.transpose(1, 2)).transpose(1, 2) + m.bias,
 }
 
@@ -122,7 +132,7 @@ def test_each_factor_takes_what_is_its_own() -> None:
     assert "matmul" not in after
 
 
-@pytest.mark.parametrize("quantise", [rounded, ternary])
+@pytest.mark.parametrize("quantise", [rounded, ternary, blocks])
 def test_gamma_stays_outside_of_a_quantiser(quantise: Callable[[Tensor], Tensor]) -> None:
     """What is folded into is the quantised weight. Folded in before it γ would give another function."""
     block = _block(lambda m, x: F.linear(x, straight(m.weight, quantise(m.weight)), m.bias))
