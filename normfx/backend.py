@@ -114,8 +114,8 @@ def _compile(
     with explained(crash_note("compile", changed)):
         if changed:
             constants, room = ready.weights if freezes else None, rooms(settings.fold_memory)
-            gm, folding, weights = ready.graph_module, ready.folding, ready.weights
-            compiled = compile_folded(gm, folding, example_inputs, constants, patches, settings.strict, room, weights)
+            own, folding, weights = ready.graph_module, ready.folding, ready.weights
+            compiled = compile_folded(own, folding, example_inputs, constants, patches, settings.strict, room, weights)
         else:
             compiled = Compiled(compile_graph(gm, example_inputs, patches))
     compiled.note, compiled.memory = crash_note("run", changed), ready.memory
