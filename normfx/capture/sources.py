@@ -54,7 +54,7 @@ def _placeholder_source(node: Node) -> Source:
 def _is_held(source: Any, example: Any) -> bool:
     """Whether an input is integers or flags that a module holds without having registered them, as a list of places is.
 
-    Like a buffer it is no argument of the call, and whoever writes to it is noticed. Floats that a module holds may be
+    Like a buffer it is no argument of the call, and writes to it are noticed. Floats that a module holds may be
     what it computed last: they stay inputs.
     """
     if not isinstance(example, torch.Tensor) or not all(isinstance(size, int) for size in example.shape):
