@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -120,6 +122,8 @@ def factory(name: str) -> Factory:
     """
     module, colon, attribute = name.partition(":")
     if colon:
+        if (folder := str(Path.cwd())) not in sys.path:  # a script finds the folder it lies in, not that of the call
+            sys.path.insert(0, folder)
         try:
             found: Factory = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:

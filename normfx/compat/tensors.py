@@ -19,11 +19,13 @@ def is_functorch_wrapped(tensor: torch.Tensor) -> bool:
 
 
 def parts(tensor: torch.Tensor | None) -> list[torch.Tensor]:
-    """The plain tensors that a tensor consists of: itself, or those that a subclass of tensors wraps."""
+    """The plain tensors that a tensor consists of: itself, or those that a subclass of tensors wraps. What else it
+    wraps, as a DTensor its mesh, is left out."""
     if tensor is None or not is_traceable_wrapper_subclass(tensor):
         return [] if tensor is None else [tensor]
     wrapper: Any = tensor
-    return [part for name in wrapper.__tensor_flatten__()[0] for part in parts(getattr(wrapper, name))]
+    held = (getattr(wrapper, name) for name in wrapper.__tensor_flatten__()[0])
+    return [part for each in held if isinstance(each, torch.Tensor) for part in parts(each)]
 
 
 def storage_key(storage: torch.UntypedStorage) -> int:
