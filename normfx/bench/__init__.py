@@ -125,10 +125,10 @@ def _chosen(parsed: argparse.Namespace) -> tuple[list[Cell], list[str]]:
         batches = [int(b) if b.isdecimal() else 0 for b in words(parsed.batches, "--batches")]
         if min(batches, default=0) < 1:
             raise OptionError(f"normfx: --batches must be positive numbers, not {parsed.batches!r}")
-    if parsed.threads is not None and parsed.threads < 1:
-        raise OptionError(f"normfx: --threads must be a positive number, not {parsed.threads}")
         order = itertools.product(models, dtypes, batches, tasks)
         cells = [Cell(model, dtype, batch, task, parsed.device) for model, dtype, batch, task in order]
+    if parsed.threads is not None and parsed.threads < 1:
+        raise OptionError(f"normfx: --threads must be a positive number, not {parsed.threads}")
     if not parsed.dry_run:
         command.check(parsed.rounds, parsed.device)
     if parsed.graphs and torch.device(parsed.device).type != "cuda":

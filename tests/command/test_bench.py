@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -197,6 +198,7 @@ def test_modes(tmp_path: Path) -> None:
         (("--dtypes", "int8"), "unknown dtype 'int8' in --dtypes; valid: bfloat16, float32"),
         (("--task", "serve"), "unknown task 'serve' in --task; valid: forward, training"),
         (("--batches", "0"), "--batches must be positive numbers"),
+        (("--threads", "0"), "--threads must be a positive number"),
         (("--rounds", "1"), "--rounds must be 2 or more"),
     ],
 )
@@ -206,6 +208,19 @@ def test_errors(arguments: tuple[str, str], message: str, tmp_path: Path, capsys
     assert exit.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not list(tmp_path.iterdir())
+
+
+def test_models_of_the_folder_at_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command is a script elsewhere, from whose folder Python would import."""
+    (tmp_path / "own_models.py").write_text(
+        "import torch\ndef small(batch):\n    return torch.nn.Linear(2, 2), (torch.ones(batch, 2),)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place not in ("", ".", str(tmp_path))])
+    assert bench(tmp_path, "--models", "own_models:small", "--dry-run") == 0
+    assert "own_models:small" in capsys.readouterr().out
 
 
 def test_turns() -> None:
