@@ -106,6 +106,7 @@ def _drop(surgery: Surgery, branch: Branch) -> None:
     gone = surgery.now(branch.top)
     for node in branch.path:
         if node in surgery.replaced:
+            gone = surgery.now(node)  # with the factor that it had there
             continue
         if gone not in node.all_input_nodes:
             raise NormfxError(f"normfx: {node.name} does not add {gone.name}; please report this graph")

@@ -264,7 +264,13 @@ return [%6]
         )
 
 
-@pytest.mark.parametrize("seed", [*range(12), *(pytest.param(s, marks=pytest.mark.slow) for s in range(12, 200))])
+SEEDS = (*range(12), 53)
+"""By default; in that of 53 two terms of one difference go, one after the other."""
+
+
+@pytest.mark.parametrize(
+    "seed", [*SEEDS, *(pytest.param(s, marks=pytest.mark.slow) for s in range(12, 200) if s != 53)]
+)
 def test_drawn(seed: int) -> None:
     torch.manual_seed(seed)
     model = Drawn(seed).requires_grad_(False)
