@@ -117,7 +117,7 @@ def test_a_report_comes_back() -> None:
 
 
 def test_folds_that_are_computed_in_each_run_must_pay() -> None:
-    """By default, few rows leave the program as it is, and the reason names the way out; many rows pay."""
+    """A program with few rows stays as it is, and the reason names the way out; with many rows folds pay."""
     model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8)).double()
     program = torch.export.export(model, (x64(5, 8),))
     same, report = normfx.rewrite(program, report=True)

@@ -265,7 +265,7 @@ return [%6]
 
 
 SEEDS = (*range(12), 53)
-"""By default; in that of 53 two terms of one difference go, one after the other."""
+"""The seeds that run by default. The sum of seed 53 is a difference both terms of which are merged."""
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ CHANNELS = 4
 
 
 def decided(report: Report) -> list[str]:
-    """Of each sum, "applied" or the codes of its refusals."""
+    """Say "applied" of each sum, or the codes of its refusals."""
     sites = [site for site in report.composed if site.kind == "Branches"]
     return ["applied" if site.rules else ", ".join(r.code for r in site.refusals) for site in sites]
 
