@@ -6,6 +6,7 @@
 // Where the kernel tells which pages were written (pages.cpp), a block is watched by its pages. Its first and last page are
 // shared with other memory: when one of them was written, the part that belongs to the block is hashed. Where the kernel
 // does not help, and for memory that other processes or devices may write, the whole contents are hashed in each call.
+// Pages of a file that is mapped privately change with the file too, whose times are looked at (files.cpp).
 //
 // All functions are called with Python's lock held: they are short, and no other thread may free what they read. The mutex
 // is for interpreters without that lock.
@@ -97,6 +98,8 @@ struct Block {
     Weak storage;           // keeps the identity from being used again
     PageRange pages{0, 0};  // that are watched; none: the whole contents are hashed
     Edge edges[2];          // on the first and the last page; without pages the first edge is all of the block
+    Files files;            // that the pages are mapped from
+    uint64_t generation = 0;   // of the files, when the epoch began
     bool shared = false;       // others may write it: never watched by pages
     bool by_contents = false;  // all of it is hashed
     uint64_t epoch = 0;
@@ -154,6 +157,7 @@ PageRange quiet_pages(const Block& block) {
 void watch_contents(Block& block) {
     if (block.by_contents && block.edges[0].busy) return;  // as it is
     set_pages(block, {0, 0});
+    block.files.clear();
     block.edges[0] = Edge{block.key.begin, block.key.end};
     block.edges[0].busy = block.by_contents = true;
     block.edges[1] = Edge{};
@@ -163,6 +167,7 @@ void watch_contents(Block& block) {
 
 void stop_watching(Block& block) {
     set_pages(block, {0, 0});
+    block.files.clear();
     for (Edge& edge : block.edges) edge = Edge{};
     block.by_contents = false;
     renew(block);
@@ -233,7 +238,15 @@ bool protect(PageRange pages) {
 bool protect_all(Block& block) {
     if (!g_allowed || block.shared) return false;
     PageRange pages{page_of(address(block.key.begin)), page_after(address(block.key.end))};
-    return register_mappings(pages) && protect(pages);
+    Files files;
+    auto visit = [&](const Mapping& mapping) {
+        if (!is_file(mapping)) return true;
+        files.push_back(file_of(mapping));
+        return files.back() != nullptr;
+    };
+    if (!register_mappings(pages, visit)) return false;
+    block.files = std::move(files);
+    return protect(pages);
 }
 
 // The second half: what the block holds now is what a new epoch stands for.
@@ -246,6 +259,7 @@ void begin_watching(Block& block, bool by_pages) {
     block.edges[1] = Edge{tail, block.key.end};
     block.by_contents = false;
     set_pages(block, quiet_pages(block));
+    block.generation = generations(block.files);
     for (Edge& edge : block.edges) edge.refresh();
     renew(block);
 }
@@ -430,6 +444,22 @@ void mend_span(const Watch& watch, const Span& span) {
     }
 }
 
+// Looks at each file that blocks of a watch are mapped from once.
+void refresh_files(const Watch& watch) {
+    std::set<File*> files;
+    for (const Tensor& tensor : watch.tensors) {
+        if (tensor.block < 0) continue;
+        for (const auto& file : g_blocks[static_cast<size_t>(tensor.block)].files) files.insert(file.get());
+    }
+    for (File* file : files) file->refresh();
+}
+
+void compare_files(Block& block) {
+    uint64_t now = generations(block.files);
+    if (now != block.generation) renew(block);
+    block.generation = now;
+}
+
 // Brings the epochs of all blocks of a watch up to date. Their memory must be there.
 void poll(Watch& watch) {
     constexpr int ATTEMPTS = 8;
@@ -443,6 +473,7 @@ void poll(Watch& watch) {
             read = false;
         }
     }
+    refresh_files(watch);
     for (const Tensor& tensor : watch.tensors) {
         if (tensor.block < 0) continue;
         Block& block = g_blocks[static_cast<size_t>(tensor.block)];
@@ -451,6 +482,7 @@ void poll(Watch& watch) {
         for (Edge& edge : block.edges) {
             if (edge.busy && edge.refresh()) renew(block);
         }
+        if (!block.files.empty()) compare_files(block);
         if (++block.polls % PATIENCE == 0 && !block.by_contents) watch_edges(block);
     }
 }

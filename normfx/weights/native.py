@@ -1,4 +1,4 @@
-"""The compiled part of the package: pages.cpp and memory.cpp, built once per machine and loaded once per process."""
+"""The compiled part of the package: three C++ files, built once per machine and loaded once per process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ log = logging.getLogger("normfx")
 
 _VOID, _COUNT = ctypes.c_void_p, ctypes.c_int64
 
-_SOURCES = "pages.cpp", "memory.cpp"
+_SOURCES = "pages.cpp", "files.cpp", "memory.cpp"
 """Compiled as one, in this order."""
 
 _SIGNATURES = {

@@ -4,7 +4,7 @@
 // protection, read by PAGEMAP_SCAN. Whole mappings are registered, so that one question can reach over many tensors and
 // what lies between them; only the pages of tensors are protected.
 //
-// native.py compiles this file and memory.cpp as one.
+// native.py compiles this file, files.cpp and memory.cpp as one.
 
 #include <cerrno>
 #include <cstdint>
@@ -12,6 +12,7 @@
 #include <cstring>
 #include <mutex>
 #include <new>
+#include <string>
 #include <vector>
 
 #ifdef __linux__
@@ -120,6 +121,8 @@ bool each_written(PageRange pages, Found found, uint64_t flags = 0) {
 struct Mapping {
     PageRange pages;
     bool is_private;  // only this process can write this memory through its addresses
+    uint64_t inode;   // of the file that is mapped; 0: none
+    std::string path;
     bool registered = false;
 };
 std::vector<Mapping> g_mappings;  // in order of addresses; empty: to be read again
@@ -129,14 +132,17 @@ void forget_mappings() { g_mappings.clear(); }
 void read_mappings() {
     std::FILE* maps = std::fopen("/proc/self/maps", "re");
     if (maps == nullptr) return;
-    char line[512], permissions[8];
-    unsigned long begin = 0, end = 0;
+    char line[8192], permissions[8];
+    unsigned long begin = 0, end = 0, inode = 0;
     bool starts = true;  // a line
     while (std::fgets(line, sizeof(line), maps) != nullptr) {
-        if (starts && std::sscanf(line, "%lx-%lx %7s", &begin, &end, permissions) == 3) {
-            g_mappings.push_back({{begin, end}, permissions[3] == 'p'});
+        int path = 0;
+        char* line_end = std::strchr(line, '\n');
+        if (line_end != nullptr) *line_end = '\0';
+        if (starts && std::sscanf(line, "%lx-%lx %7s %*s %*s %lu %n", &begin, &end, permissions, &inode, &path) == 4) {
+            g_mappings.push_back({{begin, end}, permissions[3] == 'p', inode, line + path});
         }
-        starts = std::strchr(line, '\n') != nullptr;
+        starts = line_end != nullptr;
     }
     std::fclose(maps);
 }
@@ -146,8 +152,9 @@ bool register_pages(PageRange pages) {
     return ioctl(g_faults, _IOWR(0xAA, 0x00, RegisterRequest), &request) == 0;
 }
 
-// Registers the mappings of these pages. False: they cannot be watched.
-bool register_mappings(PageRange pages) {
+// Registers the mappings of these pages; `visit` is called with each of them. False: they cannot be watched.
+template <class Visit>
+bool register_mappings(PageRange pages, Visit visit) {
     if (!open_kernel()) return false;
     if (g_mappings.empty()) read_mappings();
     uint64_t reached = pages.first;
@@ -155,7 +162,7 @@ bool register_mappings(PageRange pages) {
         if (mapping.pages.last <= reached) continue;
         if (mapping.pages.first > reached || !mapping.is_private) return false;
         if (!mapping.registered) mapping.registered = register_pages(mapping.pages);
-        if (!mapping.registered) return false;
+        if (!mapping.registered || !visit(mapping)) return false;
         reached = mapping.pages.last;
         if (reached >= pages.last) return true;
     }
@@ -163,10 +170,12 @@ bool register_mappings(PageRange pages) {
 }
 
 #else
+struct Mapping {};
 bool open_kernel() { return false; }
 void close_kernel() {}
 void forget_mappings() {}
-bool register_mappings(PageRange) { return false; }
+template <class Visit>
+bool register_mappings(PageRange, Visit) { return false; }
 template <class Found>
 bool each_written(PageRange, Found, uint64_t = 0) { return false; }
 #endif

@@ -64,7 +64,9 @@ def test_wheel_holds_everything(tmp_path: Path) -> None:
     (wheel,) = wheels.glob("*.whl")
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     sources = {path.relative_to(copy).as_posix() for path in copy.rglob("*.py") if "build" not in path.parts}
-    others = {"py.typed", "weights/memory.cpp", "weights/pages.cpp", "page/page.html", "page/page.css", "page/page.js"}
+    packaged = {f"weights/{name}.cpp" for name in ("files", "memory", "pages")}
+    packaged |= {f"page/page.{kind}" for kind in ("html", "css", "js")}
+    others = {"py.typed", *packaged}
     assert names == {f"normfx/{other}" for other in others} | {
         f"normfx/{s}" if s.startswith("kernels/") else s for s in sources
     }

@@ -12,6 +12,7 @@ import gc
 import os
 import random
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -49,6 +50,7 @@ class State:
         self.models = [self.model() for _ in range(self.random.choice([1, 1, 2, 3]))]
         self.callables = CALLABLES["frozen" if frozen else "cached"]
         self.saved: list[Tensor] = []
+        self.folder = tempfile.TemporaryDirectory()
         self.trace: list[str] = []
 
     def model(self) -> Net:
@@ -176,6 +178,34 @@ def over_numpy(s: State) -> None:
     model.down.weight = nn.Parameter(torch.from_numpy(array), requires_grad=False)
     call(s)
     array[s.random.randrange(array.shape[0]), 0] += 1.0
+
+
+@step
+def mapped_file(s: State) -> None:
+    """All parameters become a private mapping of a file, as `torch.load(mmap=True)` makes them."""
+    model, path = s.pick(), Path(s.folder.name) / str(len(s.trace))
+    vector = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    vector.numpy().tofile(path)
+    mapped = torch.from_file(str(path), shared=False, size=vector.numel(), dtype=vector.dtype)
+    nn.utils.vector_to_parameters(mapped, model.parameters())
+    call(s)
+    file_written(s)
+
+
+@step
+def file_written(s: State) -> None:
+    """Some entries of a file change, in the file."""
+    paths = sorted(Path(s.folder.name).iterdir())
+    if paths:
+        path = s.random.choice(paths)
+        count = path.stat().st_size // 8
+        start = s.random.randrange(count)
+        entries = np.random.default_rng(start).standard_normal(s.random.choice([1, count - start]))
+        with path.open("r+b") as opened:
+            opened.seek(8 * start)
+            opened.write(entries.tobytes())
+        if s.random.random() < 0.2:
+            path.unlink()
 
 
 @step
@@ -371,6 +401,7 @@ def run_sequence(seed: int) -> None:
         raise AssertionError(f"sequence {seed}: {error!r} after {', '.join(state.trace)}") from error
     finally:
         library.normfx_allow_pages(1)
+        state.folder.cleanup()
 
 
 def main() -> int:

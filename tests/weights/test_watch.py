@@ -6,13 +6,14 @@ import ctypes
 import mmap
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from watching import accepted, sees
 
 from normfx.errors import NormfxWarning
 from normfx.weights import native
@@ -20,34 +21,6 @@ from normfx.weights.samples import EVERY, Contents, Samples
 from normfx.weights.watch import Watch, identity
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.complex128, torch.int8]
-
-
-@pytest.fixture(params=["pages", "contents"])
-def library(request: pytest.FixtureRequest) -> Iterator[object]:
-    """The C++ functions, with the kernel's help where there is any, and without."""
-    found = native.native_library()
-    assert found is not None
-    found.normfx_allow_pages(request.param == "pages")
-    yield found
-    found.normfx_allow_pages(1)
-
-
-def accepted(tensors: list[Tensor]) -> Watch:
-    watch = Watch(tensors)
-    watch.accept(tensors, watch.read(tensors))
-    if watch.changed(tensors):  # pages that nothing had touched are there only once they were read
-        watch.accept(tensors, watch.read(tensors))
-    assert not watch.changed(tensors)
-    return watch
-
-
-def sees(watch: Watch, tensors: list[Tensor], write: Callable[[], object]) -> bool:
-    """Whether a write is seen, once: the state after it can be accepted."""
-    write()
-    seen = watch.changed(tensors)
-    watch.accept(tensors, watch.read(tensors))
-    assert not watch.changed(tensors)
-    return seen
 
 
 def entry(tensor: Tensor, index: int) -> Callable[[], object]:
@@ -164,16 +137,6 @@ def test_memory_shared_with_other_processes(library: object, tmp_path: Path) -> 
         os.waitpid(child, 0)
 
     assert sees(watch, [parameter], in_a_child)
-
-
-def test_private_mappings_of_files(library: object, tmp_path: Path) -> None:
-    """What `torch.load(mmap=True)` and safetensors hand out."""
-    file = tmp_path / "weights"
-    np.arange(1 << 18, dtype=np.float32).tofile(file)
-    tensor = torch.from_file(str(file), shared=False, size=1 << 18)
-    watch = accepted([tensor])
-    for index in (0, 70_000, (1 << 18) - 1):
-        assert sees(watch, [tensor], lambda index=index: tensor.data[index : index + 1].add_(1))
 
 
 def test_writes_of_the_kernel(library: object, tmp_path: Path) -> None:
