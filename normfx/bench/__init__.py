@@ -72,8 +72,8 @@ def main(parsed: argparse.Namespace) -> int:
     settings.apply(parsed.device)
     results = _results(parsed, settings)
     done = {m.cell: m for m in results.cells}
-    parsed.output.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + 60 * parsed.minutes if parsed.minutes is not None else float("inf")
+    end = command.deadline(parsed.minutes)
+    command.make_folder(parsed.output)
     with command.progress(console) as progress:
         _warm_up(parsed.device)
         task = progress.add_task("cells", total=len(cells), stage="")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,23 @@ def use(device: str) -> None:
     chosen = torch.device(device)
     if chosen.type == "cuda" and chosen.index is not None:
         torch.cuda.set_device(chosen.index)
+
+
+def make_folder(output: Path) -> None:
+    """Make the folder of `--output`. Raises OptionError where that fails, before anything is measured."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(f"normfx: --output {output}: {error.strerror}") from error
+
+
+def deadline(minutes: float | None) -> float:
+    """The time, as time.monotonic counts, at which no cell is begun any more. Raises OptionError for 0 and less."""
+    if minutes is None:
+        return float("inf")
+    if not minutes > 0:
+        raise OptionError(f"normfx: --minutes must be a positive number, not {minutes:g}")
+    return time.monotonic() + 60 * minutes
 
 
 def unchanged(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:

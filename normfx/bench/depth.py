@@ -74,7 +74,7 @@ def main(parsed: argparse.Namespace) -> int:
     counts = _numbers(parsed.layers)
     if parsed.width < 4 or parsed.width % 4:
         raise OptionError(f"normfx: --width {parsed.width}: must be a multiple of 4, the number of heads")
-    parsed.output.mkdir(parents=True, exist_ok=True)
+    command.make_folder(parsed.output)
     console, found = command.console(), list[Compiled]()
     for layers in counts:
         found.append(measure(layers, parsed.width))

@@ -81,9 +81,9 @@ def main(parsed: argparse.Namespace) -> int:
     names, absent = rivals.present(chosen)
     results = _results(parsed, absent)
     done = {m.cell: m for m in results.cells}
-    parsed.output.mkdir(parents=True, exist_ok=True)
+    end = command.deadline(parsed.minutes)
+    command.make_folder(parsed.output)
     clock = None if parsed.check else DeviceClock(parsed.device)
-    end = time.monotonic() + 60 * parsed.minutes if parsed.minutes is not None else float("inf")
     todo = [cell for cell in cells if not _complete(done.get(cell), names)]
     with command.progress(console) as progress:
         task = progress.add_task("cells", total=len(todo), stage="")

@@ -25,6 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--train", action="store_true", help="record gradients and plan as in training, folds being free"
     )
+    parser.add_argument(
+        "--defer", action="store_true", help="with the rule defer_norm, as if the means of all rows were small"
+    )
     parser.add_argument("--output", type=Path, default=Path("normfx-survey"), metavar="DIR")
     parser.set_defaults(run=main, parser=parser)
 
@@ -39,8 +42,8 @@ def main(parsed: argparse.Namespace, families: Mapping[str, Family] = FAMILIES) 
     if parsed.list:
         show(console, "families", ("name", "package", "depth"), [(f.name, f.package, f.depth) for f in chosen])
         return 0
-    parsed.output.mkdir(parents=True, exist_ok=True)
-    rows = _surveyed(chosen, parsed.train, console)
+    command.make_folder(parsed.output)
+    rows = _surveyed(chosen, parsed, console)
     present.write(rows, versions(chosen), parsed.output)
     console.print(present.table(rows))
     present.summary(console, rows)
@@ -48,7 +51,7 @@ def main(parsed: argparse.Namespace, families: Mapping[str, Family] = FAMILIES) 
     return int(any(found.failure for found in rows))
 
 
-def _surveyed(chosen: list[Family], train: bool, console: Console) -> list[Row]:
+def _surveyed(chosen: list[Family], parsed: argparse.Namespace, console: Console) -> list[Row]:
     """One row for each family. What the libraries say of random weights and small configurations is not shown."""
     rows = []
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -57,7 +60,7 @@ def _surveyed(chosen: list[Family], train: bool, console: Console) -> list[Row]:
         task = progress.add_task("families", total=len(chosen), stage="")
         for family in chosen:
             progress.update(task, stage=family.name)
-            rows.append(row(family, train))
+            rows.append(row(family, parsed.train, parsed.defer))
             progress.advance(task)
     return rows
 

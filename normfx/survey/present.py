@@ -30,6 +30,7 @@ pip install "normfx[survey]"
 normfx survey                          # everything; writes survey.md and survey.json to --output
 normfx survey --models gpt2,bert       # some families; --list names them
 normfx survey --train                  # gradients recorded, folds counted as free
+normfx survey --defer                  # with the rule defer_norm, as if the means of all rows were small
 ```
 
 Each family is captured by Dynamo in eval, without gradients, with the default options under `strict`, and each
@@ -38,13 +39,14 @@ to the largest entry of an output; above 1e-9 the family has failed, and the exi
 float32 by name is computed in float64 on both sides, and the whole is compared with the model as it is.
 
 **LayerNorm** and **RMSNorm** count the norms of the graphs, however they are spelled. **converted** LayerNorms became
-RMSNorms; **kept** ones did not, by the [code](refusals.md) of the refusal. A family with more than one graph has graph
-breaks. Families without LayerNorms are here because they must pass through unharmed.
+RMSNorms; **deferred** ones became a factor behind the products that read them, which [defer_norm](rules.md) does on
+request (`--defer`); **kept** ones did neither, by the [code](refusals.md) of the refusal. A family with more than one
+graph has graph breaks. Families without LayerNorms are here because they must pass through unharmed.
 
-This page is written by `normfx survey --output docs`.
+This page is written by `normfx survey --defer --output docs`.
 """
 
-HEADER = ("family", "package", "depth", "LayerNorm", "RMSNorm", "converted", "kept", "graphs", "error")
+HEADER = ("family", "package", "depth", "LayerNorm", "RMSNorm", "converted", "deferred", "kept", "graphs", "error")
 
 
 def table(rows: Sequence[Row]) -> Table:
@@ -87,6 +89,7 @@ def counts(rows: Sequence[Row]) -> dict[str, int]:
         "skipped": sum(bool(row.skipped) for row in rows),
         "layer_norms": sum(row.layer_norms for row in rows),
         "converted": sum(row.converted for row in rows),
+        "deferred": sum(row.deferred for row in rows),
         "rms_norms": sum(row.rms_norms for row in rows),
     }
 
@@ -94,10 +97,14 @@ def counts(rows: Sequence[Row]) -> dict[str, int]:
 def totals(rows: Sequence[Row]) -> str:
     n = counts(rows)
     ran = n["families"] - n["failed"] - n["skipped"]
-    share = f" ({100 * n['converted'] / n['layer_norms']:.1f} %)" if n["layer_norms"] else ""
+
+    def share(name: str) -> str:
+        return f"{n[name]} ({100 * n[name] / n['layer_norms']:.1f} %)" if n["layer_norms"] else "0"
+
+    became = f"{share('converted')} became RMSNorms" + (f", {share('deferred')} were deferred" if n["deferred"] else "")
     return (
-        f"{ran} families ran, {n['failed']} failed, {n['skipped']} skipped. {n['layer_norms']} LayerNorms, "
-        f"{n['converted']} became RMSNorms{share}; {n['rms_norms']} RMSNorms."
+        f"{ran} families ran, {n['failed']} failed, {n['skipped']} skipped. {n['layer_norms']} LayerNorms: {became}; "
+        f"{n['rms_norms']} RMSNorms."
     )
 
 
@@ -130,9 +137,10 @@ def _lines(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 def _line(row: Row) -> list[str]:
     if row.failure or row.skipped:
-        return [row.family, row.package, row.depth, *[""] * 3, "failed" if row.failure else "skipped", "", ""]
+        return [row.family, row.package, row.depth, *[""] * 4, "failed" if row.failure else "skipped", "", ""]
     codes = Counter(kept.codes[0] if kept.codes else "not captured" for kept in row.kept)
     return [
         row.family, row.package, row.depth, str(row.layer_norms), str(row.rms_norms), str(row.converted),
-        ", ".join(f"{code} {n}" for code, n in codes.most_common()), str(row.graphs), f"{row.error:.0e}",
+        str(row.deferred), ", ".join(f"{code} {n}" for code, n in codes.most_common()), str(row.graphs),
+        f"{row.error:.0e}",
     ]  # fmt: skip

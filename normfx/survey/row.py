@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from normfx.errors import VerifyError
 from normfx.report import SiteReport
-from normfx.rules import RMS_NORM_RULES
+from normfx.rules import RMS_NORM_RULES, defer_norm
 from normfx.survey.classes import MISSED, kept_because
 from normfx.survey.family import Family
 from normfx.survey.run import Outcome, survey
@@ -26,7 +26,8 @@ class Kept:
 
 @dataclass(frozen=True)
 class Row:
-    """One family. layer_norms, rms_norms: as the model has them; converted: LayerNorms that became RMSNorms.
+    """One family. layer_norms, rms_norms: as the model has them; converted: LayerNorms that became RMSNorms; deferred:
+    others that `defer_norm` moved behind the products that read them.
 
     failure: what went wrong, if something did; skipped: the package that is missing
     """
@@ -37,6 +38,7 @@ class Row:
     layer_norms: int = 0
     rms_norms: int = 0
     converted: int = 0
+    deferred: int = 0
     kept: tuple[Kept, ...] = ()
     graphs: int = 0
     error: float = 0.0
@@ -45,14 +47,14 @@ class Row:
     skipped: str = ""
 
 
-def row(family: Family, train: bool = False) -> Row:
+def row(family: Family, train: bool = False, defer: bool = False) -> Row:
     """Survey one family. Never raises: the rest of the zoo goes on."""
     named = (family.name, family.package, family.depth)
     if importlib.util.find_spec(family.package) is None:
         return Row(*named, skipped=family.package)
     begin = time.perf_counter()
     try:
-        return _row(named, survey(family, train))
+        return _row(named, survey(family, train, defer))
     except Exception as error:
         failure = f"{type(error).__name__}: {' '.join(str(error).split())}"
         return Row(*named, seconds=time.perf_counter() - begin, failure=failure)
@@ -62,7 +64,8 @@ def _row(named: tuple[str, str, str], outcome: Outcome) -> Row:
     """Raises VerifyError where a LayerNorm kept its mean for no reason."""
     counts = outcome.report.counts
     stayed = [site for site in outcome.report.sites if site.kind == "LayerNorm" and not site.to_rms_norm]
-    kept = (*map(_kept, stayed), *([Kept("", MISSED)] * outcome.missed))
+    deferred = [site for site in stayed if defer_norm.RULE.name in site.rules]
+    kept = (*(_kept(site) for site in stayed if site not in deferred), *([Kept("", MISSED)] * outcome.missed))
     if wordless := [k.site for k in kept if not k.because]:
         raise VerifyError(f"kept without a reason: {', '.join(wordless)}")
     return Row(
@@ -70,6 +73,7 @@ def _row(named: tuple[str, str, str], outcome: Outcome) -> Row:
         layer_norms=counts["layer_norm"] + outcome.missed,
         rms_norms=counts["rms_norm"],
         converted=counts["to_rms_norm"],
+        deferred=len(deferred),
         kept=kept,
         graphs=counts["graphs"],
         error=outcome.error,

@@ -88,15 +88,20 @@ class _Backend:
         return both
 
 
-def survey(family: Family, train: bool = False) -> Outcome:
+DEFER = {"rules": "default,+defer_norm", "defer_means": "small"}
+"""Options that defer norms, LayerNorms too, as if all means were small."""
+
+
+def survey(family: Family, train: bool = False, defer: bool = False) -> Outcome:
     """Build a family, run it as it is and rewritten, and compare. Raises what its model, Dynamo or normfx raise, and
     VerifyError where a rewritten graph, or the whole, gives something else.
 
     train: record gradients and plan as then, with dropout off and the work of folding not counted: at a zoo's few rows
            it would outweigh everything
+    defer: with the options DEFER
     """
     begin = time.perf_counter()
-    backend = _Backend({"fold": "live"} if train else {})
+    backend = _Backend({**({"fold": "live"} if train else {}), **(DEFER if defer else {})})
     with _float64(), torch.set_grad_enabled(train), dynamo_config.patch(recompile_limit=RECOMPILES):
         model, inputs = _widened(family.make()), family.inputs()
         with _Calls() as calls:

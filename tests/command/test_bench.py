@@ -200,6 +200,8 @@ def test_modes(tmp_path: Path) -> None:
         (("--batches", "0"), "--batches must be positive numbers"),
         (("--threads", "0"), "--threads must be a positive number"),
         (("--rounds", "1"), "--rounds must be 2 or more"),
+        (("--minutes", "-1"), "--minutes must be a positive number, not -1"),
+        (("--output", "/dev/null/results"), "--output /dev/null/results: Not a directory"),
     ],
 )
 def test_errors(arguments: tuple[str, str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

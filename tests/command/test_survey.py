@@ -63,10 +63,10 @@ def small(build: Any, package: str = "torch") -> Family:
     return Family(build.__name__.lower(), package, build, floats(2, 5, 8))
 
 
-def run(folder: Path, *families: Family, train: bool = False) -> tuple[int, dict[str, Any]]:
+def run(folder: Path, *families: Family, train: bool = False, defer: bool = False) -> tuple[int, dict[str, Any]]:
     """Exit status and JSON of the command on families of this file."""
     known = {family.name: family for family in families}
-    parsed = argparse.Namespace(models=",".join(known), list=False, train=train, output=folder)
+    parsed = argparse.Namespace(models=",".join(known), list=False, train=train, defer=defer, output=folder)
     status = survey.main(parsed, known)
     return status, json.loads((folder / "survey.json").read_text())
 
@@ -128,6 +128,22 @@ def test_a_norm_outside_all_graphs_is_counted(tmp_path: Path) -> None:
 def test_training(tmp_path: Path) -> None:
     status, found = run(tmp_path, small(Block), train=True)
     assert status == 0 and found["families"][0]["converted"] == 2
+
+
+class Observed(Block):
+    """Something else reads its stream: only its last norm's product can take the norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        return torch.relu(self.head(self.last(x))) + x.mean()
+
+
+def test_deferred_norms_have_a_column(tmp_path: Path) -> None:
+    (row,) = run(tmp_path, small(Observed), defer=True)[1]["families"]
+    assert (row["layer_norms"], row["converted"], row["deferred"], row["kept"]) == (1, 0, 1, [])
+    assert "1 (100.0 %) were deferred" in (tmp_path / "survey.md").read_text()
+    (row,) = run(tmp_path, small(Observed))[1]["families"]
+    assert row["deferred"] == 0 and len(row["kept"]) == 1
 
 
 def test_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
