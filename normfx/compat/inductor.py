@@ -10,6 +10,7 @@ from torch._inductor import config as _config
 from torch._inductor.codecache import PyCodeCache
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.lowering import fallback_handler as _fallback_handler
 from torch._inductor.lowering import register_lowering as _register_lowering
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
@@ -17,7 +18,20 @@ __all__ = ["CustomGraphPass", "PyCodeCache", "cache_dir", "compile_fx"]
 
 config: Any = _config
 
-register_lowering: Callable[..., Any] = _register_lowering  # torch leaves it untyped
+register_lowering: Callable[..., Any] = _register_lowering  # torch leaves both untyped
+fallback_handler: Callable[..., Any] = _fallback_handler
+
+
+def lower_channels_last(op: Any, last: Any) -> None:
+    """Let Inductor call `last` for `op`, on a first argument that it stores channels last."""
+    from torch._inductor import ir
+
+    call = fallback_handler(last, add_to_fallback_set=False)
+
+    def lowered(x: Any, *rest: Any) -> Any:
+        return call(ir.ExternKernel.require_channels_last(x), *rest)
+
+    register_lowering(op, type_promotion_kind=None)(lowered)
 
 
 def modes() -> Mapping[str, Mapping[str, Any]]:

@@ -29,6 +29,22 @@ def pack(weight: Tensor, rows: int) -> Tensor:
     return packed
 
 
+def convolution() -> OpOverload:
+    """mkldnn::_convolution_pointwise(x, weight, bias, padding, stride, dilation, groups, post-op, its numbers, its
+    algorithm). Its result is stored channels last."""
+    op: OpOverload = torch.ops.mkldnn._convolution_pointwise.default
+    return op
+
+
+def pack_convolution(
+    weight: Tensor, padding: list[int], stride: list[int], dilation: list[int], groups: int, size: list[int] | None
+) -> Tensor:
+    """A kernel in the layout that oneDNN's convolution prefers for inputs of a size (None: of any)."""
+    given = (weight, padding, stride, dilation, groups, size)
+    packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(*given)
+    return packed
+
+
 def multiplies_bfloat16() -> bool:
     """Whether oneDNN multiplies in bfloat16 on this processor."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,8 +23,8 @@ from torch.fx import Graph, GraphModule, Node
 from normfx.compat.operators import OpOverload
 from normfx.compat.tensors import storage_key
 from normfx.graph.nodes import bytes_of, entries, op_name, shape, size_hint, tensor, value
+from normfx.lower import packed, packed_convolution
 from normfx.lower.gemm import packed_gain
-from normfx.lower.packed import PACK, PACKED_LINEAR, unpack
 from normfx.lower.wide import is_wide, may_be_wide, narrow
 from normfx.lower.wide_speed import products_gain
 from normfx.weights.budget import budget
@@ -35,6 +35,15 @@ from normfx.weights.watch import identity, storage_of
 BANDWIDTH = 10e9
 """Bytes per second that a fold in the graph reads and writes: what two cores of a CPU copy. On a GPU everything is
 faster by about the same factor."""
+
+REORDERED = 4
+"""Passes over a kernel that a convolution by a packed one saves: channels last, then oneDNN's layout, in each call."""
+
+UNPACK: dict[Any, Callable[[GraphModule, Node], None]] = {
+    packed.PACK: packed.unpack,
+    packed_convolution.PACK: packed_convolution.unpack,
+}
+"""The ops that pack, and how their products multiply by the weight itself again."""
 
 T = TypeVar("T")
 
@@ -106,7 +115,7 @@ def chosen(
             left += overflow(new, {item: gain(item) / max(1, size) for item, size in new.items()}, room(device))
     for item in left:
         weight = _weight(item.node)
-        unpack(gm, item.node)
+        UNPACK.get(item.node.target, _leave)(gm, item.node)
         narrow(gm, weight)
     if left:
         gm.graph.lint()
@@ -121,26 +130,32 @@ def chosen(
 
 def kept_bytes(node: Node) -> int:
     """Bytes of a kept value: of a packed weight those of the weight, which its layout may pad a little."""
-    source = node.all_input_nodes[0] if node.target is PACK else node
+    source = node.all_input_nodes[0] if node.target in UNPACK else node
     return _size(source)
 
 
 def gain(item: Kept) -> float:
     """Seconds per call that keeping a value is predicted to save."""
     ops = _computed(item)
-    folding = sum(LAUNCH + 2 * _size(node) / BANDWIDTH for node in ops if node.target is not PACK)
+    folding = sum(LAUNCH + 2 * _size(node) / BANDWIDTH for node in ops if node.target not in UNPACK)
     weight = _weight(item.node)
-    packed = [user for user in item.node.users if user.target is PACKED_LINEAR]
+    linears = [user for user in item.node.users if user.target is packed.PACKED_LINEAR]
     size = size_hint(entries(shape(weight)), (weight,))
-    saved = sum(map(_rows_read, packed)) * packed_gain(tensor(weight).dtype)
+    saved = sum(map(_rows_read, linears)) * packed_gain(tensor(weight).dtype)
     if is_wide(weight):
-        saved += sum(map(_rows_read, packed or item.node.users)) * products_gain()
+        saved += sum(map(_rows_read, linears or item.node.users)) * products_gain()
+    if item.node.target is packed_convolution.PACK:
+        folding += REORDERED * _size(weight) / BANDWIDTH
     return folding + size * saved
+
+
+def _leave(gm: GraphModule, node: Node) -> None:
+    """Leave a value that is not packed to the graph, which computes it."""
 
 
 def _weight(node: Node) -> Node:
     """The weight that a kept value is, or is packed from."""
-    weight = node.args[0] if node.target is PACK else node
+    weight = node.args[0] if node.target in UNPACK else node
     assert isinstance(weight, Node)
     return weight
 

@@ -80,7 +80,7 @@ _PRODUCTS = {
         "linear", "mm", "addmm", "bmm", "baddbmm", "matmul", "conv1d", "conv2d", "conv3d", "convolution",
         "scaled_dot_product_attention",
     )
-} | {"normfx::packed_linear"}  # fmt: skip
+} | {"normfx::packed_linear", "normfx::packed_convolution"}  # fmt: skip
 """Ops that Inductor leaves to a library: nothing that reads or feeds them is computed in their kernel."""
 
 

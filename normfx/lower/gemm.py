@@ -26,6 +26,7 @@ COPIES = 16
 """Packed weights that are multiplied by in turn where two packed forms are compared: no cache of two cores holds them
 (2 MiB each), as none holds a model's. With one weight, which stays in the cache, oneDNN came out level with MKL on a
 Xeon on which it is 1.04 to 1.18 times slower by weights from memory."""
+CHANNELS, PLACES = 256, 14
 REPEATS, SECONDS = 7, 0.15
 """Turns of each call at least, and for how long more are taken: other programs on the same cores slow most of them."""
 MARGIN = 1.05
@@ -122,6 +123,27 @@ def _seconds(dtype: torch.dtype) -> tuple[float, float]:
         x, weight, bias = layer(dtype)
         calls = packed_product(x, weight, bias), lambda: torch.addmm(bias, x, weight.t())
         return least(FILE, f"{dtype}, packed and addmm", lambda: best(*calls))
+
+
+@functools.cache
+def convolution_is_faster(dtype: torch.dtype) -> bool:
+    """Whether a convolution by a kernel that oneDNN has packed beats ATen's here, measured like the others."""
+    if not onednn_works(dtype):
+        return False
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        x = torch.ones(1, CHANNELS, PLACES, PLACES, dtype=dtype, device="cpu")
+        x = x.contiguous(memory_format=torch.channels_last)
+        weight = torch.ones(CHANNELS, CHANNELS, 3, 3, dtype=dtype, device="cpu")
+        how = ([1, 1], [1, 1], [1, 1], 1)
+        packed, convolve = onednn.pack_convolution(weight, *how, None), onednn.convolution()
+        calls = (lambda: convolve(x, packed, None, *how, "none", [], ""), lambda: _convolved(x, weight))
+        own, plain = least(FILE, f"{dtype}, packed convolution and conv2d", lambda: best(*calls))
+        return plain / own > MARGIN
+
+
+def _convolved(x: Tensor, weight: Tensor) -> Tensor:
+    """As Inductor calls it: the kernel is stored channels last in each call."""
+    return torch.conv2d(x, weight.contiguous(memory_format=torch.channels_last), padding=1)
 
 
 def onednn_works(dtype: torch.dtype) -> bool:

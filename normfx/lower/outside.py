@@ -13,9 +13,10 @@ from torch.fx import Node
 from normfx.capture.trace import Captured
 from normfx.errors import NormfxError
 from normfx.graph.nodes import tensor
-from normfx.lower.affordable import chosen
+from normfx.lower.affordable import UNPACK, chosen
 from normfx.lower.hoist import Folding, hoist
-from normfx.lower.packed import PACK, pack_linears
+from normfx.lower.packed import pack_linears
+from normfx.lower.packed_convolution import pack_convolutions
 from normfx.lower.wide import widen
 from normfx.options import Options
 from normfx.weights.budget import budget
@@ -38,7 +39,7 @@ def keep_folds_outside(
 ) -> tuple[Folding | None, Mapping[str, Any]]:
     """Take the folds out of the graph, as far as they fit into the memory that they may take.
 
-    packs:     and the weights of its linear layers, where packed ones are faster
+    packs:     and the weights of its linear layers and convolutions, where packed ones are faster
     widens:    and let bfloat16 products and attention compute in float32, where that is faster
     plain_row: whether products of one row are as fast by weights of a dtype that are not packed
     Returns them and the fields of records.FoldReport that say what fitted.
@@ -48,13 +49,14 @@ def keep_folds_outside(
         widen(gm, free)
     if packs:
         pack_linears(gm, free, values, plain_row)
+        pack_convolutions(gm, free, values)
     devices = {tensor(node).device for node in free}
     budgets = functools.cache(partial(budget, settings.fold_memory))
     names = {node: source.name for node, source in captured.sources.items()}
     rebinds = records_gradients(gm.graph)
     fitting = chosen(gm, kept_values(gm.graph, free), lambda device: budgets(device).room, names, values, rebinds)
     folding = hoist(gm, fitting.kept, partial(_fits, settings.fold_memory, tuple(devices)))
-    left = [node.name for node in gm.graph.nodes if node.target is PACK]
+    left = [node.name for node in gm.graph.nodes if node.target in UNPACK]
     if left:
         raise NormfxError(f"normfx: packed weights that cannot be kept: {', '.join(left)}; please report this graph")
     return folding, {"budget": sum(budgets(device).limit for device in devices), "left": fitting.left}

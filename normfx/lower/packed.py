@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, MutableMapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, library
@@ -35,6 +35,8 @@ ROWS = 128
 
 LEAST = {torch.float32: 2**16, torch.bfloat16: 2**15}
 """Entries of the smallest weights worth packing: the call itself costs 10 µs more than a plain product."""
+
+T = TypeVar("T")
 
 _ROWS: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
 """For how many rows MKL packs a parameter, or what is computed from it."""
@@ -122,7 +124,8 @@ def pack_linears(
         if storages[weight] & outside or not (weight in free or weight in kept):
             continue
         rows = product.fixed_rows
-        if fake.dtype == torch.float32 and rows > 1 and mkl_is_faster() and _is_for(rows, weight, values):
+        mkl = fake.dtype == torch.float32 and rows > 1 and mkl_is_faster()
+        if mkl and is_first(rows, weight, values, _ROWS):
             form, fixed = Form(weight, out, rows, True), [rows]
         elif packed_is_faster(fake.dtype) and not (product.of_one_row and plain_row(fake.dtype)):
             form, fixed = Form(weight, out, 1 if product.of_one_row else ROWS), []
@@ -138,9 +141,9 @@ def pack_linears(
         graph.erase_node(node)
 
 
-def _is_for(rows: int, weight: Node, values: Mapping[Node, Tensor]) -> bool:
-    """Whether MKL may pack a weight for so many rows: it packs none for a second number, which would take more memory
-    for each length of an input. oneDNN's form serves all of them."""
+def is_first(size: T, weight: Node, values: Mapping[Node, Tensor], known: MutableMapping[Tensor, T]) -> bool:
+    """Whether a weight may be packed for inputs of a size alone: for the first one that it meets, since each more would
+    take more memory. Others take a form that serves all of them."""
     found, work = [], [weight]
     seen = {weight}
     while work:
@@ -150,13 +153,11 @@ def _is_for(rows: int, weight: Node, values: Mapping[Node, Tensor]) -> bool:
         new = [n for n in node.all_input_nodes if n not in seen]
         seen.update(new)
         work += new
-    return bool(found) and _ROWS.setdefault(max(found, key=Tensor.numel), rows) == rows
+    return bool(found) and known.setdefault(max(found, key=Tensor.numel), size) == size
 
 
 def unpack(gm: GraphModule, node: Node) -> None:
     """Let the products by a packed weight multiply by the weight itself again, in place; other nodes stay."""
-    if node.target is not PACK:
-        return
     weight, out = node.args[:2]
     for product in list(node.users):
         x, _, bias = product.args[:3]
