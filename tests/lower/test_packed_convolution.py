@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
 import normfx
+from normfx.backend import forced
 from normfx.lower import gemm, packed_convolution
 from normfx.weights import handles
 
@@ -169,13 +170,15 @@ def test_where_nothing_is_packed() -> None:
 
 @pytest.mark.skipif(not gemm.onednn_works(torch.bfloat16), reason="oneDNN has no bfloat16 here")
 def test_bfloat16() -> None:
+    """No rule changes this model then: weights in half precision are not folded."""
     model, x = Net(), images()
     exact = copy.deepcopy(model).double()(x.double())
     model, x = model.bfloat16(), x.bfloat16()
     with torch.no_grad():
         own = (model(x).double() - exact).abs().max()
         call = inductor(model)
-        error = (call(x).double() - exact).abs().max()
+        with forced():
+            error = (call(x).double() - exact).abs().max()
     assert 0 < error <= 1.25 * own and len(handles._VALUES) == 2
 
 
