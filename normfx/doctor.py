@@ -16,7 +16,7 @@ from rich.console import Console
 from normfx.allocator import allocator, free_bytes, obstacle
 from normfx.environment import version
 from normfx.lower import choice
-from normfx.lower.gemm import MARGIN, mkl_is_faster, mkl_speed, packed_speed
+from normfx.lower.gemm import MARGIN, convolution_speed, mkl_is_faster, mkl_speed, packed_speed
 from normfx.lower.wide_speed import products_are_faster, products_speed
 from normfx.options import Options
 from normfx.weights.budget import Budget, budget, machine_memory
@@ -131,6 +131,8 @@ def _products(dtype: torch.dtype) -> Finding:
         found += (
             f"; packed by MKL {mkl_speed():.2f} times: where the number of rows is fixed, kept weights are packed by it"
         )
+    if (speed := convolution_speed(dtype)) > MARGIN:
+        found += f"; convolutions by packed kernels {speed:.2f} times as fast as conv2d: kept kernels are packed"
     if dtype == torch.bfloat16:
         place = "float32" if products_are_faster() else "bfloat16"
         found += f"; in float32 {products_speed():.2f} times as fast as in bfloat16: computed in {place}"
