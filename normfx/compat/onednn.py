@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,10 +18,23 @@ def has_linear() -> bool:
     return hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def linear() -> OpOverload:
-    """mkldnn::_linear_pointwise(x, weight, bias, post-op, its numbers, its algorithm)."""
+@functools.cache
+def _linear() -> OpOverload:
+    """mkldnn::_linear_pointwise(x, weight, bias, post-op, its numbers, its algorithm). Not looked up at import: a torch
+    that was built without oneDNN has no such op."""
     op: OpOverload = torch.ops.mkldnn._linear_pointwise.default
     return op
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x times a weight of shape (out, in), packed or as it is, plus a vector. Strides as they come."""
+    result: Tensor = _linear()(x, weight, _dense(bias), "none", [], "")
+    return result
+
+
+def _dense(bias: Tensor | None) -> Tensor | None:
+    """The vector as oneDNN reads it, whatever its strides are: one entry after the other."""
+    return bias if bias is None or bias.is_contiguous() else bias.contiguous()
 
 
 def pack(weight: Tensor, rows: int) -> Tensor:
@@ -29,11 +43,27 @@ def pack(weight: Tensor, rows: int) -> Tensor:
     return packed
 
 
-def convolution() -> OpOverload:
+@functools.cache
+def _convolution() -> OpOverload:
     """mkldnn::_convolution_pointwise(x, weight, bias, padding, stride, dilation, groups, post-op, its numbers, its
-    algorithm). Its result is stored channels last."""
+    algorithm)."""
     op: OpOverload = torch.ops.mkldnn._convolution_pointwise.default
     return op
+
+
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    padding: list[int],
+    stride: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """A convolution by a packed kernel, stored channels last. x has entries."""
+    how = (padding, stride, dilation, groups)
+    result: Tensor = _convolution()(x, weight, _dense(bias), *how, "none", [], "")
+    return result
 
 
 def pack_convolution(
@@ -43,6 +73,12 @@ def pack_convolution(
     given = (weight, padding, stride, dilation, groups, size)
     packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(*given)
     return packed
+
+
+def bytes_of(packed: Tensor) -> int:
+    """The bytes of a packed tensor, which the layout may pad."""
+    written: int = torch.ops.mkldnn._nbytes(packed)
+    return written
 
 
 def multiplies_bfloat16() -> bool:

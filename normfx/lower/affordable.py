@@ -129,7 +129,12 @@ def chosen(
 
 
 def kept_bytes(node: Node) -> int:
-    """Bytes of a kept value: of a packed weight those of the weight, which its layout may pad a little."""
+    """Bytes of a kept value: of a packed weight of a linear layer those of the weight, which its layout may pad a
+    little."""
+    if node.target is packed_convolution.PACK:
+        given: Any = node.args
+        weight, *how, size = given
+        return packed_convolution.packed_bytes(weight, how, size)
     source = node.all_input_nodes[0] if node.target in UNPACK else node
     return _size(source)
 

@@ -62,13 +62,12 @@ def _packed_forms() -> Pair | None:
         return None
     with torch.inference_mode(False), torch.no_grad():
         x, weight, bias = layer(torch.float32)
-        multiply = onednn.linear()
 
         def both() -> Pair:
             own = [onednn.pack(weight, ROWS) for _ in range(COPIES)]
             other = [onednn.mkl_pack(weight, ROWS) for _ in range(COPIES)]
             return best(
-                lambda: [multiply(x, each, bias, "none", [], "") for each in own],
+                lambda: [onednn.linear(x, each, bias) for each in own],
                 lambda: [onednn.mkl_linear(x, each, weight, bias, ROWS) for each in other],
             )
 
@@ -141,8 +140,8 @@ def convolution_speed(dtype: torch.dtype) -> float:
         x = x.contiguous(memory_format=torch.channels_last)
         weight = torch.ones(CHANNELS, CHANNELS, 3, 3, dtype=dtype, device="cpu")
         how = ([1, 1], [1, 1], [1, 1], 1)
-        packed, convolve = onednn.pack_convolution(weight, *how, None), onednn.convolution()
-        calls = (lambda: convolve(x, packed, None, *how, "none", [], ""), lambda: _convolved(x, weight))
+        packed = onednn.pack_convolution(weight, *how, None)
+        calls = (lambda: onednn.convolution(x, packed, None, *how), lambda: _convolved(x, weight))
         own, plain = least(FILE, f"{dtype}, packed convolution and conv2d", lambda: best(*calls))
         return plain / own
 
@@ -169,8 +168,8 @@ def layer(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 def packed_product(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], Tensor]:
     """A call of oneDNN's linear, its weight packed beforehand."""
-    packed, linear = onednn.pack(weight, ROWS), onednn.linear()
-    return lambda: linear(x, packed, bias, "none", [], "")
+    packed = onednn.pack(weight, ROWS)
+    return lambda: onednn.linear(x, packed, bias)
 
 
 def best(one: Callable[[], object], other: Callable[[], object]) -> Pair:

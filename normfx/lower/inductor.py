@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -19,6 +20,7 @@ from normfx.graph import recompute
 from normfx.ir import centring, channels, form, fused_ops, merging, ops
 from normfx.kernels import backward, forward, launch, rows, run, source, spec
 from normfx.lower import norm_ops, stored, two_norms
+from normfx.lower.passes import setting
 from normfx.lower.sigmoid import with_sigmoids
 from normfx.lower.small_constants import write_small_constants
 from normfx.options import KEYS
@@ -74,8 +76,21 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], patches: Mappi
     write_small_constants(gm)
     tag = f"{torch.compiler.config.cache_key_tag}normfx-{_digest()}{recompute.digest(gm.graph)}"
     config: Any = torch.compiler.config  # `patch` is put on the module when it is imported
-    with config.patch(cache_key_tag=tag):
+    with config.patch(cache_key_tag=tag), _as_dynamo_leaves_inputs(gm, patches):
         return cast(Callable[..., Any], compile_fx(gm, list(example_inputs), config_patches=with_sigmoids(patches)))
+
+
+@contextmanager
+def _as_dynamo_leaves_inputs(gm: GraphModule, patches: Mapping[str, Any]) -> Iterator[None]:
+    """Take the fake values from a graph's inputs while Inductor compiles it for its C++ wrapper, which believes that a
+    graph with them was exported, and its sizes constants."""
+    inputs = gm.graph.find_nodes(op="placeholder") if setting(patches, "cpp_wrapper") else []
+    values = {node: node.meta.pop("val") for node in inputs if "val" in node.meta}
+    try:
+        yield
+    finally:
+        for node, known in values.items():
+            node.meta["val"] = known
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, library
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from normfx.compat import onednn
@@ -42,12 +42,6 @@ _ROWS: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
 """For how many rows MKL packs a parameter, or what is computed from it."""
 
 
-@functools.cache
-def _multiply() -> Any:
-    """Not looked up at import: a torch that was built without oneDNN has no such op, and packs nothing."""
-    return onednn.linear()
-
-
 @functools.lru_cache(maxsize=256)
 def _shape(features: int, width: int) -> Tensor:
     """A tensor without memory of its own: MKL's product asks the weight for its shape, and reads the packed one."""
@@ -68,8 +62,7 @@ def _pack(weight: Tensor, out: int, rows: int, mkl: bool = False) -> Tensor:
 def _packed_linear(x: Tensor, handle: Tensor, bias: Tensor | None, features: int, rows: int = 0) -> Tensor:
     """rows: those that MKL packed the weight for; 0: oneDNN packed it. Raises RuntimeError for another number."""
     if not rows:
-        result: Tensor = _multiply()(x, value_of(handle), bias, "none", [], "")
-        return result
+        return onednn.linear(x, value_of(handle), bias)
     width = x.shape[-1]
     if x.numel() != rows * width:
         raise RuntimeError(f"normfx: {tuple(x.shape)} times a weight that was packed for {rows} rows; please report it")
@@ -110,20 +103,17 @@ def pack_linears(
     plain_row: whether products of one row are as fast by weights of a dtype that are not packed
     """
     graph = gm.graph
-    products = {node: p for node in graph.nodes if (p := linear_product(node)) and _is_large(p)}
-    if not products or is_autocast(graph) or records_gradients(graph):
+    nodes = [node for node in graph.nodes if (product := linear_product(node)) and _is_large(product)]
+    if not nodes or is_autocast(graph) or records_gradients(graph):
         return
-    known = parameter_only(graph, free)
-    products = {node: p for node, p in products.items() if p.weight in known}
-    storages = storages_of(graph)
-    outside, kept = escaping(graph, storages), folded(known)
+    packable = packable_weights(graph, free)
     packs: dict[Form, Node] = {}
-    for node, product in products.items():
-        x, weight, bias, out = product
-        fake = tensor(weight)
-        if storages[weight] & outside or not (weight in free or weight in kept):
+    for node in nodes:
+        product = linear_product(node)  # what it reads may have been replaced meanwhile
+        if product is None or node in packable.known or not packable(product.weight):
             continue
-        rows = product.fixed_rows
+        x, weight, bias, out = product
+        fake, rows = tensor(weight), product.fixed_rows
         mkl = fake.dtype == torch.float32 and rows > 1 and mkl_is_faster()
         if mkl and is_first(rows, weight, values, _ROWS):
             form, fixed = Form(weight, out, rows, True), [rows]
@@ -139,6 +129,27 @@ def pack_linears(
             new = add_call(graph, PACKED_LINEAR, (x, packs[form], bias, int(fake.shape[out]), *fixed), node)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
+
+
+class Packable(NamedTuple):
+    """Says which weights may be packed: parameters and folds that do not leave the graph.
+
+    known: what is computed from parameters alone. A product among these is part of a kept value, and is not packed
+    """
+
+    known: frozenset[Node]
+    weights: frozenset[Node]
+    storages: Mapping[Node, frozenset[Any]]
+    outside: frozenset[Any]
+
+    def __call__(self, weight: Node) -> bool:
+        return weight in self.weights and not self.storages[weight] & self.outside
+
+
+def packable_weights(graph: Graph, free: frozenset[Node]) -> Packable:
+    known, storages = parameter_only(graph, free), storages_of(graph)
+    weights = known & (free | folded(known))
+    return Packable(known, weights, storages, frozenset(escaping(graph, storages)))
 
 
 def is_first(size: T, weight: Node, values: Mapping[Node, Tensor], known: MutableMapping[Tensor, T]) -> bool:

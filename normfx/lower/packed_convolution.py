@@ -11,8 +11,9 @@ last, and stores the values around it likewise.
 
 from __future__ import annotations
 
+import ast
 import functools
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,33 +23,45 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from normfx.compat import onednn
 from normfx.compat.inductor import lower_channels_last
-from normfx.graph.aliasing import escaping, storages_of
+from normfx.compat.tracing import disable_current_modes
 from normfx.graph.calls import add_call
-from normfx.graph.nodes import BAKED, arguments, extent, is_row_major, op_name, parameter_only, tensor, value
+from normfx.graph.nodes import BAKED, arguments, extent, is_row_major, op_name, tensor, value
 from normfx.graph.regions import is_autocast
 from normfx.ir.ops import define
 from normfx.lower.gemm import convolution_is_faster
-from normfx.lower.packed import is_first
-from normfx.weights.handles import value_of
-from normfx.weights.kept import folded, records_gradients
+from normfx.lower.packed import is_first, packable_weights
+from normfx.weights.handles import set_size, value_of
+from normfx.weights.kept import records_gradients
 
 LEAST = 2**14
 """Entries of the smallest kernel worth packing."""
+
+PADDED = 2
+"""Times the bytes of a kernel that its packed form may take. oneDNN pads channels to the width of a register."""
 
 _SIZES: MutableMapping[Tensor, list[int]] = WeakTensorKeyDictionary()
 """For inputs of which size a parameter, or what is computed from it, is packed; other sizes take the form for any."""
 
 
-@functools.cache
-def _convolve() -> Any:
-    """Not looked up at import: a torch that was built without oneDNN has no such op, and packs nothing."""
-    return onednn.convolution()
-
-
 def _pack(
     weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int, size: list[int] | None
 ) -> Tensor:
-    return onednn.pack_convolution(weight.contiguous(), padding, stride, dilation, groups, size)
+    packed = onednn.pack_convolution(weight.contiguous(), padding, stride, dilation, groups, size)
+    set_size(packed, onednn.bytes_of(packed))
+    return packed
+
+
+def packed_bytes(weight: Node, how: Sequence[Any], size: list[int] | None) -> int:
+    """Bytes of a kernel that is packed."""
+    fake = tensor(weight)
+    return _packed_bytes(tuple(map(int, fake.shape)), fake.dtype, repr([*how, size]))
+
+
+@functools.lru_cache(maxsize=1024)
+def _packed_bytes(shape: tuple[int, ...], dtype: torch.dtype, how: str) -> int:
+    with disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+        kernel = torch.zeros(shape, dtype=dtype, device="cpu")
+        return onednn.bytes_of(_pack(kernel, *ast.literal_eval(how)))
 
 
 def _convolved_last(x: Tensor, handle: Tensor, bias: Tensor | None, kernel: list[int], last: bool, *how: Any) -> Tensor:
@@ -56,8 +69,7 @@ def _convolved_last(x: Tensor, handle: Tensor, bias: Tensor | None, kernel: list
     if not x.numel():  # oneDNN takes no empty input
         return _empty(x, handle, bias, kernel, True, *how)
     stride, padding, dilation, groups = how
-    result: Tensor = _convolve()(x, value_of(handle), bias, padding, stride, dilation, groups, "none", [], "")
-    return result
+    return onednn.convolution(x, value_of(handle), bias, padding, stride, dilation, groups)
 
 
 def _convolved(x: Tensor, handle: Tensor, bias: Tensor | None, kernel: list[int], last: bool, *how: Any) -> Tensor:
@@ -123,21 +135,22 @@ def pack_convolutions(gm: GraphModule, free: frozenset[Node], values: Mapping[No
     values: the parameters themselves, as far as they are known
     """
     graph = gm.graph
-    found = {node: c for node in graph.nodes if (c := _convolution(node)) and _is_large(c)}
-    if not found or is_autocast(graph) or records_gradients(graph):
+    nodes = [node for node in graph.nodes if (convolution := _convolution(node)) and _is_large(convolution)]
+    if not nodes or is_autocast(graph) or records_gradients(graph):
         return
-    known = parameter_only(graph, free)
-    storages = storages_of(graph)
-    outside, kept = escaping(graph, storages), folded(known)
+    packable = packable_weights(graph, free)
     packs: dict[tuple[Node, str], Node] = {}
-    for node, convolution in found.items():
+    for node in nodes:
+        convolution = _convolution(node)  # what it reads may have been replaced meanwhile
+        if convolution is None or node in packable.known or not packable(convolution.weight):
+            continue
+        if not convolution_is_faster(tensor(convolution.weight).dtype):
+            continue
         x, weight, bias, last, *how = convolution
-        if weight not in known or storages[weight] & outside or not (weight in free or weight in kept):
-            continue
-        if not convolution_is_faster(tensor(weight).dtype):
-            continue
         size = convolution.fixed_size
         size = size if size and is_first(size, weight, values, _SIZES) else None
+        if packed_bytes(weight, how, size) > PADDED * tensor(weight).nbytes:
+            continue
         form = (weight, str((how, size)))
         if form not in packs:
             with graph.inserting_before(node):
@@ -170,6 +183,8 @@ def _convolution(node: Node) -> Convolution | None:
     if given.get("transposed") or any(given.get("output_padding", ())):
         return None
     stride, padding, dilation = (_pair(given[key]) for key in ("stride", "padding", "dilation"))
+    if not all(isinstance(number, int) for number in (*stride, *padding, *dilation)):
+        return None  # sizes of the input: a kernel could not be packed before the call
     x, weight, bias = (given[key] for key in ("input", "weight", "bias"))
     fakes = [value(n) for n in (x, weight, node, *([bias] if bias is not None else []))]
     if any(fake is None for fake in fakes) or [fake.ndim for fake in fakes[:3] if fake is not None] != [4, 4, 4]:

@@ -14,7 +14,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,13 +65,7 @@ class Product(NamedTuple):
 
 def onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """The product, plus a vector for each row, by oneDNN; strides as they come."""
-    result: Tensor = _multiply()(a, b.t(), bias, "none", [], "")
-    return result
-
-
-@functools.cache
-def _multiply() -> Any:
-    return linear()
+    return linear(a, b.t(), bias)
 
 
 def wide(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -154,8 +148,7 @@ def _each(multiply: Callable[[Tensor, Tensor], Tensor], a: Tensor, matrices: Seq
 
 
 def _linear(row: Tensor, weight: Tensor) -> Tensor:
-    result: Tensor = _multiply()(row, weight, None, "none", [], "")
-    return result
+    return linear(row, weight, None)
 
 
 def _best(*calls: Callable[[], None]) -> tuple[float, float]:

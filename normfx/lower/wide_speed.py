@@ -75,7 +75,7 @@ def _attention() -> Pair:
 def _linear(weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
     """A linear layer, its weight packed where packed ones of its dtype are."""
     if gemm.packed_is_faster(weight.dtype):
-        packed, multiply = onednn.pack(weight, gemm.ROWS), onednn.linear()
-        return lambda x: multiply(x, packed, bias, "none", [], "")
+        packed = onednn.pack(weight, gemm.ROWS)
+        return lambda x: onednn.linear(x, packed, bias)
     columns = weight.t()
     return lambda x: torch.addmm(bias, x, columns)

@@ -3,6 +3,7 @@
 // What is written to such a file shows in all pages of the mapping that the process itself has not written, and the
 // protection of pages does not tell. The file's time of change does.
 
+#include <algorithm>
 #include <ctime>
 #include <map>
 #include <memory>
@@ -17,8 +18,11 @@ namespace {
 
 class File {
   public:
-    explicit File(int descriptor) : descriptor_(descriptor) { refresh(); }
-    ~File() { close(descriptor_); }
+    File(int descriptor, uint64_t inode) : descriptor_(descriptor), inode_(inode) { refresh(); }
+    ~File() {
+        struct stat found;
+        if (fstat(descriptor_, &found) == 0 && found.st_ino == inode_) close(descriptor_);
+    }
     File(const File&) = delete;
     File& operator=(const File&) = delete;
 
@@ -28,8 +32,9 @@ class File {
     void refresh() {
         struct statx now;
         // without asking a server: what the kernel does not know yet is not in the mapping either
-        int failed = statx(descriptor_, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_CTIME | STATX_SIZE, &now);
-        if (failed != 0) {
+        constexpr unsigned WANTED = STATX_CTIME | STATX_SIZE | STATX_INO;
+        int failed = statx(descriptor_, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, WANTED, &now);
+        if (failed != 0 || now.stx_ino != inode_) {  // the program closed the descriptor, or it is another file's now
             ++generation_;
             return;
         }
@@ -38,18 +43,22 @@ class File {
         timespec clock;
         clock_gettime(CLOCK_REALTIME, &clock);
         int64_t age = nanoseconds(clock.tv_sec, clock.tv_nsec) - changed;
-        unsettled_ = age < SETTLED && age > -SETTLED;
+        int64_t settled = TICK + static_cast<int64_t>(std::min<uint64_t>(now.stx_size, MOST)) * 1'000'000'000 / SPEED;
+        unsettled_ = age < settled && age > -settled;
         changed_ = changed;
         size_ = now.stx_size;
     }
 
   private:
-    // Two writes within one tick of the kernel's clock, at most 10 ms, may leave the same time.
-    static constexpr int64_t SETTLED = 50'000'000;
+    // Two writes within one tick of the kernel's clock, at most 10 ms, may leave the same time; and a write sets the
+    // time when it begins: at this speed, in bytes per second, it may go on for so long. One call writes MOST at most.
+    static constexpr int64_t TICK = 50'000'000, SPEED = 50'000'000;
+    static constexpr uint64_t MOST = 1ull << 31;
 
     static int64_t nanoseconds(int64_t seconds, int64_t rest) { return seconds * 1'000'000'000 + rest; }
 
     int descriptor_;
+    uint64_t inode_;
     uint64_t generation_ = 0;
     bool unsettled_ = false;  // a later write could leave the time that was read last
     int64_t changed_ = 0;
@@ -74,7 +83,7 @@ std::shared_ptr<File> file_of(const Mapping& mapping) {
         close(descriptor);
         return file;
     }
-    known = file = std::make_shared<File>(descriptor);
+    known = file = std::make_shared<File>(descriptor, mapping.inode);
     return file;
 }
 

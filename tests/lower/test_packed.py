@@ -217,12 +217,17 @@ def test_under_inference_mode() -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Inductor's C++ wrapper is for Linux")
-def test_in_a_cpp_wrapper() -> None:
+@pytest.mark.parametrize("fold", ["cached", "live"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_in_a_cpp_wrapper(dynamic: bool, fold: str) -> None:
     model = net(dtype=torch.float32)
-    call = compiled(model, "cached", inductor={"cpp_wrapper": True})
-    before = check(call, model)
-    WRITES["p.data.add_"](model)
-    check(call, model, before)
+    options = {"fold": fold, "strict": True, "inductor": {"cpp_wrapper": True}}
+    call = torch.compile(model, backend="normfx", fullgraph=True, dynamic=dynamic, options=options)
+    with torch.no_grad():
+        for rows in (3, 2):
+            torch.testing.assert_close(call(X[:rows].float()), model(X[:rows].float()), rtol=1e-4, atol=1e-4)
+        WRITES["p.data.add_"](model)
+        torch.testing.assert_close(call(X.float()), model(X.float()), rtol=1e-4, atol=1e-4)
 
 
 def test_the_measurement_is_on_the_cpu() -> None:

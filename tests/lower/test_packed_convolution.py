@@ -84,6 +84,11 @@ def check(call: Callable[..., Any], model: nn.Module, x: Tensor) -> Any:
 PRODUCTS: dict[str, tuple[Callable[..., Any], int]] = {
     "plain": (lambda y, w, b: conv2d(y, w, b), 2),
     "no bias": (lambda y, w, b: conv2d(y, w), 2),
+    "bias with a stride": (lambda y, w, b: conv2d(y, w, torch.stack([b, -b], 1)[:, 0]), 2),
+    "bias of one number": (lambda y, w, b: conv2d(y, w, b[:1].expand(8)), 2),
+    "bias of an activation": (lambda y, w, b: conv2d(y, w, torch.tanh(y[:, :, :2]).mean((0, 3))[:, 1]), 2),
+    "one after the other": (lambda y, w, b: conv2d(conv2d(y, w, padding=1), w, b), 3),
+    "a kernel made by a convolution": (lambda y, w, b: conv2d(y, torch.tanh(conv2d(w, w, padding=1)), b), 1),
     "stride, padding and dilation": (lambda y, w, b: conv2d(y, w, b, (2, 1), (1, 2), (1, 2)), 2),
     "one number for both": (lambda y, w, b: conv2d(y, w, b, 2, 1, 2), 2),
     "padding by name": (lambda y, w, b: conv2d(y, w, b, padding="same"), 1),
@@ -190,6 +195,25 @@ def test_sizes_that_are_not_fixed() -> None:
     call = inductor(model)
     for count, height, width in [(2, 7, 9), (3, 7, 9), (1, 12, 5), (5, 20, 30), (2, 7, 9)]:
         check(call, model, images(count, height, width))
+
+
+def test_padding_that_depends_on_the_size() -> None:
+    model = Net(lambda y, w, b: conv2d(y, w, b, padding=y.shape[2] // 2))
+    call = torch.compile(model, backend="normfx", dynamic=True, options={"fold": "cached", "strict": True})
+    with torch.no_grad():
+        for height in (7, 12):
+            x = images(2, height)
+            torch.testing.assert_close(call(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_kernels_that_packing_would_make_large_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN pads channels: a kernel of one feature takes many times its size, which its bytes count."""
+    kernel = torch.zeros(1, 256, 3, 3)
+    packed = packed_convolution._pack(kernel, [1, 1], [0, 0], [1, 1], 1, None)
+    assert handles._SIZES[packed] > 2 * kernel.nbytes and packed.nbytes == kernel.nbytes
+    for padded, packs in [(0, 0), (1000, 2)]:
+        monkeypatch.setattr(packed_convolution, "PADDED", padded)
+        assert packed_products(Net(), images()) == packs
 
 
 def test_one_kernel_is_packed_for_the_first_size_alone() -> None:

@@ -27,6 +27,7 @@ def pack_all(monkeypatch: pytest.MonkeyPatch, mkl: bool = False) -> None:
     monkeypatch.setattr(packed, "LEAST", dict.fromkeys(packed.LEAST, 1))
     monkeypatch.setattr(packed_convolution, "convolution_is_faster", gemm.onednn_works)
     monkeypatch.setattr(packed_convolution, "LEAST", 1)
+    monkeypatch.setattr(packed_convolution, "PADDED", 1000)
 
 
 def count(backend: EagerBackend) -> int:
@@ -59,6 +60,11 @@ linear = nn.functional.linear
 PRODUCTS: dict[str, tuple[Callable[..., Any], int]] = {
     "linear": (lambda y, w, b: linear(y, w, b), 1),
     "no bias": (lambda y, w, b: linear(y, w), 1),
+    "bias with a stride": (lambda y, w, b: linear(y, w, torch.stack([b, -b], 1)[:, 0]), 1),
+    "bias of one number": (lambda y, w, b: linear(y, w, b[:1].expand(8)), 1),
+    "bias of an activation": (lambda y, w, b: linear(y, w, torch.tanh(y).mean((0, 1)).flip(0)), 1),
+    "one after the other": (lambda y, w, b: (lambda first: linear(first, w, b) + first)(linear(y, w)), 2),
+    "a product of parameters as weight": (lambda y, w, b: linear(y, torch.tanh(linear(w, w))), 1),
     "addmm": (lambda y, w, b: torch.addmm(b, y.flatten(0, 1), w), 1),
     "addmm of a transpose": (lambda y, w, b: torch.addmm(b, y.flatten(0, 1), w.t()), 1),
     "scaled addmm": (lambda y, w, b: torch.addmm(b, y.flatten(0, 1), w, alpha=2), 0),

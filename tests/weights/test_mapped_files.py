@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,14 +15,19 @@ from folding import KEPT, check, compiled, net
 from torch import Tensor
 from watching import accepted, sees
 
+from normfx.weights.watch import Watch
+
 SIZE = 1 << 18
+
+REST = 0.1
+"""Seconds until files of these sizes are believed."""
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "weights of a model"
     np.arange(SIZE, dtype=np.float32).tofile(path)
-    time.sleep(0.06)  # a file that was written just now is not believed
+    time.sleep(REST)  # a file that was written just now is not believed
     return path
 
 
@@ -66,12 +72,61 @@ def test_writes_within_a_tick_of_the_clock(library: object, file: Path) -> None:
         watch.accept([tensor], watch.read([tensor]))
 
 
+def test_a_write_that_takes_long(library: object, file: Path) -> None:
+    """The time of the file is that at which the write began."""
+    size = 1 << 24
+    np.zeros(size, dtype=np.float32).tofile(file)
+    tensor = mapped(file, size)[-1024:]
+    content, descriptor = bytes(range(1, 256)) * (4 * size // 255), os.open(file, os.O_RDWR)
+    watch = Watch([tensor])
+    writer = threading.Thread(target=os.pwrite, args=(descriptor, content, 0))
+    writer.start()
+    while writer.is_alive():
+        watch.accept([tensor], watch.read([tensor]))
+        time.sleep(0.002)
+    assert tensor[-2] != 0 or not content[-8]
+    assert watch.changed([tensor])
+
+
+def test_descriptors_are_given_back(file: Path) -> None:
+    def opened() -> int:
+        return sum(path.readlink() == file for path in Path("/proc/self/fd").iterdir() if path.is_symlink())
+
+    for _ in range(3):
+        tensor = mapped(file)
+        watch = accepted([tensor])
+        assert opened() == 1
+        del watch
+        assert opened() == 0
+
+
+def test_a_descriptor_that_the_program_closes(library: object, file: Path) -> None:
+    """As daemons do that close all of them: its number may be another file's then, which is left open."""
+    tensor = mapped(file)
+    watch, write = accepted([tensor]), written(file)
+    other = os.open(file.with_name("other"), os.O_CREAT | os.O_RDWR)
+    for path in Path("/proc/self/fd").iterdir():
+        if path.is_symlink() and path.readlink() == file and os.get_blocking(int(path.name)) is not None:
+            flags = Path(f"/proc/self/fdinfo/{path.name}").read_text()
+            if int(flags.split("flags:")[1].split()[0], 8) & os.O_PATH:
+                os.dup2(other, int(path.name))
+                taken = int(path.name)
+                write()
+                assert watch.changed([tensor])
+                watch.accept([tensor], watch.read([tensor]))
+                write()
+                assert watch.changed([tensor])
+                del watch
+                os.fstat(taken)
+                return
+
+
 def test_a_file_at_rest_is_believed_again(library: object, file: Path) -> None:
     tensor = mapped(file)
     watch = accepted([tensor])
     written(file)()
     assert watch.changed([tensor])
-    time.sleep(0.06)
+    time.sleep(REST)
     watch.accept([tensor], watch.read([tensor]))
     watch.accept([tensor], watch.read([tensor]))
     assert not watch.changed([tensor])
@@ -94,11 +149,11 @@ def test_files_that_have_another_path(library: object, file: Path, gone: str, wh
 
     if when == "before":
         go()
-        time.sleep(0.06)
+        time.sleep(REST)
     watch = accepted([tensor])
     if when == "later":
         go()
-        time.sleep(0.06)
+        time.sleep(REST)
         watch.accept([tensor], watch.read([tensor]))
         watch.accept([tensor], watch.read([tensor]))
         assert not watch.changed([tensor])
@@ -110,7 +165,7 @@ def test_two_files(library: object, file: Path) -> None:
     """Each watch compares the files of its own tensors; what one watch has looked at, the other still sees."""
     second = file.with_name("second")
     second.write_bytes(file.read_bytes())
-    time.sleep(0.06)
+    time.sleep(REST)
     one, two = mapped(file), mapped(second)
     of_one, of_both = accepted([one]), accepted([one, two])
     written(second)()
@@ -132,7 +187,7 @@ def test_folds_follow_the_file(fold: str, tmp_path: Path) -> None:
     for factor in (3.0, 0.5, 0.5):
         overwrite(path, factor)
         before = check(call, model, before)
-    time.sleep(0.06)
+    time.sleep(REST)
     check(call, model)
     overwrite(path, 2.0)
     check(call, model, before)
