@@ -128,6 +128,8 @@ def _product(node: Node, dtype: torch.dtype) -> Product | None:
     *bias, a, b = values
     if bias and (bias[0].ndim != 1 or bias[0].shape[0] != b.shape[1]):
         return None
+    if _overlaps(a) or _overlaps(b):
+        return None
     rows, inner, columns = _hint(a.shape[0]), _hint(a.shape[1]), _hint(b.shape[1])
     if rows is None or inner is None or columns is None:
         return None
@@ -142,6 +144,13 @@ def _hint(size: Any) -> int | None:
     if isinstance(size, int):
         return size
     return int(size.node.hint) if size.node.has_hint() else None
+
+
+def _overlaps(matrix: Tensor) -> bool:
+    """Whether entries share memory, as those of windows over a vector do: oneDNN takes no such matrix. One row or column
+    for all of them is none."""
+    rows, columns, down, right = (_hint(number) or 0 for number in (*matrix.shape, *matrix.stride()))
+    return 1 not in (rows, columns) and down < right * columns and right < down * rows
 
 
 def _is_transposed(matrix: Tensor) -> bool:

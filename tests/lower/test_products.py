@@ -54,10 +54,11 @@ def onednn_products(gm: GraphModule) -> list[Any]:
 
 
 LEFT, RIGHT, BIAS = torch.randn(256, 512), torch.randn(512, 384), torch.randn(384)
+BIASES = {"none": None, "dense": BIAS, "strided": torch.randn(384, 2)[:, 0], "one number": torch.randn(1).expand(384)}
 
 
 @pytest.mark.parametrize("transposed", [(), (0,), (1,), (0, 1)])
-@pytest.mark.parametrize("bias", [None, BIAS])
+@pytest.mark.parametrize("bias", BIASES.values(), ids=BIASES)
 def test_the_same_result(bias: Tensor | None, transposed: tuple[int, ...]) -> None:
     """Every layout of both operands, with and without a bias, by its error against float64.
 
@@ -85,6 +86,7 @@ def test_the_same_result(bias: Tensor | None, transposed: tuple[int, ...]) -> No
         ("a matrix is added", torch.addmm, (torch.randn(256, 384), LEFT, RIGHT)),
         ("one number is added", torch.addmm, (torch.randn(1), LEFT, RIGHT)),
         ("a factor", lambda *args: torch.addmm(*args, alpha=2), (BIAS, LEFT, RIGHT)),
+        ("windows over a vector", torch.mm, (LEFT, torch.randn(896).as_strided((512, 384), (1, 1)))),
         ("batched", torch.bmm, (LEFT.expand(2, 256, 512), RIGHT.expand(2, 512, 384))),
     ],
 )
@@ -145,7 +147,7 @@ def test_only_where_it_was_measured_to_be_faster(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("transposed", [(), (0,), (1,), (0, 1)])
-@pytest.mark.parametrize("bias", [None, BIAS])
+@pytest.mark.parametrize("bias", BIASES.values(), ids=BIASES)
 def test_bfloat16_in_float32(bias: Tensor | None, transposed: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """As exact as eager's product of bfloat16 matrices: both add in float32 and round once."""
     monkeypatch.setattr(rates, "wide_is_faster", lambda product: True)
