@@ -147,8 +147,8 @@ def _hint(size: Any) -> int | None:
 
 
 def _overlaps(matrix: Tensor) -> bool:
-    """Whether entries share memory, as those of windows over a vector do: oneDNN takes no such matrix. It takes one row,
-    or one column, that stands for all."""
+    """Whether entries share memory, as those of windows over a vector do: oneDNN takes no such matrix. It
+    takes one row, or one column, that stands for all."""
     rows, columns, down, right = (_hint(number) or 0 for number in (*matrix.shape, *matrix.stride()))
     return 1 not in (rows, columns) and down < right * columns and right < down * rows
 
