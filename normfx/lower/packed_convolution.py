@@ -66,7 +66,7 @@ def _packed_bytes(shape: tuple[int, ...], dtype: torch.dtype, how: str) -> int:
 
 def _convolved_last(x: Tensor, handle: Tensor, bias: Tensor | None, kernel: list[int], last: bool, *how: Any) -> Tensor:
     """The product, channels last. how: stride, padding, dilation, groups"""
-    if not x.numel():  # oneDNN takes no empty input
+    if not len(x):  # oneDNN takes no empty batch
         return _empty(x, handle, bias, kernel, True, *how)
     stride, padding, dilation, groups = how
     return onednn.convolution(x, value_of(handle), bias, padding, stride, dilation, groups)
