@@ -88,37 +88,34 @@ def test_a_write_that_takes_long(library: object, file: Path) -> None:
     assert watch.changed([tensor])
 
 
-def test_descriptors_are_given_back(file: Path) -> None:
-    def opened() -> int:
-        return sum(path.readlink() == file for path in Path("/proc/self/fd").iterdir() if path.is_symlink())
+def watching(file: Path) -> list[int]:
+    """The descriptors by which watches look at a file: those that can neither read nor write."""
+    links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink() and link.readlink() == file]
+    states = {int(link.name): Path(f"/proc/self/fdinfo/{link.name}").read_text() for link in links}
+    return [number for number, state in states.items() if int(state.split("flags:")[1].split()[0], 8) & os.O_PATH]
 
+
+def test_descriptors_are_given_back(file: Path) -> None:
     for _ in range(3):
         tensor = mapped(file)
         watch = accepted([tensor])
-        assert opened() == 1
+        assert len(watching(file)) == 1
         del watch
-        assert opened() == 0
+        assert not watching(file)
 
 
-def test_a_descriptor_that_the_program_closes(library: object, file: Path) -> None:
+def test_a_descriptor_that_the_program_closes(file: Path) -> None:
     """As daemons do that close all of them: its number may be another file's then, which is left open."""
     tensor = mapped(file)
     watch, write = accepted([tensor]), written(file)
-    other = os.open(file.with_name("other"), os.O_CREAT | os.O_RDWR)
-    for path in Path("/proc/self/fd").iterdir():
-        if path.is_symlink() and path.readlink() == file and os.get_blocking(int(path.name)) is not None:
-            flags = Path(f"/proc/self/fdinfo/{path.name}").read_text()
-            if int(flags.split("flags:")[1].split()[0], 8) & os.O_PATH:
-                os.dup2(other, int(path.name))
-                taken = int(path.name)
-                write()
-                assert watch.changed([tensor])
-                watch.accept([tensor], watch.read([tensor]))
-                write()
-                assert watch.changed([tensor])
-                del watch
-                os.fstat(taken)
-                return
+    (number,) = watching(file)
+    os.dup2(os.open(file.with_name("other"), os.O_CREAT | os.O_RDWR), number)
+    for _ in range(2):
+        write()
+        assert watch.changed([tensor])
+        watch.accept([tensor], watch.read([tensor]))
+    del watch
+    os.fstat(number)
 
 
 def test_a_file_at_rest_is_believed_again(library: object, file: Path) -> None:
