@@ -97,3 +97,15 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         set_eval_frame(None)
         # seen once in many runs, and not the fault of the test it happens in: later tests would not run eagerly
         warnings.warn(f"Dynamo was left compiling every frame of this thread, with {left}", stacklevel=1)
+
+
+@pytest.fixture(params=["pages", "contents"])
+def library(request: pytest.FixtureRequest) -> Iterator[object]:
+    """The C++ functions, with the kernel's help where there is any, and without."""
+    from normfx.weights import native  # not with pytest itself, which measures coverage only from here on
+
+    found = native.native_library()
+    assert found is not None
+    found.normfx_allow_pages(request.param == "pages")
+    yield found
+    found.normfx_allow_pages(1)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch._inductor import config as _config
+from torch._inductor import ir
 from torch._inductor.codecache import PyCodeCache
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -24,8 +25,6 @@ fallback_handler: Callable[..., Any] = _fallback_handler
 
 def lower_channels_last(op: Any, last: Any) -> None:
     """Let Inductor call `last` for `op`, on a first argument that it stores channels last."""
-    from torch._inductor import ir
-
     call = fallback_handler(last, add_to_fallback_set=False)
 
     def lowered(x: Any, *rest: Any) -> Any:

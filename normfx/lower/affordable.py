@@ -115,7 +115,7 @@ def chosen(
             left += overflow(new, {item: gain(item) / max(1, size) for item, size in new.items()}, room(device))
     for item in left:
         weight = _weight(item.node)
-        UNPACK.get(item.node.target, _leave)(gm, item.node)
+        UNPACK.get(item.node.target, _keep_in_graph)(gm, item.node)
         narrow(gm, weight)
     if left:
         gm.graph.lint()
@@ -154,7 +154,7 @@ def gain(item: Kept) -> float:
     return folding + size * saved
 
 
-def _leave(gm: GraphModule, node: Node) -> None:
+def _keep_in_graph(gm: GraphModule, node: Node) -> None:
     """Leave a value that is not packed to the graph, which computes it."""
 
 

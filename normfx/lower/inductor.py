@@ -76,12 +76,12 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], patches: Mappi
     write_small_constants(gm)
     tag = f"{torch.compiler.config.cache_key_tag}normfx-{_digest()}{recompute.digest(gm.graph)}"
     config: Any = torch.compiler.config  # `patch` is put on the module when it is imported
-    with config.patch(cache_key_tag=tag), _as_dynamo_leaves_inputs(gm, patches):
+    with config.patch(cache_key_tag=tag), _without_input_values(gm, patches):
         return cast(Callable[..., Any], compile_fx(gm, list(example_inputs), config_patches=with_sigmoids(patches)))
 
 
 @contextmanager
-def _as_dynamo_leaves_inputs(gm: GraphModule, patches: Mapping[str, Any]) -> Iterator[None]:
+def _without_input_values(gm: GraphModule, patches: Mapping[str, Any]) -> Iterator[None]:
     """Take the fake values from a graph's inputs while Inductor compiles it for its C++ wrapper, which believes that a
     graph with them was exported, and its sizes constants."""
     inputs = gm.graph.find_nodes(op="placeholder") if setting(patches, "cpp_wrapper") else []

@@ -22,7 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from normfx.compat import onednn
 from normfx.graph.aliasing import escaping, storages_of
 from normfx.graph.calls import add_call
-from normfx.graph.nodes import BAKED, parameter_only, tensor
+from normfx.graph.nodes import BAKED, entries, parameter_only, shape, tensor
 from normfx.graph.regions import is_autocast
 from normfx.ir.ops import define
 from normfx.lower.gemm import mkl_is_faster, packed_is_faster
@@ -115,7 +115,7 @@ def pack_linears(
         x, weight, bias, out = product
         fake, rows = tensor(weight), product.fixed_rows
         mkl = fake.dtype == torch.float32 and rows > 1 and mkl_is_faster()
-        if mkl and is_first(rows, weight, values, _ROWS):
+        if mkl and claims_size(rows, weight, values, _ROWS):
             form, fixed = Form(weight, out, rows, True), [rows]
         elif packed_is_faster(fake.dtype) and not (product.of_one_row and plain_row(fake.dtype)):
             form, fixed = Form(weight, out, 1 if product.of_one_row else ROWS), []
@@ -152,9 +152,9 @@ def packable_weights(graph: Graph, free: frozenset[Node]) -> Packable:
     return Packable(known, weights, storages, frozenset(escaping(graph, storages)))
 
 
-def is_first(size: T, weight: Node, values: Mapping[Node, Tensor], known: MutableMapping[Tensor, T]) -> bool:
-    """Whether a weight may be packed for inputs of a size alone: for the first one that it meets, since each more would
-    take more memory. Others take a form that serves all of them."""
+def claims_size(size: T, weight: Node, values: Mapping[Node, Tensor], known: MutableMapping[Tensor, T]) -> bool:
+    """Whether a weight is packed for inputs of a size alone: for the first one that it meets, which is recorded, since
+    each more would take more memory. Others take a form that serves all of them."""
     found, work = [], [weight]
     seen = {weight}
     while work:
@@ -183,5 +183,5 @@ def unpack(gm: GraphModule, node: Node) -> None:
 
 
 def _is_large(product: Product) -> bool:
-    fake = tensor(product.weight)
-    return fake.numel() >= LEAST.get(fake.dtype, float("inf"))
+    size, least = entries(shape(product.weight)), LEAST.get(tensor(product.weight).dtype)
+    return least is not None and size.is_Integer and bool(size >= least)

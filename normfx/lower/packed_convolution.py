@@ -25,11 +25,11 @@ from normfx.compat import onednn
 from normfx.compat.inductor import lower_channels_last
 from normfx.compat.tracing import disable_current_modes
 from normfx.graph.calls import add_call
-from normfx.graph.nodes import BAKED, arguments, extent, is_row_major, op_name, tensor, value
+from normfx.graph.nodes import BAKED, arguments, entries, extent, is_row_major, op_name, shape, tensor, value
 from normfx.graph.regions import is_autocast
 from normfx.ir.ops import define
 from normfx.lower.gemm import convolution_is_faster
-from normfx.lower.packed import is_first, packable_weights
+from normfx.lower.packed import claims_size, packable_weights
 from normfx.weights.handles import set_size, value_of
 from normfx.weights.kept import records_gradients
 
@@ -66,7 +66,7 @@ def _packed_bytes(shape: tuple[int, ...], dtype: torch.dtype, how: str) -> int:
 
 def _convolved_last(x: Tensor, handle: Tensor, bias: Tensor | None, kernel: list[int], last: bool, *how: Any) -> Tensor:
     """The product, channels last. how: stride, padding, dilation, groups"""
-    if not len(x):  # oneDNN takes no empty batch
+    if not x.numel():  # oneDNN takes no empty input
         return _empty(x, handle, bias, kernel, True, *how)
     stride, padding, dilation, groups = how
     return onednn.convolution(x, value_of(handle), bias, padding, stride, dilation, groups)
@@ -148,7 +148,7 @@ def pack_convolutions(gm: GraphModule, free: frozenset[Node], values: Mapping[No
             continue
         x, weight, bias, last, *how = convolution
         size = convolution.fixed_size
-        size = size if size and is_first(size, weight, values, _SIZES) else None
+        size = size if size and claims_size(size, weight, values, _SIZES) else None
         if packed_bytes(weight, how, size) > PADDED * tensor(weight).nbytes:
             continue
         form = (weight, str((how, size)))
@@ -204,5 +204,6 @@ def _pair(numbers: Any) -> list[int]:
 
 
 def _is_large(convolution: Convolution) -> bool:
-    fake = tensor(convolution.weight)
-    return fake.dtype in (torch.float32, torch.bfloat16) and fake.numel() >= LEAST
+    size = entries(shape(convolution.weight))
+    dtypes = (torch.float32, torch.bfloat16)
+    return tensor(convolution.weight).dtype in dtypes and size.is_Integer and bool(size >= LEAST)

@@ -173,7 +173,10 @@ class _Widening:
 def may_be_wide(weight: Node) -> bool:
     """Whether a weight is worth casting to float32 where enough rows are multiplied by it."""
     fake = value(weight)
-    return fake is not None and _is_bfloat16(weight) and fake.numel() >= LEAST and products_are_faster()
+    if fake is None or not _is_bfloat16(weight):
+        return False
+    size = entries(shape(weight))
+    return size.is_Integer and bool(size >= LEAST) and products_are_faster()
 
 
 def _has_rows(product: Product) -> bool:

@@ -21,7 +21,8 @@ class File {
     File(int descriptor, uint64_t inode) : descriptor_(descriptor), inode_(inode) { refresh(); }
     ~File() {
         struct stat found;
-        if (fstat(descriptor_, &found) == 0 && found.st_ino == inode_) close(descriptor_);
+        bool ours = fstat(descriptor_, &found) == 0 && found.st_ino == inode_ && (fcntl(descriptor_, F_GETFL) & O_PATH);
+        if (ours) close(descriptor_);
     }
     File(const File&) = delete;
     File& operator=(const File&) = delete;
@@ -43,16 +44,18 @@ class File {
         timespec clock;
         clock_gettime(CLOCK_REALTIME, &clock);
         int64_t age = nanoseconds(clock.tv_sec, clock.tv_nsec) - changed;
-        int64_t settled = TICK + static_cast<int64_t>(std::min<uint64_t>(now.stx_size, MOST)) * 1'000'000'000 / SPEED;
+        int64_t tick = now.stx_ctime.tv_nsec == 0 ? COARSE : TICK;
+        int64_t settled = tick + static_cast<int64_t>(std::min<uint64_t>(now.stx_size, MOST)) * 1'000'000'000 / SPEED;
         unsettled_ = age < settled && age > -settled;
         changed_ = changed;
         size_ = now.stx_size;
     }
 
   private:
-    // Two writes within one tick of the kernel's clock, at most 10 ms, may leave the same time; and a write sets the
-    // time when it begins: at this speed, in bytes per second, it may go on for so long. One call writes MOST at most.
-    static constexpr int64_t TICK = 50'000'000, SPEED = 50'000'000;
+    // Two writes within one tick of the kernel's clock, at most 10 ms, may leave the same time, or within 2 s where the
+    // file system keeps whole seconds; and a write sets the time when it begins: at this speed, in bytes per second, it
+    // may go on for so long. One call writes MOST at most.
+    static constexpr int64_t TICK = 50'000'000, COARSE = 2'100'000'000, SPEED = 50'000'000;
     static constexpr uint64_t MOST = 1ull << 31;
 
     static int64_t nanoseconds(int64_t seconds, int64_t rest) { return seconds * 1'000'000'000 + rest; }
@@ -87,7 +90,10 @@ std::shared_ptr<File> file_of(const Mapping& mapping) {
     return file;
 }
 
-bool is_file(const Mapping& mapping) { return mapping.inode != 0; }
+// Huge pages of memory without a file are mapped as if they had one.
+bool is_file(const Mapping& mapping) {
+    return mapping.inode != 0 && mapping.path.compare(0, 15, "/anon_hugepage ") != 0;
+}
 
 #else
 struct File {
