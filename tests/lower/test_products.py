@@ -19,6 +19,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import normfx
+from normfx.compat import onednn
 from normfx.lower import measurements, products, rates
 from normfx.lower.passes import HOOK
 from normfx.lower.products import ADDMM, MM, WIDE_ADDMM, WIDE_MM, FasterProducts, plain_rows, with_products
@@ -74,6 +75,35 @@ def test_the_same_result(bias: Tensor | None, transposed: tuple[int, ...]) -> No
     actual, eager = gm(*inputs), body(*inputs)
     assert actual.dtype == eager.dtype and actual.stride() == eager.stride()
     assert (actual - exact).square().mean().sqrt() <= 2.5 * (eager - exact).square().mean().sqrt()
+
+
+def strided(rows: int, columns: int) -> dict[str, Tensor]:
+    """A matrix in each way that one may lie in memory, without entries that overlap in part."""
+    return {
+        "dense": torch.randn(rows, columns),
+        "transposed": torch.randn(columns, rows).t(),
+        "every second column": torch.randn(rows, 2 * columns)[:, ::2],
+        "every second row": torch.randn(2 * rows, columns)[::2],
+        "a part": torch.randn(rows + 2, columns + 5)[1:-1, 3 : 3 + columns],
+        "a part, transposed": torch.randn(columns, rows + 3)[:, 2 : 2 + rows].t(),
+        "one row": torch.randn(1, columns).expand(rows, columns),
+        "one column": torch.randn(rows, 1).expand(rows, columns),
+    }
+
+
+@pytest.mark.parametrize("left", strided(1, 1))
+def test_operands_in_any_layout(left: str) -> None:
+    """oneDNN's op itself, with weights packed and as they are."""
+    a = strided(33, 70)[left]
+    windows = torch.randn(102).as_strided((33, 70), (1, 1))
+    for b in strided(70, 48).values():
+        for bias in (None, torch.randn(48), torch.randn(48, 2)[:, 1], torch.randn(1).expand(48)):
+            exact = a.double() @ b.double() + (0 if bias is None else bias.double())
+            packed = onednn.pack(b.t().contiguous(), 33)
+            torch.testing.assert_close(rates.onednn(a, b, bias).double(), exact, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(onednn.linear(a, packed, bias).double(), exact, rtol=1e-4, atol=1e-4)
+            exact = windows.double() @ b.double() + (0 if bias is None else bias.double())
+            torch.testing.assert_close(onednn.linear(windows, packed, bias).double(), exact, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
