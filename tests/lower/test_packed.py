@@ -122,8 +122,15 @@ def test_two_callables_share_packed_weights() -> None:
 
 
 def test_threads() -> None:
+    """Not with fullgraph=True: called by several threads, torch 2.11 then compiles nothing after a graph break any more,
+    whatever the backend."""
     model = net(dtype=torch.float32)
-    call = compiled(model, "cached")
+    graph = torch.compile(model, backend="normfx", options={"fold": "cached", "strict": True})
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return graph(x)
+
     check(call, model)
     failures: list[BaseException] = []
 
