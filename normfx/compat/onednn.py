@@ -33,7 +33,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _dense(bias: Tensor | None) -> Tensor | None:
-    """The vector as oneDNN reads it, whatever its strides are: one entry after the other."""
+    """The vector as oneDNN reads it, whatever its strides are: densely."""
     return bias if bias is None or bias.is_contiguous() else bias.contiguous()
 
 

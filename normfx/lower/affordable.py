@@ -43,7 +43,7 @@ UNPACK: dict[Any, Callable[[GraphModule, Node], None]] = {
     packed.PACK: packed.unpack,
     packed_convolution.PACK: packed_convolution.unpack,
 }
-"""The ops that pack, and how their products multiply by the weight itself again."""
+"""The ops that pack, and how their products return to the weight itself."""
 
 T = TypeVar("T")
 

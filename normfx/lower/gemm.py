@@ -27,7 +27,7 @@ COPIES = 16
 (2 MiB each), as none holds a model's. With one weight, which stays in the cache, oneDNN came out level with MKL on a
 Xeon on which it is 1.04 to 1.18 times slower by weights from memory."""
 CHANNELS, PLACES = 256, 14
-"""Of the 3 × 3 convolution that stands for all of them."""
+"""The channels, and the places in each direction, of the 3 × 3 convolution that stands for all."""
 REPEATS, SECONDS = 7, 0.15
 """Turns of each call at least, and for how long more are taken: other programs on the same cores slow most of them."""
 MARGIN = 1.05

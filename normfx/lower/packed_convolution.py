@@ -164,7 +164,7 @@ def pack_convolutions(gm: GraphModule, free: frozenset[Node], values: Mapping[No
 
 
 def unpack(gm: GraphModule, node: Node) -> None:
-    """Let the convolutions by a packed kernel multiply by the kernel itself again, in place; other nodes stay."""
+    """Return the convolutions by a packed kernel to the kernel itself, in place; other nodes stay."""
     weight = node.args[0]
     for product in list(node.users):
         x, _, bias, _, _, *how = product.args

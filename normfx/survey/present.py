@@ -39,7 +39,7 @@ to the largest entry of an output; above 1e-9 the family has failed, and the exi
 float32 by name is computed in float64 on both sides, and the whole is compared with the model as it is.
 
 **LayerNorm** and **RMSNorm** count the norms of the graphs, however they are spelled. **converted** LayerNorms became
-RMSNorms; **deferred** ones became a factor after the products that read them, which [defer_norm](rules.md) does on
+RMSNorms; **deferred** ones became a factor of the products that read them, which [defer_norm](rules.md) does on
 request (`--defer`); **kept** ones did neither, by the [code](refusals.md) of the refusal. A family with more than one
 graph has graph breaks. Families without LayerNorms are here because they must pass through unharmed.
 

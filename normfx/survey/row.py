@@ -27,7 +27,7 @@ class Kept:
 @dataclass(frozen=True)
 class Row:
     """One family. layer_norms, rms_norms: as the model has them; converted: LayerNorms that became RMSNorms; deferred:
-    others that `defer_norm` moved after the products that read them.
+    others that `defer_norm` made a factor of the products that read them.
 
     failure: what went wrong, if something did; skipped: the package that is missing
     """

@@ -122,7 +122,7 @@ def test_two_callables_share_packed_weights() -> None:
 
 
 def test_threads() -> None:
-    """Not with fullgraph=True: when several threads call, torch 2.11 compiles nothing after a graph break any more."""
+    """Not with fullgraph=True: called by several threads, torch 2.11 stops compiling at graph breaks."""
     model = net(dtype=torch.float32)
     graph = torch.compile(model, backend="normfx", options={"fold": "cached", "strict": True})
 

@@ -1,4 +1,4 @@
-"""Convolutions that multiply by packed kernels: right on the next call after every write, in any layout, and only where
+"""Convolutions that multiply by packed kernels: right on the call that follows a write, in any layout, and only where
 sound."""
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ def accepted(tensors: list[Tensor]) -> Watch:
 
 
 def sees(watch: Watch, tensors: list[Tensor], write: Callable[[], object]) -> bool:
-    """Whether a write is seen, once: the state after it can be accepted."""
+    """Whether a write is seen, once: the new state can be accepted."""
     write()
     seen = watch.changed(tensors)
     watch.accept(tensors, watch.read(tensors))

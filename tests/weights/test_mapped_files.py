@@ -54,7 +54,7 @@ def test_the_process_writes_its_mapping(library: object, file: Path) -> None:
 
 
 def test_the_file_is_written(library: object, file: Path) -> None:
-    """By this process or by another; each page that the mapping has not written itself changes."""
+    """Each page of the mapping that the process has not written itself changes with the file."""
     tensor = mapped(file)
     watch, write = accepted([tensor]), written(file)
     before = tensor.clone()
@@ -64,7 +64,7 @@ def test_the_file_is_written(library: object, file: Path) -> None:
 
 
 def test_writes_within_a_tick_of_the_clock(library: object, file: Path) -> None:
-    """The file has the same time when two writes follow each other: what was written just now is looked at again."""
+    """The file has the same time when two writes follow each other: what was written just now is not believed yet."""
     tensor = mapped(file)
     watch, write = accepted([tensor]), written(file)
     for _ in range(200):
