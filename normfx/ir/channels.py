@@ -3,9 +3,9 @@
 Of a BatchNorm with running statistics, which is s·(x − mean) + β with s = γ/sqrt(var + ε) (maths M16), and of a norm's
 γ and β over the channels that a convolution reads (M7), and of another linear.
 
-Bodies of canonical ops (ir/ops.py): products and sums in float32 or better, rounded once. Running statistics have no
-gradient, in eager mode neither. γ and β count as rows of numbers, whatever dimensions of size 1 they have: torch takes
-a γ of shape (C, 1), and a product with it would broadcast.
+Bodies of canonical ops (ir/ops.py): products and sums in float64, rounded once (docs/design-notes.md, "Folds of
+channels"). Running statistics have no gradient, in eager mode neither. γ and β count as rows of numbers, whatever
+dimensions of size 1 they have: torch takes a γ of shape (C, 1), and a product with it would broadcast.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from normfx.ir.centring import exact_dtype
+
 
 def channel_scale(var: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """s = γ/sqrt(var + ε), in float32 or better."""
+    """s = γ/sqrt(var + ε), in float64: it is rounded when a weight is multiplied by it."""
     scale = torch.rsqrt(_wide(var.detach()).flatten() + eps)
     return scale if weight is None else scale * _wide(weight).flatten()
 
@@ -66,4 +68,4 @@ def _spread(vector: Tensor, weight: Tensor, dim: int, groups: int) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return x.to(exact_dtype(x.device))

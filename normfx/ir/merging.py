@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from normfx.ir.centring import exact_dtype
+
 
 def merge_kernels(weights: list[Tensor], factors: list[float], offsets: list[int], dtype: torch.dtype) -> Tensor:
     """Σ fᵢ·Wᵢ in the kernel of the first one, the largest.
@@ -15,22 +17,24 @@ def merge_kernels(weights: list[Tensor], factors: list[float], offsets: list[int
     Shapes: (out, in / groups, *kernel). offsets: for each weight, the place of its first entry along each dimension of
     the kernel; the other entries of that are 0.
     """
-    total = factors[0] * weights[0].double()
+    wide = exact_dtype(weights[0].device)
+    total = factors[0] * weights[0].to(wide)
     spatial = total.ndim - 2
     for i, (weight, factor) in enumerate(zip(weights[1:], factors[1:], strict=True), start=1):
         starts = offsets[spatial * i : spatial * (i + 1)]
         margins: list[int] = []
         for dim in reversed(range(spatial)):
             margins += [starts[dim], total.shape[2 + dim] - starts[dim] - weight.shape[2 + dim]]
-        total = total + factor * torch.nn.functional.pad(weight.double(), margins)
+        total = total + factor * torch.nn.functional.pad(weight.to(wide), margins)
     return total.to(dtype).contiguous()
 
 
 def merge_shifts(shifts: list[Tensor], factors: list[float], dtype: torch.dtype) -> Tensor:
     """Σ fᵢ·bᵢ."""
-    total = factors[0] * shifts[0].double()
+    wide = exact_dtype(shifts[0].device)
+    total = factors[0] * shifts[0].to(wide)
     for shift, factor in zip(shifts[1:], factors[1:], strict=True):
-        total = total + factor * shift.double()
+        total = total + factor * shift.to(wide)
     return total.to(dtype)
 
 

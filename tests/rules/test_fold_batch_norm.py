@@ -354,7 +354,7 @@ Bytes per call that pass over activations and live weights, predicted:
   fold_batch_norm  768 to 0
 
 args.0: f32[2, 4, 6, 6]
-%0 = channel_scale(1.running_var, 1.weight, eps=1e-05): f32[6]
+%0 = channel_scale(1.running_var, 1.weight, eps=1e-05): f64[6]
 %1 = channel_shift(1.running_mean, %0, bias=1.bias, 0.bias): f32[6]
 %2 = scale_channels(0.weight, %0, dim=0, groups=1): f32[6, 4, 3, 3]
 %3 = conv2d(args.0, %2, %1): f32[2, 6, 4, 4]

@@ -114,6 +114,21 @@ def test_batch_norm_formula_is_what_the_ops_compute(shape: tuple[int, ...]) -> N
     )
 
 
+def test_folds_of_channels_are_rounded_once() -> None:
+    """In float32 a fold has the error of one rounding: s, the product and the sum are computed in float64."""
+    torch.manual_seed(0)
+    weight, bias, gamma, beta, mean = (torch.randn(s) for s in ((64, 32), 64, 64, 64, 64))
+    var = torch.rand(64)
+    scale, exact = (ops.channel_scale(v, g, 1e-5) for v, g in ((var, gamma), (var.double(), gamma.double())))
+    folded = ops.scale_channels(weight, scale, 0, 0, torch.float32)
+    assert torch.equal(folded, ops.scale_channels(weight.double(), exact, 0, 0, torch.float32))
+    doubles = (t.double() for t in (mean, exact, beta, bias))
+    shift = ops.channel_shift(mean, scale, beta, bias, torch.float32)
+    assert torch.equal(shift, ops.channel_shift(*doubles, torch.float32))
+    low = torch.rsqrt(var + 1e-5) * gamma
+    assert not torch.equal(folded, weight * low[:, None])
+
+
 def _options(rule: Rule, example: Example) -> dict[str, Any]:
     """The default rules, and this one."""
     return {"fold": example.fold, "rules": f"default,+{rule.name}", **example.options}
