@@ -12,31 +12,27 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, MutableMapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, library
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from normfx.compat import onednn
-from normfx.graph.aliasing import escaping, storages_of
-from normfx.graph.calls import add_call
-from normfx.graph.nodes import BAKED, entries, parameter_only, shape, tensor
-from normfx.graph.regions import is_autocast
+from normfx.compat.operators import OpOverload
+from normfx.graph.nodes import entries, shape, tensor
 from normfx.ir.ops import define
 from normfx.lower.gemm import mkl_is_faster, packed_is_faster
 from normfx.lower.linear import Product, linear_product
+from normfx.lower.packing import Packable, PackedProduct, claims_size, pack_products, unpack_products
 from normfx.weights.handles import set_size, value_of
-from normfx.weights.kept import folded, records_gradients
 
 ROWS = 128
 """Rows of the input that oneDNN is told to expect when it chooses a layout, unless it is one; any number may come."""
 
 LEAST = {torch.float32: 2**16, torch.bfloat16: 2**15}
 """Entries of the smallest weights worth packing: the call itself costs 10 µs more than a plain product."""
-
-T = TypeVar("T")
 
 _ROWS: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
 """For how many rows MKL packs a parameter, or what is computed from it."""
@@ -81,15 +77,6 @@ library.register_fake(PACK, lambda weight, out, rows, mkl=False: weight.new_empt
 library.register_fake(PACKED_LINEAR, lambda x, handle, bias, features, rows=0: x.new_empty((*x.shape[:-1], features)))
 
 
-class Form(NamedTuple):
-    """The arguments of PACK: a weight, where its output features lie, rows that are told to the library, and which."""
-
-    weight: Node
-    out: int
-    rows: int
-    mkl: bool = False
-
-
 def pack_linears(
     gm: GraphModule,
     free: frozenset[Node],
@@ -102,84 +89,36 @@ def pack_linears(
     values:    the parameters themselves, as far as they are known
     plain_row: whether products of one row are as fast by weights of a dtype that are not packed
     """
-    graph = gm.graph
-    nodes = [node for node in graph.nodes if (product := linear_product(node)) and _is_large(product)]
-    if not nodes or is_autocast(graph) or records_gradients(graph):
-        return
-    packable = packable_weights(graph, free)
-    packs: dict[Form, Node] = {}
-    for node in nodes:
+
+    def choose(node: Node, packable: Packable) -> PackedProduct | None:
         product = linear_product(node)  # what it reads may have been replaced meanwhile
-        if product is None or node in packable.known or not packable(product.weight):
-            continue
+        if product is None or not packable(product.weight):
+            return None
         x, weight, bias, out = product
         fake, rows = tensor(weight), product.fixed_rows
+        features = int(fake.shape[out])
         mkl = fake.dtype == torch.float32 and rows > 1 and mkl_is_faster()
         if mkl and claims_size(rows, weight, values, _ROWS):
-            form, fixed = Form(weight, out, rows, True), [rows]
-        elif packed_is_faster(fake.dtype) and not (product.of_one_row and plain_row(fake.dtype)):
-            form, fixed = Form(weight, out, 1 if product.of_one_row else ROWS), []
-        else:
-            continue
-        if form not in packs:
-            with graph.inserting_before(node):
-                packs[form] = add_call(graph, PACK, form if form.mkl else form[:3], node)
-            packs[form].meta[BAKED] = True
-        with graph.inserting_before(node):
-            new = add_call(graph, PACKED_LINEAR, (x, packs[form], bias, int(fake.shape[out]), *fixed), node)
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
+            return PackedProduct(x, (weight, out, rows, True), bias, (features, rows))
+        if packed_is_faster(fake.dtype) and not (product.of_one_row and plain_row(fake.dtype)):
+            return PackedProduct(x, (weight, out, 1 if product.of_one_row else ROWS), bias, (features,))
+        return None
+
+    nodes = [node for node in gm.graph.nodes if (product := linear_product(node)) and _is_large(product)]
+    pack_products(gm, free, nodes, choose, (PACK, PACKED_LINEAR))
 
 
-class Packable(NamedTuple):
-    """Says which weights may be packed: parameters and folds that do not leave the graph.
+def unpack(gm: GraphModule, packed: Node) -> None:
+    """Let the linear layers by a packed weight multiply by the weight itself again, in place; other nodes stay."""
+    weight, out = packed.args[:2]
 
-    known: what is computed from parameters alone. A product among these is part of a kept value, and is not packed
-    """
-
-    known: frozenset[Node]
-    weights: frozenset[Node]
-    storages: Mapping[Node, frozenset[Any]]
-    outside: frozenset[Any]
-
-    def __call__(self, weight: Node) -> bool:
-        return weight in self.weights and not self.storages[weight] & self.outside
-
-
-def packable_weights(graph: Graph, free: frozenset[Node]) -> Packable:
-    known, storages = parameter_only(graph, free), storages_of(graph)
-    weights = known & (free | folded(known))
-    return Packable(known, weights, storages, frozenset(escaping(graph, storages)))
-
-
-def claims_size(size: T, weight: Node, values: Mapping[Node, Tensor], known: MutableMapping[Tensor, T]) -> bool:
-    """Whether a weight is packed for inputs of a size alone: for the first one that it meets, which is recorded, since
-    each more would take more memory. Others take a form that serves all of them."""
-    found, work = [], [weight]
-    seen = {weight}
-    while work:
-        node = work.pop()
-        if node in values:
-            found.append(values[node])
-        new = [n for n in node.all_input_nodes if n not in seen]
-        seen.update(new)
-        work += new
-    return bool(found) and known.setdefault(max(found, key=Tensor.numel), size) == size
-
-
-def unpack(gm: GraphModule, node: Node) -> None:
-    """Let the products by a packed weight multiply by the weight itself again, in place; other nodes stay."""
-    weight, out = node.args[:2]
-    for product in list(node.users):
+    def plain(product: Node) -> tuple[OpOverload, tuple[Any, ...]]:
         x, _, bias = product.args[:3]
-        with gm.graph.inserting_before(product):
-            if out:
-                new = add_call(gm.graph, torch.ops.aten.addmm.default, (bias, x, weight), product)
-            else:
-                new = add_call(gm.graph, torch.ops.aten.linear.default, (x, weight, bias), product)
-        product.replace_all_uses_with(new)
-        gm.graph.erase_node(product)
-    gm.graph.erase_node(node)
+        if out:
+            return torch.ops.aten.addmm.default, (bias, x, weight)
+        return torch.ops.aten.linear.default, (x, weight, bias)
+
+    unpack_products(gm, packed, plain)
 
 
 def _is_large(product: Product) -> bool:

@@ -23,15 +23,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from normfx.compat import onednn
 from normfx.compat.inductor import lower_channels_last
+from normfx.compat.operators import OpOverload
 from normfx.compat.tracing import disable_current_modes
-from normfx.graph.calls import add_call
-from normfx.graph.nodes import BAKED, arguments, entries, extent, is_row_major, op_name, shape, tensor, value
-from normfx.graph.regions import is_autocast
+from normfx.graph.nodes import arguments, entries, extent, is_row_major, op_name, shape, tensor, value
 from normfx.ir.ops import define
 from normfx.lower.gemm import convolution_is_faster
-from normfx.lower.packed import claims_size, packable_weights
+from normfx.lower.packing import Packable, PackedProduct, claims_size, pack_products, unpack_products
 from normfx.weights.handles import set_size, value_of
-from normfx.weights.kept import records_gradients
 
 LEAST = 2**14
 """Entries of the smallest kernel worth packing."""
@@ -134,45 +132,33 @@ def pack_convolutions(gm: GraphModule, free: frozenset[Node], values: Mapping[No
     free:   parameters that may be kept. Every packed kernel is one of `kept_values` afterwards.
     values: the parameters themselves, as far as they are known
     """
-    graph = gm.graph
-    nodes = [node for node in graph.nodes if (convolution := _convolution(node)) and _is_large(convolution)]
-    if not nodes or is_autocast(graph) or records_gradients(graph):
-        return
-    packable = packable_weights(graph, free)
-    packs: dict[tuple[Node, str], Node] = {}
-    for node in nodes:
+
+    def choose(node: Node, packable: Packable) -> PackedProduct | None:
         convolution = _convolution(node)  # what it reads may have been replaced meanwhile
-        if convolution is None or node in packable.known or not packable(convolution.weight):
-            continue
-        if not convolution_is_faster(tensor(convolution.weight).dtype):
-            continue
+        if convolution is None or not packable(convolution.weight):
+            return None
         x, weight, bias, last, *how = convolution
+        if not convolution_is_faster(tensor(weight).dtype):
+            return None
         size = convolution.fixed_size
         size = size if size and claims_size(size, weight, values, _SIZES) else None
         if packed_bytes(weight, how, size) > PADDED * tensor(weight).nbytes:
-            continue
-        form = (weight, str((how, size)))
-        if form not in packs:
-            with graph.inserting_before(node):
-                packs[form] = add_call(graph, PACK, (weight, *how, size), node)
-            packs[form].meta[BAKED] = True
+            return None
         kernel = [int(length) for length in tensor(weight).shape]
-        with graph.inserting_before(node):
-            new = add_call(graph, PACKED, (x, packs[form], bias, kernel, last, *how), node)
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
+        return PackedProduct(x, (weight, *how, size), bias, (kernel, last, *how))
+
+    nodes = [node for node in gm.graph.nodes if (convolution := _convolution(node)) and _is_large(convolution)]
+    pack_products(gm, free, nodes, choose, (PACK, PACKED))
 
 
-def unpack(gm: GraphModule, node: Node) -> None:
+def unpack(gm: GraphModule, packed: Node) -> None:
     """Return the convolutions by a packed kernel to the kernel itself, in place; other nodes stay."""
-    weight = node.args[0]
-    for product in list(node.users):
+
+    def plain(product: Node) -> tuple[OpOverload, tuple[Any, ...]]:
         x, _, bias, _, _, *how = product.args
-        with gm.graph.inserting_before(product):
-            new = add_call(gm.graph, torch.ops.aten.conv2d.default, (x, weight, bias, *how), product)
-        product.replace_all_uses_with(new)
-        gm.graph.erase_node(product)
-    gm.graph.erase_node(node)
+        return torch.ops.aten.conv2d.default, (x, packed.args[0], bias, *how)
+
+    unpack_products(gm, packed, plain)
 
 
 def _convolution(node: Node) -> Convolution | None:
