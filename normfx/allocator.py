@@ -16,6 +16,9 @@ from normfx.errors import OptionError
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of <malloc.h>
 
+MAPPED = 2**25
+"""The largest threshold from which glibc maps a block newly, in bytes."""
+
 RIVALS = ("jemalloc", "tcmalloc", "mimalloc")
 """Allocators that programs are started with instead of the C library's own (LD_PRELOAD)."""
 
@@ -131,10 +134,22 @@ def free_bytes() -> int:
 
 
 def memory_line() -> str:
-    """What the allocator holds, in a sentence."""
+    """What the allocator holds, in a sentence; "" where it was not told to."""
+    if not keeps_freed_memory():
+        return ""
     return (
         f"The process keeps the memory that it frees (malloc='keep'): {free_bytes() / 2**20:.0f} MiB are free now; "
         "normfx.release_memory() gives them back."
+    )
+
+
+def advice(largest: int) -> str:
+    """That it would pay to keep freed memory, where it would. largest: bytes of the largest result of a graph"""
+    if largest <= MAPPED or keeps_freed_memory() or obstacle():
+        return ""
+    return (
+        f"The largest result has {largest / 2**20:.0f} MiB: in each call the system maps new memory for it, filled "
+        "with zeros. options={'malloc': 'keep'} saves that time: the process keeps the memory that it frees."
     )
 
 

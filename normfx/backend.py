@@ -14,7 +14,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from normfx.agreement import together
-from normfx.allocator import keep_freed_memory, keeps_freed_memory, memory_line
+from normfx.allocator import advice, keep_freed_memory, memory_line
 from normfx.apply import apply_plan, count_folds
 from normfx.capture.functionalize import functionalize_local
 from normfx.capture.simplify import simplify
@@ -44,7 +44,7 @@ from normfx.options import Options, warn_once
 from normfx.picture import draw, places
 from normfx.plan import make_plan
 from normfx.recognize import recognize
-from normfx.report import FailureReport, FoldReport, GraphReport, Report, graph_report
+from normfx.report import FailureReport, FoldReport, GraphReport, Report, graph_report, largest_result
 from normfx.weights.kept import records_gradients
 from normfx.weights.native import start_native_library
 from normfx.work import Work
@@ -143,7 +143,7 @@ def compiled_report() -> Report:
     """
     reports = [(report, compiled.folding()) for compiled, report in _compiled.items()]
     note = "" if reports else "Nothing is compiled with normfx now; torch._dynamo.reset() empties this report."
-    note = note or (memory_line() if keeps_freed_memory() else "")
+    note = note or memory_line() or advice(max(report.largest_result for report, _ in reports))
     graphs = tuple(replace(r, weights=FoldReport(**folding)) for r, folding in reports)
     return Report(graphs, note=note, environment=environment())
 
@@ -251,6 +251,7 @@ def _tell(work: Work) -> None:
     on = [work.lowered.of.get(done.written.get(norm)) for norm in plan.norms]
     report = report.with_lowering(on, work.lowered.kernels)
     report = report.with_shared([done.shared.get(norm) for norm in plan.norms])
+    report = replace(report, largest_result=largest_result(work.canonical.graph))
     work.report = report.with_picture(work.picture, places(plan.norms, done, lines, after))
 
 

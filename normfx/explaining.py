@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from normfx.allocator import advice
 from normfx.backend import parse, transform
 from normfx.compat.modules import original, uncompiled
 from normfx.dynamo import is_disabled, recording_breaks
@@ -50,6 +51,7 @@ def explain(model: Callable[..., Any], options: Mapping[str, Any] | None = None)
             torch.compiler.reset()
         count = max(len(graphs) - 1, len(breaks))  # torch._dynamo.explain counts those alone that end a graph with ops
         note = _missed(model, graphs) if graphs and breaks else "" if graphs else _why_empty(model, breaks)
+        note = note or advice(max((graph.largest_result for graph in graphs), default=0))
         return Report(tuple(graphs), count, tuple(breaks), note, environment(settings))
 
     return run

@@ -188,6 +188,7 @@ class GraphReport:
     gradients:  whether gradients of parameters are recorded
     failure:    the stage that failed, if one did; then nothing was applied
     stored_sums: sums of residual streams that Inductor is told to store once; they are not in `after`
+    largest_result: bytes of the largest tensor that is computed and returned on the CPU, at the sizes of the call
     steps:      the residual streams, in the order of the graph before the rewrite
     """
 
@@ -207,6 +208,7 @@ class GraphReport:
     gradients: bool = False
     failure: FailureReport | None = None
     stored_sums: int = 0
+    largest_result: int = 0
     steps: tuple[StepReport, ...] = ()
 
     def with_picture(self, picture: Picture, after: Iterable[Iterable[int]]) -> GraphReport:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.text import Text
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from normfx.graph.names import source_line
-from normfx.graph.nodes import size_hint
+from normfx.graph.nodes import bytes_of, size_hint, value
 from normfx.ir.sites import Composition, Norm
 from normfx.picture import size
 from normfx.plan import Plan
@@ -158,6 +158,13 @@ def graph_report(
     sized = [norm.input for norm in plan.norms] + [site.node for site in plan.composed]
     saved = {rule: size_hint(cost.before - cost.after, sized) for rule, cost in costs.items()}
     return GraphReport(sites, before, after, {}, *counts, dict(seconds), composed=composed, bytes=sizes, saved=saved)
+
+
+def largest_result(graph: Graph) -> int:
+    """Bytes of the largest tensor that is computed and returned on the CPU, at the sizes of the captured call."""
+    returned = [node for node in graph.output_node().all_input_nodes if node.op == "call_function"]
+    on_cpu = [node for node in returned if (val := value(node)) is not None and val.device.type == "cpu"]
+    return max((size_hint(bytes_of(node), [node]) for node in on_cpu), default=0)
 
 
 def _hint(refusal: Refusal, names: Mapping[Node, str], excess: frozenset[Node]) -> str:

@@ -105,3 +105,33 @@ def test_another_malloc_is_noticed(tmp_path: object) -> None:
     code = "from normfx import allocator; print(allocator.obstacle()); print(allocator.allocator())"
     refused, name = run(code, LD_PRELOAD=library).splitlines()
     assert "libother.so" in refused and name == "libother.so"
+
+
+@glibc
+def test_the_report_says_where_it_pays() -> None:
+    """Of the largest result alone, in explain and in what is compiled; not once the memory is kept."""
+    code = """
+import torch
+import normfx
+from normfx.allocator import keep_freed_memory
+
+def wide(x):
+    return x.mean(), x.expand(16, 1024, 1024) * 2.0
+
+def said(report):
+    return "malloc" in report.note
+
+compiled = torch.compile(wide, backend="normfx")
+large, small = torch.ones(1024, 1024), torch.ones(8, 8)
+compiled(large)
+after = torch.compile(lambda x: x + 1, backend="normfx")
+print("64 MiB" in normfx.compiled_report().note, said(normfx.explain(wide)(large)))
+print(said(normfx.explain(torch.sin)(small)))
+torch._dynamo.reset()
+after(small)
+print(said(normfx.compiled_report()))
+compiled(large)
+keep_freed_memory()
+print("are free now" in normfx.compiled_report().note, said(normfx.explain(wide)(large)))
+"""
+    assert run(code).split() == ["True", "True", "False", "False", "True", "False"]
