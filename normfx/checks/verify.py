@@ -14,6 +14,7 @@ from normfx.compat import pytree
 from normfx.compat.operators import HigherOrderOperator, OpOverload, schema
 from normfx.compat.tensors import FakeTensor, FakeTensorMode
 from normfx.errors import VerifyError
+from normfx.graph.nodes import memory_order
 from normfx.graph.opaque import is_foreign_op
 from normfx.graph.regions import acts_on_autograd, attribute, carried, is_mode_switch, replayed_modes
 from normfx.graph.views import operands, run_again, shared
@@ -30,7 +31,8 @@ def verify(gm: GraphModule, stage: str, checked: Checked | None = None) -> None:
     compute.
 
     Every op of torch is run again on the fakes of its arguments, under the autocast region it stands in; the ambient
-    autocast is the caller's. Only dtype, shape and device are compared, and no guard is added.
+    autocast is the caller's. Dtype, shape, device and, as far as it is known, the order of dimensions in memory are
+    compared, and no guard is added.
 
     checked: of an earlier stage; nodes that nothing has happened to since are not run again
     """
@@ -129,6 +131,9 @@ def _check_rerun(node: Node, mode: FakeTensorMode, stage: str) -> None:
             continue
         if old.dtype != new.dtype or old.device != new.device or not _same_shape(old, new):
             raise _fail(stage, node, _describe(new), _describe(old))
+        orders = memory_order(old), memory_order(new)
+        if orders[0] != orders[1] and None not in orders:
+            raise _fail(stage, node, f"dimensions in memory in the order {orders[1]}", orders[0])
     given = operands(node)
     if shared(again, given) and not shared(recorded, given):
         raise _fail(stage, node, "a view of its operand", "a value that shares no memory with it")

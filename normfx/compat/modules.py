@@ -43,6 +43,11 @@ def drop_tensors(module: torch.nn.Module) -> None:
     module._buffers.clear()
 
 
+def take_hooks(module: torch.nn.Module, other: torch.nn.Module) -> None:
+    """A module that takes the place of another one calls its hooks."""
+    vars(module).update({name: held for name, held in vars(other).items() if "_hooks" in name})
+
+
 def rename(node: Node, name: str) -> None:
     """Give a node a name that no other one of its graph has."""
     node._rename(name)

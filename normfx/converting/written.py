@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
+from normfx.compat.modules import take_hooks
 from normfx.converting.places import Places, Slot
 from normfx.errors import ConvertError
 from normfx.graph.names import module_path
 from normfx.graph.nodes import op_name, tensor
 from normfx.ir.form import Form
 from normfx.ir.fused_ops import CALLS, NormCall, norm_call
+
+SAME_ENTRIES = frozenset({"aten::contiguous", "aten::clone", "aten::alias", "aten::detach"})
+"""Ops whose result has the entries of their operand, in order."""
 
 
 class Copy:
@@ -93,6 +98,11 @@ class Copy:
         before, x = self.places.model.get_submodule(path), tensor(call.x)
         if not path or next(before.children(), None) is not None:
             raise ConvertError(f"normfx.convert: the norm in '{path or 'the model'}' is not a module of its own")
+        if others := self._others(path):
+            raise ConvertError(
+                f"normfx.convert: '{path}' computes more than a norm, in its forward or in a hook "
+                f"({', '.join(others)}), which no norm of torch.nn would do"
+            )
         if not _is_plain(call, x):
             raise ConvertError(f"normfx.convert: no norm of torch.nn computes what '{path}' does: {call.form}")
         vectors = {"weight": call.weight, "bias": call.bias}
@@ -103,8 +113,26 @@ class Copy:
         for name, vector in vectors.items():
             if vector is not None:
                 getattr(made, name).requires_grad_(getattr(self._original(vector), "requires_grad", True))
+        take_hooks(made, self.model.get_submodule(path))
         parent, _, name = path.rpartition(".")
         setattr(self.model.get_submodule(parent), name, made.eval())
+
+    def _others(self, path: str) -> list[str]:
+        """What the module of a norm computes of its input besides the norm."""
+        inside = (n for n in self._used - self.places.known if n.op == "call_function" and module_path(n) == path)
+        others = (n for n in inside if n.target not in CALLS and isinstance(n.meta.get("val"), Tensor))
+        return sorted(node.name for node in others if op_name(node) not in SAME_ENTRIES)
+
+    @functools.cached_property
+    def _used(self) -> set[Node]:
+        """The nodes that the results of the rewritten graph are computed from."""
+        work = [self.places.captured.graph_module.graph.output_node()]
+        used = set(work)
+        while work:
+            new = set(work.pop().all_input_nodes) - used
+            used |= new
+            work += new
+        return used
 
     def _original(self, leaf: Node) -> object:
         path, _, name = self.places.names[leaf].rpartition(".")

@@ -276,8 +276,8 @@ class Edit:
             weight = self.surgery.fold(ops.MERGE_WEIGHTS, (two, one), outer.node)
         set_argument(place, "weight", weight)
         set_argument(place, "bias", shift)
-        place.meta["val"] = outer.node.meta["val"]
         self.surgery.replace(outer.node, place)
+        self.surgery.keep_layout(place, tensor(outer.node))
 
     def merge_branches(self, host: Branch, rest: Iterable[Branch]) -> None:
         """The layer of one term of a sum computes some of the other terms too, which leave the sum."""

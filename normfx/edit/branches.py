@@ -10,7 +10,7 @@ from torch.fx import Node
 from normfx.edit.surgery import Surgery, set_argument
 from normfx.errors import NormfxError
 from normfx.graph.calls import add_call
-from normfx.graph.nodes import arguments, is_row_major, op_name, tensor
+from normfx.graph.nodes import arguments, op_name, tensor
 from normfx.ir import ops
 from normfx.ir.sites import Branch, Linear
 
@@ -38,6 +38,7 @@ def merge_branches(surgery: Surgery, host: Branch, rest: Sequence[Branch]) -> No
             shift = add_call(surgery.graph, ops.MERGE_SHIFTS, args, place)
     set_argument(place, layer.weight_arg, weight)
     set_argument(place, layer.bias_arg or "", shift)
+    surgery.keep_layout(place, tensor(place))
     for branch in rest:
         _drop(surgery, branch)
 
@@ -103,10 +104,10 @@ def _drop(surgery: Surgery, branch: Branch) -> None:
     Where the term is alone in a part of the sum, that part goes. Where a sum on the way has been replaced, another term
     went, and what was left is this one.
     """
-    gone = surgery.now(branch.top)
+    gone = _stored(surgery, branch.top)
     for node in branch.path:
         if node in surgery.replaced:
-            gone = surgery.now(node)  # with the factor that it had there
+            gone = _stored(surgery, node)  # with the factor that it had there
             continue
         if gone not in node.all_input_nodes:
             raise NormfxError(f"normfx: {node.name} does not add {gone.name}; please report this graph")
@@ -116,11 +117,15 @@ def _drop(surgery: Surgery, branch: Branch) -> None:
             gone = node  # a product with a number, or a sum with 0
             continue
         with surgery.before(node, left):
-            left = _scaled(surgery, node, left, gone)
-            if is_row_major(tensor(node)) and not is_row_major(tensor(left)):  # a view may rely on it
-                left = add_call(surgery.graph, torch.ops.aten.contiguous.default, (left,), node)
+            left = surgery.stored_as(_scaled(surgery, node, left, gone), tensor(node), node)
         surgery.replace(node, left)
         return
+
+
+def _stored(surgery: Surgery, node: Node) -> Node:
+    """What others read of a node of the plan now."""
+    now = surgery.now(node)
+    return surgery.stored.get(now, now)
 
 
 def _scaled(surgery: Surgery, node: Node, left: Node, gone: Node) -> Node:

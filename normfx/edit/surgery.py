@@ -11,11 +11,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, Node
 
 from normfx.compat.operators import OpOverload
 from normfx.graph.calls import add_call, fake_result
-from normfx.graph.nodes import arguments, op_name, shape, tensor, value
+from normfx.graph.nodes import arguments, memory_order, op_name, shape, tensor, value
 from normfx.graph.order import Order
 from normfx.ir.centring import accumulation_dtype
 from normfx.ir.sites import Linear
@@ -26,6 +27,7 @@ class Surgery:
 
     folded:   the folds made, with the dtype they are rounded to
     replaced: nodes that are gone, with what stands for them
+    stored:   nodes that store their result differently now, with the copy that is stored as before
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -33,6 +35,7 @@ class Surgery:
         self.order = Order(graph)
         self.folded: dict[Node, torch.dtype] = {}
         self.replaced: dict[Node, Node] = {}
+        self.stored: dict[Node, Node] = {}
 
     @contextmanager
     def before(self, place: Node, *operands: Any) -> Iterator[None]:
@@ -56,6 +59,30 @@ class Surgery:
         while node in self.replaced:
             node = self.replaced[node]
         return node
+
+    def keep_layout(self, node: Node, wanted: Tensor) -> None:
+        """Compute a changed call's fake value anew; what reads the call finds the layout of `wanted`, as before."""
+        node.meta["val"] = fake_result(node.target, node.args, node.kwargs)
+        readers = list(node.users)
+        with self.graph.inserting_before(node.next):
+            copy = self.stored_as(node, wanted, node)
+        if copy is not node:
+            self.stored[node] = copy
+            for reader in readers:
+                reader.replace_input_with(node, copy)
+
+    def stored_as(self, node: Node, wanted: Tensor, like: Node) -> Node:
+        """The value with the dimensions of `wanted` in its order in memory, as far as that is known: the node itself,
+        or a copy made where the graph inserts."""
+        order = memory_order(wanted)
+        if order is None or memory_order(tensor(node)) == order:
+            return node
+        aten, moves = torch.ops.aten, list(order) != sorted(order)
+        if moves:
+            node = add_call(self.graph, aten.permute.default, (node, list(order)), like)
+        node = add_call(self.graph, aten.contiguous.default, (node,), like)
+        inverse = [order.index(dim) for dim in sorted(order)]
+        return add_call(self.graph, aten.permute.default, (node, inverse), like) if moves else node
 
     def fold(self, op: OpOverload, args: tuple[Any, ...], like: Node) -> Node:
         """A fold with the dtype of what it folds. A fold of a fold is rounded once, last: the inner one stays wide."""

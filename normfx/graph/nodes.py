@@ -158,6 +158,16 @@ def is_row_major(val: torch.Tensor, cut: int = 0) -> bool:
     return True
 
 
+def memory_order(val: torch.Tensor) -> tuple[int, ...] | None:
+    """The dimensions of a value that fills its memory, from the outermost to the innermost in it; None where that is
+    not known (never adds a guard)."""
+    dims = range(val.ndim)
+    orders: list[tuple[int, ...]] = [(*dims,), (*dims[:1], *dims[2:], *dims[1:2])]
+    if all(isinstance(stride, int) for stride in val.stride()):
+        orders.append(tuple(sorted(dims, key=lambda dim: -int(val.stride()[dim]))))
+    return next((order for order in orders if is_row_major(val.permute(order))), None)
+
+
 def is_one(dim: int | torch.SymInt) -> bool:
     """Whether a dimension is known to be 1 (a symbolic one never is)."""
     return isinstance(dim, int) and dim == 1

@@ -3,9 +3,9 @@
 Of a BatchNorm with running statistics, which is s·(x − mean) + β with s = γ/sqrt(var + ε) (maths M16), and of a norm's
 γ and β over the channels that a convolution reads (M7), and of another linear.
 
-Bodies of canonical ops (ir/ops.py): products and sums in float64, rounded once (docs/design-notes.md, "Folds of
-channels"). Running statistics have no gradient, in eager mode neither. γ and β count as rows of numbers, whatever
-dimensions of size 1 they have: torch takes a γ of shape (C, 1), and a product with it would broadcast.
+Bodies of canonical ops (ir/ops.py): in float64, rounded once (docs/design-notes.md, "Folds of channels"); products of
+matrices in float32 or better. Running statistics have no gradient, in eager mode neither. γ and β count as rows of
+numbers, whatever dimensions of size 1 they have: torch takes a γ of shape (C, 1), which would broadcast.
 """
 
 from __future__ import annotations
@@ -53,8 +53,19 @@ def input_shift(
 def merge_weights(outer: Tensor, inner: Tensor, dtype: torch.dtype) -> Tensor:
     """W₂W₁ over the channels between: the weight of one linear after the other, or of a convolution W₁ before one whose
     kernel is a single entry."""
-    columns = _wide(inner).flatten(1)
-    return (_wide(outer).flatten(1) @ columns).reshape(outer.shape[0], *inner.shape[1:]).to(dtype)
+    # not in float64: some devices multiply matrices of that very slowly, and live folds do so in each call
+    wide = torch.float64 if torch.float64 in (outer.dtype, inner.dtype) else torch.float32
+    columns = inner.to(wide).flatten(1)
+    product = (outer.to(wide).flatten(1) @ columns).reshape(outer.shape[0], *inner.shape[1:])
+    return laid_out_like(product.to(dtype), inner)
+
+
+def laid_out_like(weight: Tensor, like: Tensor) -> Tensor:
+    """A weight, stored channels last where `like` is, else row by row: a convolution stores its result likewise."""
+    for rank, last in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if like.ndim == rank and like.is_contiguous(memory_format=last) and not like.is_contiguous():
+            return weight.contiguous(memory_format=last)
+    return weight.contiguous()
 
 
 def _spread(vector: Tensor, weight: Tensor, dim: int, groups: int) -> Tensor:

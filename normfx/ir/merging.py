@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from normfx.ir.centring import exact_dtype
+from normfx.ir.channels import laid_out_like
 
 
 def merge_kernels(weights: list[Tensor], factors: list[float], offsets: list[int], dtype: torch.dtype) -> Tensor:
@@ -26,7 +27,7 @@ def merge_kernels(weights: list[Tensor], factors: list[float], offsets: list[int
         for dim in reversed(range(spatial)):
             margins += [starts[dim], total.shape[2 + dim] - starts[dim] - weight.shape[2 + dim]]
         total = total + factor * torch.nn.functional.pad(weight.to(wide), margins)
-    return total.to(dtype).contiguous()
+    return laid_out_like(total.to(dtype), weights[0])
 
 
 def merge_shifts(shifts: list[Tensor], factors: list[float], dtype: torch.dtype) -> Tensor:

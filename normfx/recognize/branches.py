@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from math import isfinite
 from typing import Any
 
 from torch.fx import Node
@@ -23,7 +22,7 @@ from normfx.graph.recompute import region_of
 from normfx.ir.sites import BatchNorm, Branch, Branches, Linear
 from normfx.recognize.layers import is_pointwise, layer
 from normfx.recognize.moves import RESHAPES
-from normfx.recognize.readers import number_factor, of_parameters
+from normfx.recognize.readers import is_ordinary, number_factor, of_parameters
 from normfx.recognize.rows import same_shape
 
 _SUMS = {"aten::add.Tensor": 1.0, "aten::sub.Tensor": -1.0, "aten::subtract.Tensor": -1.0}
@@ -61,7 +60,7 @@ def _terms(root: Node, facts: Facts, where: Mapping[Node, Hashable], inside: set
         node = term.top
         alone = len(entry_readers(node)) == 1 and where[node] == where[root] and node not in facts.written
         parts = _parts(node) if node is root or (alone and node not in facts.parameters) else ()
-        if parts:
+        if parts and all(is_ordinary(term.factor * by) for _, by in parts):
             inside.add(node)
             work += [_Term(operand, term.factor * by, (node, *term.path)) for operand, by in reversed(parts)]
         else:
@@ -75,7 +74,7 @@ def _parts(node: Node) -> tuple[tuple[Node, float], ...]:
     parts: tuple[tuple[Any, float], ...] = ()
     if name in _SUMS:
         alpha = args.get("alpha", 1)
-        if isinstance(alpha, int | float) and isfinite(alpha) and alpha != 0:
+        if isinstance(alpha, int | float):
             parts = ((args["self"], 1.0), (args["other"], _SUMS[name] * alpha))
         if args["other"] == 0:  # a number
             parts = parts[:1]
@@ -125,7 +124,7 @@ def _step(node: Node, facts: Facts) -> _Step | None:
     if args["beta"] != 1 or args["alpha"] != 1 or not of_parameters(matrix, facts.parameters):
         return None
     sizes = (*shape(matrix.weight), *shape(args["self"]))
-    whole = all(isinstance(size, int) for size in sizes) and sizes[1:] == (sizes[1], sizes[1])
+    whole = all(isinstance(size, int) and size > 0 for size in sizes) and sizes[1:] == (sizes[1], sizes[1])
     rows_kept = whole and same_shape((*shape(source)[:-1], sizes[1]), shape(node))
     if not rows_kept or is_distributed(value(matrix.weight)):
         return None

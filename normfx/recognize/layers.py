@@ -31,7 +31,7 @@ def layer(node: Node, facts: Facts) -> Linear | None:
         return None
     sizes = shape(found.weight)
     ranks = len(sizes) == 2 if found.groups == 0 else len(shape(node)) == len(sizes)
-    return found if ranks and all(isinstance(size, int) for size in sizes) else None
+    return found if ranks and all(isinstance(size, int) and size > 0 for size in sizes) else None
 
 
 def is_pointwise(outer: Linear) -> bool:

@@ -46,6 +46,9 @@ ROW_OPS = (
 """Ops whose every output row is an input row or a mean of input rows: γ and β pass them (M7). Not cat, padding, sums or
 token scales."""
 
+LARGEST_FACTOR = 2.0**24
+"""Numbers beyond it, and below its reciprocal, stay where a model multiplies by them."""
+
 NUMBER_SCALES = frozenset({"aten::mul.Tensor", "aten::mul.Scalar", "aten::div.Tensor", "aten::div.Scalar"})
 
 
@@ -75,8 +78,14 @@ def find_all_readers(
     return found
 
 
+def is_ordinary(factor: float) -> bool:
+    """Whether a factor may move to another value: nothing overflows or vanishes there that does not where it stands,
+    but for entries that are near the limits of their dtype themselves."""
+    return 1 / LARGEST_FACTOR <= abs(factor) <= LARGEST_FACTOR
+
+
 def number_factor(node: Node, operand: Node) -> float | None:
-    """k where the node is operand·k or operand/k with a finite number k ≠ 0."""
+    """k where the node is operand·k or operand/k with an ordinary number k."""
     if op_name(node) not in NUMBER_SCALES:
         return None
     args = arguments(node)
@@ -86,7 +95,7 @@ def number_factor(node: Node, operand: Node) -> float | None:
     divides = op_name(node).startswith("aten::div")
     if divides and args["self"] is not operand:
         return None
-    if other == 0 or other != other or abs(other) == float("inf"):
+    if other == 0 or not is_ordinary(other):
         return None
     return 1.0 / other if divides else float(other)
 
@@ -140,7 +149,7 @@ def find_readers(
                 linear is not None and user not in barred and linear.weight not in barred and linear.bias not in barred
             ):
                 linears.append((linear, Axis(linear.in_dim, axis.size, axis.inner), factor))
-            elif factor_here is not None and user not in barred:
+            elif factor_here is not None and is_ordinary(factor * factor_here) and user not in barred:
                 path.append(user)
                 axes[user] = axis
                 work.append((user, axis, factor * factor_here))

@@ -300,3 +300,78 @@ def test_what_stands_after_a_norm_stays(case: str) -> None:
     converted = normfx.convert(model, (x,))
     assert norms(converted) == {"LayerNorm" if case == "length" or case == "channels" else "RMSNorm": 1}
     torch.testing.assert_close(converted(x), model(x), rtol=1e-11, atol=1e-11)
+
+
+class Guarded(nn.LayerNorm):
+    """A norm, and what `do` does before or after it."""
+
+    def __init__(self, before: Any = None, then: Any = None) -> None:
+        super().__init__(8)
+        self.before, self.then = before, then
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(self.before(x) if self.before else x)
+        out: Tensor = self.then(y) if self.then else y
+        return out
+
+
+def around(norm: nn.Module) -> nn.Sequential:
+    return moved(nn.Sequential(nn.Linear(8, 8), norm, nn.Linear(8, 8)).double())  # type: ignore[return-value]
+
+
+MORE = {
+    "clamp": {"before": lambda x: x.clamp(-50, 50)},
+    "no nan": {"before": torch.nan_to_num},
+    "flip": {"then": lambda y: y.flip(-1)},
+    "a little": {"then": lambda y: y + 1e-9},
+    "a mask": {"then": lambda y: torch.where(y > 1e6, 0.0, y)},
+}
+
+
+@pytest.mark.parametrize("hook", [False, True])
+@pytest.mark.parametrize("case", MORE)
+def test_a_norm_that_does_more(case: str, hook: bool) -> None:
+    """Nothing of it is lost, whether the arguments show it or not."""
+    if not hook:
+        model = around(Guarded(**MORE[case]))
+    else:
+        model = around(nn.LayerNorm(8))
+        for when, do in MORE[case].items():
+            if when == "before":
+                model[1].register_forward_pre_hook(lambda _, args, do=do: (do(args[0]),))
+            else:
+                model[1].register_forward_hook(lambda _, args, out, do=do: do(out))
+    with pytest.raises(normfx.ConvertError, match="'1' computes more than a norm"):
+        normfx.convert(model, (torch.randn(4, 8, dtype=torch.float64),))
+
+
+def test_hooks_stay() -> None:
+    """One that only looks is called by the norm that the copy has."""
+    seen: list[Tensor] = []
+    model = around(nn.LayerNorm(8))
+    model[1].register_forward_hook(lambda _, args, out: seen.append(out))
+    x = torch.randn(4, 8, dtype=torch.float64)
+    converted = normfx.convert(model, (x,))
+    assert norms(converted) == {"RMSNorm": 1}
+    seen.clear()
+    torch.testing.assert_close(converted(x), model(x), rtol=1e-12, atol=1e-12)
+    assert len(seen) == 2
+
+
+def test_complex_results_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Copy, "write", lambda self: None)
+    monkeypatch.setattr("normfx.converting.prove", lambda *args: None)
+
+    class Complex(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = around(nn.LayerNorm(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.view_as_complex(self.inner(x).view(-1, 4, 2))
+
+    model = Complex().eval()
+    normfx.convert(model, (torch.randn(4, 8, dtype=torch.float64),))  # nothing was written: the same
+    monkeypatch.setattr(Copy, "write", lambda self: self.model.inner[2].bias.data.add_(1.0))
+    with pytest.raises(normfx.ConvertError, match="is off by"):
+        normfx.convert(model, (torch.randn(4, 8, dtype=torch.float64),))

@@ -283,3 +283,20 @@ def test_half_of_the_drawn_sums_are_merged() -> None:
     for seed in range(12):
         said += decided(transformed(Drawn(seed).requires_grad_(False), (rows(2, 4, 6, 6),), ALL)[1])
     assert said.count("applied") >= 4, said
+
+
+@pytest.mark.parametrize("factors", [(1e-39, 1.0), (1e-20, 1e20), (1.0, 3e7), (1e25, 1e-25)])
+def test_numbers_far_from_one_stay(factors: tuple[float, float]) -> None:
+    """A quotient of two of them would overflow or vanish in the merged weight."""
+    first, second = factors
+    for layers in (nn.Linear(8, 8), nn.Linear(8, 8)), (nn.Linear(8, 8, bias=False), nn.Linear(8, 8)):
+        model = Sum(lambda x, a, b: torch.tanh(a(x) * first + b(x) / (1 / second)), *layers).requires_grad_(False)
+        nn.init.zeros_(layers[0].weight)
+        outputs, report = transformed(model, (torch.randn(3, 8),), ALL)
+        assert decided(report) == [] and outputs.isfinite().all()
+
+
+def test_chains_of_numbers() -> None:
+    """Each of them is ordinary; what the term has in all may not be."""
+    model = Sum(lambda x, a, b: torch.relu(((a(x) * 1e-5) * 1e-5 * 1e-5) + b(x)), nn.Linear(8, 8), nn.Linear(8, 8))
+    assert run(model, rows(3, 8)) == []

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from equivalence import EagerBackend, assert_low_precision, assert_same_float64
+from equivalence import EagerBackend, assert_low_precision, assert_same_float64, transformed
 from rule_test import RuleTest, moved, rows
 from torch import Tensor, nn
 
@@ -183,3 +183,24 @@ return [%2]
 """,
             rows(2, 3, 5, 5),
         )
+
+
+class Pruned(nn.Module):
+    """Layers without features between, or without any result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up, self.wide = nn.Linear(8, 0), nn.Linear(0, 8), nn.Linear(8, 8)
+        self.none, self.other = nn.Linear(8, 0), nn.Linear(8, 0)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.up(self.down(x)) + self.wide(x), self.none(x) + self.other(x)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op")
+@pytest.mark.parametrize("fold", ["auto", "live"])
+def test_no_features(fold: str) -> None:
+    model, x = Pruned().requires_grad_(False), rows(3, 8)
+    outputs, report = transformed(model, (x,), {"fold": fold})
+    assert not any(merged(report))
+    torch.testing.assert_close(outputs, model(x))
