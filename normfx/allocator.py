@@ -17,7 +17,7 @@ from normfx.errors import OptionError
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of <malloc.h>
 
 MAPPED = 2**25
-"""The largest threshold from which glibc maps a block newly, in bytes."""
+"""The largest value of glibc's mmap threshold, in bytes: every larger block is mapped anew."""
 
 RIVALS = ("jemalloc", "tcmalloc", "mimalloc")
 """Allocators that programs are started with instead of the C library's own (LD_PRELOAD)."""

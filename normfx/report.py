@@ -9,9 +9,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.text import Text
 from torch.fx import Graph, Node
 
+from normfx.compat.operators import OpOverload, schema
 from normfx.graph.names import source_line
 from normfx.graph.nodes import bytes_of, size_hint, value
 from normfx.ir.sites import Composition, Norm
@@ -51,7 +53,7 @@ class Report:
     """All graphs of a model, in the order in which they were captured.
 
     breaks: places at which Dynamo ended a graph, where they are known
-    note:   why there are no graphs, where it is known
+    note:   why there are no graphs, where it is known, or what else there is to know
     environment: versions, device and options that it holds for
 
     `str(report)` is plain text of 80 columns, `rich.print(report)` the same with colours where the terminal has them.
@@ -162,9 +164,23 @@ def graph_report(
 
 def largest_result(graph: Graph) -> int:
     """Bytes of the largest tensor that is computed and returned on the CPU, at the sizes of the captured call."""
-    returned = [node for node in graph.output_node().all_input_nodes if node.op == "call_function"]
-    on_cpu = [node for node in returned if (val := value(node)) is not None and val.device.type == "cpu"]
-    return max((size_hint(bytes_of(node), [node]) for node in on_cpu), default=0)
+    inputs = [node for node in graph.find_nodes(op="placeholder") if _in_memory(node)]
+    returned = {_viewed(node) for node in graph.output_node().all_input_nodes}
+    made = [node for node in returned if node.op == "call_function" and _in_memory(node)]
+    return max((size_hint(bytes_of(node), (*inputs, node)) for node in made), default=0)
+
+
+def _in_memory(node: Node) -> bool:
+    """Whether a value is a plain tensor on the CPU."""
+    val = value(node)
+    return val is not None and val.device.type == "cpu" and val.layout is torch.strided and not val.is_nested
+
+
+def _viewed(node: Node) -> Node:
+    """What a view is a view of."""
+    while isinstance(node.target, OpOverload) and any(r.alias_info for r in schema(node.target).returns):
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _hint(refusal: Refusal, names: Mapping[Node, str], excess: frozenset[Node]) -> str:

@@ -43,9 +43,22 @@ def drop_tensors(module: torch.nn.Module) -> None:
     module._buffers.clear()
 
 
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
 def take_hooks(module: torch.nn.Module, other: torch.nn.Module) -> None:
-    """A module that takes the place of another one calls its hooks."""
-    vars(module).update({name: held for name, held in vars(other).items() if "_hooks" in name})
+    """A module that takes the place of another one calls its hooks of forward and backward. Those of state dicts know
+    the module that they were made for."""
+    vars(module).update({name: vars(other)[name] for name in _HOOKS if name in vars(other)})
 
 
 def rename(node: Node, name: str) -> None:

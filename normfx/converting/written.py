@@ -119,9 +119,11 @@ class Copy:
 
     def _others(self, path: str) -> list[str]:
         """What the module of a norm computes of its input besides the norm."""
-        inside = (n for n in self._used - self.places.known if n.op == "call_function" and module_path(n) == path)
-        others = (n for n in inside if n.target not in CALLS and isinstance(n.meta.get("val"), Tensor))
-        return sorted(node.name for node in others if op_name(node) not in SAME_ENTRIES)
+        used = self._used - self.places.known
+        inside = [n for n in used if n.op == "call_function" and module_path(n) == path and _is_tensor(n)]
+        others = (n for n in inside if n.target not in CALLS and op_name(n) not in SAME_ENTRIES)
+        again = (n for n in inside if n.target in CALLS and any(_entries_of(m) in inside for m in n.all_input_nodes))
+        return sorted({node.name for node in (*others, *again)})
 
     @functools.cached_property
     def _used(self) -> set[Node]:
@@ -137,6 +139,17 @@ class Copy:
     def _original(self, leaf: Node) -> object:
         path, _, name = self.places.names[leaf].rpartition(".")
         return getattr(self.places.model.get_submodule(path), name)
+
+
+def _is_tensor(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)
+
+
+def _entries_of(node: Node) -> Node:
+    """What a copy has its entries from."""
+    while op_name(node) in SAME_ENTRIES:
+        (node,) = node.all_input_nodes
+    return node
 
 
 def _is_plain(call: NormCall, x: Tensor) -> bool:

@@ -14,7 +14,7 @@ from normfx.edit.surgery import Surgery, output_dims, set_argument, set_weight, 
 from normfx.errors import NormfxError
 from normfx.graph.affine import composed
 from normfx.graph.calls import add_call, fake_result
-from normfx.graph.nodes import BAKED, arguments, grad_modes, is_row_major, op_name, tensor, value
+from normfx.graph.nodes import BAKED, arguments, grad_modes, op_name, tensor, value
 from normfx.ir import ops
 from normfx.ir.affine import Affine
 from normfx.ir.sites import Axis, BatchNorm, Block, Branch, Leaf, Linear, Norm, Pair, Readers, Residual, Stream
@@ -151,9 +151,8 @@ class Edit:
         """What reads a scaling and shift reads what was scaled, in the same dtype and layout."""
         output, source = norm.output, self.surgery.now(norm.input)
         source = self.surgery.cast(source, output)
-        if is_row_major(tensor(output)) and not is_row_major(tensor(source)):  # a view may rely on it
-            with self.surgery.before(output, source):
-                source = add_call(self.surgery.graph, torch.ops.aten.contiguous.default, (source,), output)
+        with self.surgery.before(output, source):
+            source = self.surgery.stored_as(source, tensor(output), output)
         self.surgery.replace(output, source)
 
     def defer(self, readers: Readers) -> None:
@@ -265,7 +264,7 @@ class Edit:
     def merge(self, site: Pair) -> None:
         """The inner layer computes what the outer one does: W₂W₁ and W₂b₁ + b₂, of the weights as they stand now."""
         inner, outer = site.inner, site.outer
-        place = self.surgery.now(inner.node)  # which may have been merged with what it read
+        place = self.surgery.call(inner.node)  # which may have been merged with what it read
         first, second = arguments(place), arguments(outer.node)
         (one, bias), (two, shift) = ((args["weight"], args["bias"]) for args in (first, second))
         dtype = tensor(outer.weight).dtype
@@ -286,13 +285,11 @@ class Edit:
     def _drop_batch_norm(self, site: BatchNorm) -> None:
         """What reads a BatchNorm reads its input; in the same layout, and in memory of its own if it leaves."""
         output, source = site.norm.output, self.surgery.now(site.norm.input)
-        flat = is_row_major(tensor(output)) and not is_row_major(tensor(source))
-        if site.copies or flat:
-            op = torch.ops.aten.clone.default
-            named = {"memory_format": torch.contiguous_format} if flat else {}
-            with self.surgery.before(output, source):
-                source = add_call(self.surgery.graph, op, (source,), output, **named)
-        self.surgery.replace(output, source)
+        with self.surgery.before(output, source):
+            stored = self.surgery.stored_as(source, tensor(output), output)
+            if stored is source and site.copies:
+                stored = add_call(self.surgery.graph, torch.ops.aten.clone.default, (source,), output)
+        self.surgery.replace(output, stored)
 
     def _center_value(self, node: Node, axis: Axis, users: Iterable[Node | Norm]) -> list[Node]:
         """Readers of a value read its centred copy, made right after it.

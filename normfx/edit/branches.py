@@ -54,7 +54,7 @@ def _operands(surgery: Surgery, branch: Branch) -> list[Node]:
 
 def _layers(surgery: Surgery, branch: Branch) -> tuple[Linear, ...]:
     """The layers of a term: one, where two of them have been merged."""
-    merged = len(branch.layers) > 1 and surgery.now(branch.layers[0].node) is branch.layers[1].node
+    merged = len(branch.layers) > 1 and surgery.call(branch.layers[0].node) is branch.layers[1].node
     return branch.layers[1:] if merged else branch.layers
 
 
@@ -104,10 +104,10 @@ def _drop(surgery: Surgery, branch: Branch) -> None:
     Where the term is alone in a part of the sum, that part goes. Where a sum on the way has been replaced, another term
     went, and what was left is this one.
     """
-    gone = _stored(surgery, branch.top)
+    gone = surgery.now(branch.top)
     for node in branch.path:
         if node in surgery.replaced:
-            gone = _stored(surgery, node)  # with the factor that it had there
+            gone = surgery.now(node)  # with the factor that it had there
             continue
         if gone not in node.all_input_nodes:
             raise NormfxError(f"normfx: {node.name} does not add {gone.name}; please report this graph")
@@ -120,12 +120,6 @@ def _drop(surgery: Surgery, branch: Branch) -> None:
             left = surgery.stored_as(_scaled(surgery, node, left, gone), tensor(node), node)
         surgery.replace(node, left)
         return
-
-
-def _stored(surgery: Surgery, node: Node) -> Node:
-    """What others read of a node of the plan now."""
-    now = surgery.now(node)
-    return surgery.stored.get(now, now)
 
 
 def _scaled(surgery: Surgery, node: Node, left: Node, gone: Node) -> Node:

@@ -54,15 +54,22 @@ class Surgery:
         self.replaced[old] = new
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
 
-    def now(self, node: Node) -> Node:
-        """What a node of the plan has become."""
+    def call(self, node: Node) -> Node:
+        """The call that computes a node of the plan now."""
         while node in self.replaced:
             node = self.replaced[node]
         return node
 
+    def now(self, node: Node) -> Node:
+        """What a node of the plan has become, as others read it."""
+        call = self.call(node)
+        return self.stored.get(call, call)
+
     def keep_layout(self, node: Node, wanted: Tensor) -> None:
         """Compute a changed call's fake value anew; what reads the call finds the layout of `wanted`, as before."""
-        node.meta["val"] = fake_result(node.target, node.args, node.kwargs)
+        with torch.autocast(tensor(node).device.type, enabled=False):  # the caller's does not hold here
+            node.meta["val"] = fake_result(node.target, node.args, node.kwargs)
+        self.stored.pop(node, None)
         readers = list(node.users)
         with self.graph.inserting_before(node.next):
             copy = self.stored_as(node, wanted, node)
@@ -73,7 +80,7 @@ class Surgery:
 
     def stored_as(self, node: Node, wanted: Tensor, like: Node) -> Node:
         """The value with the dimensions of `wanted` in its order in memory, as far as that is known: the node itself,
-        or a copy made where the graph inserts."""
+        or a copy made where the graph inserts. Views of it, and calls that read strides, may rely on that."""
         order = memory_order(wanted)
         if order is None or memory_order(tensor(node)) == order:
             return node

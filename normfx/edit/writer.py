@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch.fx import Node
 
 from normfx.capture.cleanup import drop_dead_code
@@ -13,8 +12,8 @@ from normfx.edit import Edit, NormState
 from normfx.edit.fusion import Fusion
 from normfx.edit.resize import resize
 from normfx.graph.aliasing import may_leave, storages_of
-from normfx.graph.calls import add_call, add_norm
-from normfx.graph.nodes import is_row_major, tensor
+from normfx.graph.calls import add_norm
+from normfx.graph.nodes import tensor
 from normfx.ir.form import Kind
 from normfx.ir.fused_ops import NormCall
 from normfx.ir.sites import Norm
@@ -61,8 +60,6 @@ def _write(edit: Edit, norm: Norm, state: NormState) -> Node:
     call = NormCall(surgery.now(state.input), weight, bias, form)
     with surgery.before(norm.output, call.x, weight, bias):  # in the norm's own gradient mode
         written = new = add_norm(surgery.graph, call, norm.output)
-        if is_row_major(tensor(state.output)) and not is_row_major(tensor(new)):
-            # a view may rely on it
-            new = add_call(surgery.graph, torch.ops.aten.contiguous.default, (new,), norm.output)
+        new = surgery.stored_as(new, tensor(state.output), norm.output)
     surgery.replace(state.output, new)
     return written

@@ -161,7 +161,11 @@ def is_row_major(val: torch.Tensor, cut: int = 0) -> bool:
 def memory_order(val: torch.Tensor) -> tuple[int, ...] | None:
     """The dimensions of a value that fills its memory, from the outermost to the innermost in it; None where that is
     not known (never adds a guard)."""
+    if val.layout is not torch.strided or val.is_nested:
+        return None
     dims = range(val.ndim)
+    if any(isinstance(size, int) and size == 0 for size in val.shape):
+        return (*dims,)
     orders: list[tuple[int, ...]] = [(*dims,), (*dims[:1], *dims[2:], *dims[1:2])]
     if all(isinstance(stride, int) for stride in val.stride()):
         orders.append(tuple(sorted(dims, key=lambda dim: -int(val.stride()[dim]))))

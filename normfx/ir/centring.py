@@ -11,9 +11,10 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def exact_dtype(device: torch.device) -> torch.dtype:
-    """What a fold of weights is computed in before it is rounded: float64, where every device of the kind has it."""
-    return torch.float64 if device.type in ("cpu", "cuda", "meta") else torch.float32
+def exact_dtype(weight: Tensor) -> torch.dtype:
+    """What a fold of weights is computed in before it is rounded: float64, where every device of its kind has that."""
+    has = weight.device.type in ("cpu", "cuda", "meta") or weight.dtype == torch.float64
+    return torch.float64 if has else torch.float32
 
 
 def center(x: Tensor, dim: int, size: int, inner: int, dtype: torch.dtype) -> Tensor:

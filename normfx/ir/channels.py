@@ -3,9 +3,10 @@
 Of a BatchNorm with running statistics, which is s·(x − mean) + β with s = γ/sqrt(var + ε) (maths M16), and of a norm's
 γ and β over the channels that a convolution reads (M7), and of another linear.
 
-Bodies of canonical ops (ir/ops.py): in float64, rounded once (docs/design-notes.md, "Folds of channels"); products of
-matrices in float32 or better. Running statistics have no gradient, in eager mode neither. γ and β count as rows of
-numbers, whatever dimensions of size 1 they have: torch takes a γ of shape (C, 1), which would broadcast.
+Bodies of canonical ops (ir/ops.py): in float64 where the device has it, rounded once (docs/design-notes.md, "Folds of
+channels"); products of matrices in float32 or better. Running statistics have no gradient, in eager mode neither. γ and
+β count as rows of numbers, whatever dimensions of size 1 they have: torch takes a γ of shape (C, 1), which would
+broadcast.
 """
 
 from __future__ import annotations
@@ -79,4 +80,4 @@ def _spread(vector: Tensor, weight: Tensor, dim: int, groups: int) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x.to(exact_dtype(x.device))
+    return x.to(exact_dtype(x))

@@ -1,6 +1,6 @@
 """Weights and biases of layers that read one value, added up.
 
-Bodies of canonical ops (ir/ops.py): products and sums in float64, rounded once.
+Bodies of canonical ops (ir/ops.py): products and sums in float64 where the device has it, rounded once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def merge_kernels(weights: list[Tensor], factors: list[float], offsets: list[int
     Shapes: (out, in / groups, *kernel). offsets: for each weight, the place of its first entry along each dimension of
     the kernel; the other entries of that are 0.
     """
-    wide = exact_dtype(weights[0].device)
+    wide = exact_dtype(weights[0])
     total = factors[0] * weights[0].to(wide)
     spatial = total.ndim - 2
     for i, (weight, factor) in enumerate(zip(weights[1:], factors[1:], strict=True), start=1):
@@ -32,7 +32,7 @@ def merge_kernels(weights: list[Tensor], factors: list[float], offsets: list[int
 
 def merge_shifts(shifts: list[Tensor], factors: list[float], dtype: torch.dtype) -> Tensor:
     """Σ fᵢ·bᵢ."""
-    wide = exact_dtype(shifts[0].device)
+    wide = exact_dtype(shifts[0])
     total = factors[0] * shifts[0].to(wide)
     for shift, factor in zip(shifts[1:], factors[1:], strict=True):
         total = total + factor * shift.to(wide)

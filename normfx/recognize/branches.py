@@ -186,6 +186,7 @@ def _site(root: Node, source: Node, branches: list[Branch], facts: Facts, where:
     nodes = tuple(dict.fromkeys(node for branch in (host, *rest) for node in branch.nodes))
     own = {*nodes, *(node for branch in (host, *rest) for node in branch.path)}
     others = dict.fromkeys(user for node in nodes for user in entry_readers(node) if user not in own)
+    added = [n for b in (host, *rest) for node in b.path for n in (node, *node.all_input_nodes)]  # other terms, too
     place = host.layers[0].node
     vectors = {branch: _vectors(branch) for branch in (host, *rest)}
     apart = [node for node in nodes if where[node] != where[root]]
@@ -198,7 +199,7 @@ def _site(root: Node, source: Node, branches: list[Branch], facts: Facts, where:
         tuple(rest),
         tuple(others),
         tuple(dict.fromkeys(apart)),
-        tuple(node for node in (source, *nodes, root) if node in facts.written),
+        tuple(node for node in dict.fromkeys((source, *nodes, root, *added)) if node in facts.written),
         tuple(dict.fromkeys(live)),
     )
 

@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from normfx.graph.barriers import regions
 from normfx.graph.facts import Facts
-from normfx.graph.nodes import entry_readers, occurrences, tensor
+from normfx.graph.nodes import arguments, occurrences, op_name, tensor
 from normfx.graph.recompute import region_of
 from normfx.ir.sites import Linear, Pair
 from normfx.recognize.layers import is_pointwise, layer
@@ -31,9 +31,17 @@ def find_pairs(facts: Facts) -> Iterator[Pair]:
         devices = {tensor(part).device for part in (inner.weight, *late)}
         if len(devices) > 1 or not all(facts.order.can_lift(vector, inner.node) for vector in late):
             continue
-        others = tuple(user for user in entry_readers(inner.node) if user is not node)
+        others = tuple(user for user in inner.node.users if user is not node and not _reads_other_size(user, inner))
         live = not facts.composed_live.isdisjoint((inner.weight, *late, *([inner.bias] if inner.bias else [])))
         yield Pair(inner, outer, others, live)
+
+
+def _reads_other_size(user: Node, inner: Linear) -> bool:
+    """Whether it reads a size of the inner layer's result that the outer one's has too."""
+    if op_name(user) != "aten::sym_size.int":
+        return False
+    ndim = tensor(inner.node).ndim
+    return bool(arguments(user)["dim"] % ndim != (ndim - 1 if inner.groups == 0 else 1))
 
 
 def _layer(node: Node, facts: Facts) -> Linear | None:

@@ -79,8 +79,8 @@ def find_all_readers(
 
 
 def is_ordinary(factor: float) -> bool:
-    """Whether a factor may move to another value: nothing overflows or vanishes there that does not where it stands,
-    but for entries that are near the limits of their dtype themselves."""
+    """Whether a factor may move to another value. That makes nothing overflow or vanish, except entries that are near
+    the limits of their dtype already."""
     return 1 / LARGEST_FACTOR <= abs(factor) <= LARGEST_FACTOR
 
 
@@ -95,7 +95,7 @@ def number_factor(node: Node, operand: Node) -> float | None:
     divides = op_name(node).startswith("aten::div")
     if divides and args["self"] is not operand:
         return None
-    if other == 0 or not is_ordinary(other):
+    if not is_ordinary(other):
         return None
     return 1.0 / other if divides else float(other)
 

@@ -375,3 +375,25 @@ def test_complex_results_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Copy, "write", lambda self: self.model.inner[2].bias.data.add_(1.0))
     with pytest.raises(normfx.ConvertError, match="is off by"):
         normfx.convert(model, (torch.randn(4, 8, dtype=torch.float64),))
+
+
+class Twice(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(super().forward(x))
+
+
+def test_a_norm_that_norms_twice() -> None:
+    model = around(Twice(8, elementwise_affine=False))
+    with pytest.raises(normfx.ConvertError, match="computes more than a norm"):
+        normfx.convert(model, (torch.randn(4, 8, dtype=torch.float64),))
+
+
+def test_hooks_of_state_dicts() -> None:
+    """They know the module that they were made for; the copy's weights can be loaded."""
+    model = around(nn.LayerNorm(8))
+    model[1].register_load_state_dict_pre_hook(lambda *args: None)
+    model[1].register_full_backward_hook(lambda *args: None)
+    converted = normfx.convert(model, (torch.randn(4, 8, dtype=torch.float64),))
+    assert norms(converted) == {"RMSNorm": 1}
+    converted.load_state_dict(converted.state_dict())
+    assert len(converted[1]._backward_hooks) == 1 and converted[1]._is_full_backward_hook

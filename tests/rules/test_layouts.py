@@ -12,6 +12,7 @@ from branch_nets import Drawn, decided
 from equivalence import transformed
 from torch import Tensor, nn
 
+from normfx.graph.nodes import memory_order
 from normfx.rules.fold_batch_norm import moved
 
 LAST = torch.channels_last
@@ -101,3 +102,46 @@ def test_drawn(seed: int) -> None:
     if draw.random() < 0.3:
         x = x.contiguous(memory_format=LAST)
     same(model, x, {"fold": "cached", "merge_kernels": "any"})
+
+
+def _normed(x: Tensor) -> Tensor:
+    """A LayerNorm over the channels, written out."""
+    x = x - x.mean(1, keepdim=True)
+    return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-5)
+
+
+class Channels(nn.Module):
+    """A norm over the channels of something that is stored channels last, or of layers in a row that lose this."""
+
+    def __init__(self, case: str, view: bool) -> None:
+        super().__init__()
+        self.case, self.view = case, view
+        self.wide, self.narrow, self.read = C(4, 32, 3, padding=1), C(32, 4, 1), C(4, 4, 1)
+        if case == "in a row":
+            self.narrow.to(memory_format=LAST)
+
+    def forward(self, x: Tensor) -> Tensor:
+        match self.case:
+            case "in a row":
+                x = self.narrow(self.wide(x))
+            case "to":
+                x = self.read(x).to(memory_format=LAST)
+            case "contiguous":
+                x = self.read(x).contiguous(memory_format=LAST)
+        y = _normed(x)
+        out: Tensor = y.permute(0, 2, 3, 1).view(-1, 4) if self.view else self.read(y)
+        return out
+
+
+@pytest.mark.parametrize("view", [False, True])
+@pytest.mark.parametrize("case", ["in a row", "to", "contiguous"])
+def test_norms_over_channels(case: str, view: bool) -> None:
+    torch.manual_seed(0)
+    same(Channels(case, view), torch.randn(2, 4, 7, 6), {"fold": "cached"})
+
+
+def test_order_in_memory() -> None:
+    assert memory_order(torch.eye(3).to_sparse()) is None
+    assert memory_order(torch.ones(2, 3, 4).permute(2, 0, 1)) == (1, 2, 0)
+    assert memory_order(torch.ones(3).expand(2, 3)) is None
+    assert memory_order(torch.ones(0, 3, 4).transpose(1, 2)) == (0, 1, 2)

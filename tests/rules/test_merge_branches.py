@@ -300,3 +300,24 @@ def test_chains_of_numbers() -> None:
     """Each of them is ordinary; what the term has in all may not be."""
     model = Sum(lambda x, a, b: torch.relu(((a(x) * 1e-5) * 1e-5 * 1e-5) + b(x)), nn.Linear(8, 8), nn.Linear(8, 8))
     assert run(model, rows(3, 8)) == []
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_another_term_that_is_written(written: bool) -> None:
+    """A sum that loses a term is read as its other term, which holds something else once it is written."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, z: Tensor) -> Tensor:
+            total = self.first(x) + z
+            if written:
+                z.add_(1.0)
+            return torch.relu(self.second(x) + total)
+
+    model, x, z = Net().double().requires_grad_(False), rows(3, 8).double(), rows(3, 8).double()
+    out, report = transformed(model, (x, z.clone()), ALL)
+    torch.testing.assert_close(out, model(x, z.clone()))
+    assert decided(report) == ["mutated" if written else "applied"]

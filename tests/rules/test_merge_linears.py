@@ -204,3 +204,54 @@ def test_no_features(fold: str) -> None:
     outputs, report = transformed(model, (x,), {"fold": fold})
     assert not any(merged(report))
     torch.testing.assert_close(outputs, model(x))
+
+
+SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
+    "zeros like": torch.zeros_like,
+    "expanded as": lambda h: torch.ones((), dtype=h.dtype).expand_as(h),
+    "number of entries": lambda h: torch.ones((), dtype=h.dtype) * h.numel(),
+    "features": lambda h: torch.ones(h.shape[-1], dtype=h.dtype),
+    "rows": lambda h: torch.ones(h.shape[0], dtype=h.dtype),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("case", SHAPES)
+def test_what_reads_the_shape_between(case: str, dynamic: bool) -> None:
+    first, second = nn.Linear(8, 32), nn.Linear(32, 8)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = first, second
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            h = self.first(x)
+            return self.second(h), SHAPES[case](h)
+
+    model, x = Net().double().requires_grad_(False), rows(5, 8)
+    torch._dynamo.reset()
+    backend = EagerBackend({"fold": "cached"})
+    out = torch.compile(model, backend=backend, dynamic=dynamic)(x.double())
+    torch.testing.assert_close(out, model(x.double()))
+    assert merged(backend.report) == [case not in ("zeros like", "expanded as")]
+
+
+@pytest.mark.parametrize("ambient", [False, True])
+def test_a_region_without_autocast(ambient: bool) -> None:
+    """The caller's autocast does not hold in it."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.other = nn.Linear(8, 32), nn.Linear(32, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", enabled=False):
+                return self.second(self.first(x)) + self.other(x)
+
+    model, x = Net().requires_grad_(False), rows(5, 8).float()
+    with torch.autocast("cpu", torch.bfloat16, enabled=ambient):
+        out, report = transformed(model, (x,), {"fold": "cached", "merge_kernels": "any"})
+        torch.testing.assert_close(out, model(x))
+    assert out.dtype == torch.float32 and any(site.rules for site in report.composed)
