@@ -66,10 +66,18 @@ class Surgery:
         return self.stored.get(call, call)
 
     def keep_layout(self, node: Node, wanted: Tensor) -> None:
-        """Compute a changed call's fake value anew; what reads the call finds the layout of `wanted`, as before."""
-        with torch.autocast(tensor(node).device.type, enabled=False):  # the caller's does not hold here
-            node.meta["val"] = fake_result(node.target, node.args, node.kwargs)
+        """What reads a layer with another weight finds the fake value `wanted`, and its layout, as before.
+
+        The result of a linear is stored row by row whatever its operands are, that of a convolution as they are.
+        """
         self.stored.pop(node, None)
+        node.meta["val"] = wanted
+        args = arguments(node)
+        channels = args["groups"] * shape(args["weight"])[1] if "groups" in args else None
+        if channels is None or channels != shape(args["input"])[1]:  # rows whose width changes later (resize.py)
+            return
+        with torch.autocast(wanted.device.type, enabled=False):  # the caller's does not hold here
+            node.meta["val"] = fake_result(node.target, node.args, node.kwargs)
         readers = list(node.users)
         with self.graph.inserting_before(node.next):
             copy = self.stored_as(node, wanted, node)
