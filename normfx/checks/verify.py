@@ -131,7 +131,7 @@ def _check_rerun(node: Node, mode: FakeTensorMode, stage: str) -> None:
             continue
         if old.dtype != new.dtype or old.device != new.device or not _same_shape(old, new):
             raise _fail(stage, node, _describe(new), _describe(old))
-        # what torch recorded is right; and attention stores its result as the kernel does that the gradient mode chooses
+        # what torch recorded is right, and attention stores its result as the kernel of a gradient mode does
         orders = memory_order(old), memory_order(new)
         if orders[0] != orders[1] and None not in orders and stage != "capture" and "attention" not in str(node.target):
             raise _fail(stage, node, f"dimensions in memory in the order {orders[1]}", orders[0])
