@@ -17,7 +17,7 @@ from normfx.errors import OptionError
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of <malloc.h>
 
 MAPPED = 2**25
-"""The largest value of glibc's mmap threshold, in bytes: every larger block is mapped anew."""
+"""glibc maps every block of more than so many bytes by itself, and unmaps it when it is freed."""
 
 RIVALS = ("jemalloc", "tcmalloc", "mimalloc")
 """Allocators that programs are started with instead of the C library's own (LD_PRELOAD)."""

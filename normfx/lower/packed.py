@@ -109,7 +109,7 @@ def pack_linears(
 
 
 def unpack(gm: GraphModule, packed: Node) -> None:
-    """Let the linear layers by a packed weight multiply by the weight itself again, in place; other nodes stay."""
+    """Replace the products by a packed weight by products with the weight itself, in place; other nodes stay."""
     weight, out = packed.args[:2]
 
     def plain(product: Node) -> tuple[OpOverload, tuple[Any, ...]]:

@@ -59,7 +59,11 @@ def claims_size(size: T, weight: Node, values: Mapping[Node, Tensor], known: Mut
 
 
 class PackedProduct(NamedTuple):
-    """A product as it becomes. pack: arguments of the call that packs; rest: those of the product after its bias"""
+    """The operands of a product by a packed weight.
+
+    pack: the arguments of the call that packs the weight
+    rest: the arguments of the product that follow its bias
+    """
 
     x: Node
     pack: tuple[Any, ...]
@@ -100,7 +104,7 @@ def pack_products(
 
 
 def unpack_products(gm: GraphModule, packed: Node, plain: Callable[[Node], tuple[OpOverload, tuple[Any, ...]]]) -> None:
-    """Let the products by a packed weight multiply by the weight itself again, in place; other nodes stay.
+    """Replace the products by a packed weight by products with the weight itself, in place; other nodes stay.
 
     plain: the op and the arguments that compute what a product does
     """

@@ -109,7 +109,7 @@ def test_another_malloc_is_noticed(tmp_path: object) -> None:
 
 @glibc
 def test_the_report_says_where_it_pays() -> None:
-    """Of the largest result alone, in explain and in what is compiled; not once the memory is kept."""
+    """The report names the largest result, for a model that is explained or compiled, until the memory is kept."""
     code = """
 import torch
 import normfx

@@ -115,7 +115,7 @@ def test_batch_norm_formula_is_what_the_ops_compute(shape: tuple[int, ...]) -> N
 
 
 def test_folds_of_channels_are_rounded_once() -> None:
-    """In float32 a fold has the error of one rounding: s, the product and the sum are computed in float64."""
+    """Folds of channels compute s, the product and the sum in float64: in float32 they have the error of one rounding."""
     torch.manual_seed(0)
     weight, bias, gamma, beta, mean = (torch.randn(s) for s in ((64, 32), 64, 64, 64, 64))
     var = torch.rand(64)
