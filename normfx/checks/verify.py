@@ -14,13 +14,15 @@ from normfx.compat import pytree
 from normfx.compat.operators import HigherOrderOperator, OpOverload, schema
 from normfx.compat.tensors import FakeTensor, FakeTensorMode
 from normfx.errors import VerifyError
-from normfx.graph.nodes import memory_order
+from normfx.graph.nodes import memory_order, op_name
 from normfx.graph.opaque import is_foreign_op
 from normfx.graph.regions import acts_on_autograd, attribute, carried, is_mode_switch, replayed_modes
 from normfx.graph.views import operands, run_again, shared
 
 _SCALAR_MODULES = frozenset({math.__name__, operator.__name__, "_operator", "builtins"})
 
+_STORED_BY_MODE = frozenset({"aten::scaled_dot_product_attention"})
+"""Ops whose kernel, and with it the layout of the result, the gradient mode chooses: they are run again without it."""
 
 Checked = dict[Node, tuple[Any, ...]]
 """Nodes that agreed with what they compute, and all that this depended on."""
@@ -131,9 +133,8 @@ def _check_rerun(node: Node, mode: FakeTensorMode, stage: str) -> None:
             continue
         if old.dtype != new.dtype or old.device != new.device or not _same_shape(old, new):
             raise _fail(stage, node, _describe(new), _describe(old))
-        # what torch recorded is right, and attention stores its result as the kernel of a gradient mode does
         orders = memory_order(old), memory_order(new)
-        if orders[0] != orders[1] and None not in orders and stage != "capture" and "attention" not in str(node.target):
+        if orders[0] != orders[1] and None not in orders and op_name(node) not in _STORED_BY_MODE:
             raise _fail(stage, node, f"dimensions in memory in the order {orders[1]}", orders[0])
     given = operands(node)
     if shared(again, given) and not shared(recorded, given):

@@ -97,10 +97,16 @@ def _compare(model: nn.Module, copied: nn.Module, args: tuple[Any, ...], kwargs:
             raise ConvertError(f"normfx.convert: the {what} does not run ({type(error).__name__}: {error})") from error
     wanted, found = results
     for want, got in zip(wanted, found, strict=True):
+        if isinstance(want, torch.Tensor) and (want.shape, want.dtype) != (got.shape, got.dtype):
+            raise ConvertError(f"normfx.convert: an output of the copy is {_kind(got)}, not {_kind(want)}")
         if isinstance(want, torch.Tensor) and (want.is_floating_point() or want.is_complex()) and want.numel():
             off, size = (got - want).abs().max().item(), want.abs().max().item()
             if not off <= TOLERANCE.get(want.real.dtype, 0.1) * size:
                 raise ConvertError(f"normfx.convert: an output of the copy is off by {off:.2g}, of {size:.2g}")
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
 
 
 def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, shapes: Any) -> Captured:

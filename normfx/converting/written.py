@@ -17,8 +17,9 @@ from normfx.graph.names import module_path
 from normfx.graph.nodes import op_name, tensor
 from normfx.ir.form import Form
 from normfx.ir.fused_ops import CALLS, NormCall, norm_call
+from normfx.recognize.moves import RESHAPES
 
-SAME_ENTRIES = frozenset({"aten::contiguous", "aten::clone", "aten::alias", "aten::detach"})
+SAME_ENTRIES = RESHAPES | {"aten::contiguous", "aten::clone", "aten::alias", "aten::detach"}
 """Ops whose result has the entries of their operand, in order."""
 
 
@@ -120,10 +121,16 @@ class Copy:
     def _others(self, path: str) -> list[str]:
         """What the module of a norm computes of its input besides the norm."""
         used = self._used - self.places.known
-        inside = [n for n in used if n.op == "call_function" and module_path(n) == path and _is_tensor(n)]
-        others = (n for n in inside if n.target not in CALLS and op_name(n) not in SAME_ENTRIES)
-        again = (n for n in inside if n.target in CALLS and any(_entries_of(m) in inside for m in n.all_input_nodes))
-        return sorted({node.name for node in (*others, *again)})
+        inside = {n for n in used if n.op == "call_function" and module_path(n) == path and _is_tensor(n)}
+        others = {n for n in inside if n.target not in CALLS and op_name(n) not in SAME_ENTRIES}
+        others |= {n for n in inside if n.target in CALLS and any(_entries_of(m) in inside for m in n.all_input_nodes)}
+        reshapes = {n for n in inside if op_name(n) in RESHAPES}
+        if reshapes:  # rows stay rows, and what leaves has the shape of what entered
+            entering = {n for node in inside for n in node.all_input_nodes if n in used - inside and _is_tensor(n)}
+            leaving = {n for n in inside if not inside.issuperset(user for user in n.users if user in self._used)}
+            if len({_sizes(n) for n in (*entering, *leaving)}) > 1 or len({_sizes(n)[-1:] for n in inside}) > 1:
+                others |= reshapes
+        return sorted(node.name for node in others)
 
     @functools.cached_property
     def _used(self) -> set[Node]:
@@ -145,10 +152,15 @@ def _is_tensor(node: Node) -> bool:
     return isinstance(node.meta.get("val"), Tensor)
 
 
+def _sizes(node: Node) -> tuple[str, ...]:
+    """The sizes as text: comparing symbolic ones would add guards."""
+    return tuple(map(str, tensor(node).shape))
+
+
 def _entries_of(node: Node) -> Node:
-    """What a copy has its entries from."""
+    """The value that a copy or a reshape has its entries from."""
     while op_name(node) in SAME_ENTRIES:
-        (node,) = node.all_input_nodes
+        node = node.all_input_nodes[0]
     return node
 
 

@@ -164,6 +164,7 @@ class Edit:
         state = self.norm(norm)
         source = self.surgery.now(state.input)
         kind = "rms_norm" if state.centred else norm.form.kind
+        self.surgery.check_unwritten(source)
         norm.output.replace_all_uses_with(source)
         del self.norms[norm]  # it is not written again
         factors: dict[Node, Node] = {}

@@ -15,9 +15,13 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from normfx.compat.operators import OpOverload
+from normfx.errors import NormfxError
+from normfx.graph.aliasing import mutated
 from normfx.graph.calls import add_call, fake_result
 from normfx.graph.nodes import arguments, memory_order, op_name, shape, tensor, value
 from normfx.graph.order import Order
+from normfx.graph.shards import own_part
+from normfx.graph.views import run_again
 from normfx.ir.centring import accumulation_dtype
 from normfx.ir.sites import Linear
 
@@ -33,6 +37,7 @@ class Surgery:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.order = Order(graph)
+        self._written = mutated(graph)
         self.folded: dict[Node, torch.dtype] = {}
         self.replaced: dict[Node, Node] = {}
         self.stored: dict[Node, Node] = {}
@@ -51,8 +56,15 @@ class Surgery:
             yield
 
     def replace(self, old: Node, new: Node) -> None:
+        self.check_unwritten(new)
         self.replaced[old] = new
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+
+    def check_unwritten(self, node: Node) -> None:
+        """Raise NormfxError for a value that the model writes in place: a call that reads it where it read what was
+        computed from it reads it later, and may find what was written."""
+        if node in self._written:
+            raise NormfxError(f"normfx: '{node.name}' is written in place, and would be read later; please report it")
 
     def call(self, node: Node) -> Node:
         """The call that computes a node of the plan now."""
@@ -77,7 +89,7 @@ class Surgery:
         if channels is None or channels != shape(args["input"])[1]:  # rows whose width changes later (resize.py)
             return
         with torch.autocast(wanted.device.type, enabled=False):  # the caller's does not hold here
-            node.meta["val"] = fake_result(node.target, node.args, node.kwargs)
+            node.meta["val"] = run_again(node, own_part(wanted).fake_mode)
         readers = list(node.users)
         with self.graph.inserting_before(node.next):
             copy = self.stored_as(node, wanted, node)

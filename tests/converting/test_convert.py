@@ -327,7 +327,21 @@ MORE = {
     "flip": {"then": lambda y: y.flip(-1)},
     "a little": {"then": lambda y: y + 1e-9},
     "a mask": {"then": lambda y: torch.where(y > 1e6, 0.0, y)},
+    "other rows": {"before": lambda x: x.reshape(-1, 2, 8), "then": lambda y: y.reshape(-1, 8)},
 }
+RESHAPED = {
+    "rows": {"before": lambda x: x.reshape(-1, 8), "then": lambda y: y.view(2, -1, 8)},
+    "one more": {"before": lambda x: x.unsqueeze(0), "then": lambda y: y.squeeze(0)},
+    "a copy": {"before": lambda x: x.clone(), "then": lambda y: y.contiguous()},
+}
+
+
+@pytest.mark.parametrize("case", RESHAPED)
+def test_a_norm_that_reshapes(case: str) -> None:
+    model, x = around(Guarded(**RESHAPED[case])), torch.randn(2, 4, 8, dtype=torch.float64)
+    converted = normfx.convert(model, (x,))
+    assert norms(converted) == {"RMSNorm": 1}
+    torch.testing.assert_close(converted(x), model(x), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("hook", [False, True])
@@ -344,7 +358,7 @@ def test_a_norm_that_does_more(case: str, hook: bool) -> None:
             else:
                 model[1].register_forward_hook(lambda _, args, out, do=do: do(out))
     with pytest.raises(normfx.ConvertError, match="'1' computes more than a norm"):
-        normfx.convert(model, (torch.randn(4, 8, dtype=torch.float64),))
+        normfx.convert(model, (torch.randn(2, 4, 8, dtype=torch.float64),))
 
 
 def test_hooks_stay() -> None:

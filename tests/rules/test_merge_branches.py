@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from branch_nets import Adapted, Drawn, Rows, decided
+from branch_nets import Adapted, Drawn, Rows, Written, decided
 from equivalence import assert_same_float64, transformed
 from rule_test import RuleTest, moved, rows
 from torch import Tensor, nn
@@ -321,3 +321,16 @@ def test_another_term_that_is_written(written: bool) -> None:
     out, report = transformed(model, (x, z.clone()), ALL)
     torch.testing.assert_close(out, model(x, z.clone()))
     assert decided(report) == ["mutated" if written else "applied"]
+
+
+@pytest.mark.parametrize("first", [0, 12, 24])
+def test_drawn_sums_with_writes(first: int) -> None:
+    """Some are merged, and some refused since another term is written."""
+    said: set[str] = set()
+    for seed in range(first, first + 12):
+        model, x, z = Written(seed).double().requires_grad_(False), rows(2, 4, 5, 5).double(), rows(2, 4, 5, 5).double()
+        given, written = z.clone(), z.clone()
+        found, report = transformed(model, (x, given), ALL)
+        torch.testing.assert_close((found, given), (model(x, written), written), rtol=1e-11, atol=1e-11)
+        said.update(code for codes in decided(report) for code in codes.split(", "))
+    assert said >= {"applied", "mutated"}

@@ -86,6 +86,34 @@ class Drawn(nn.Module):
         return torch.relu(parts[0]), again
 
 
+class Written(nn.Module):
+    """A random sum, some terms of which are another input, or a view of it, that is written between the other terms."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        draw = random.Random(seed)
+        self.layers = nn.ModuleList(nn.Conv2d(CHANNELS, CHANNELS, 1) for _ in range(draw.randint(2, 4)))
+        self.steps = ["layer"] * len(self.layers) + draw.choices(("add", "add view", "write", "write view"), k=3)
+        draw.shuffle(self.steps)
+        moved(self, seed)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        layers, total = iter(self.layers), torch.zeros_like(x)
+        for step in self.steps:
+            match step:
+                case "layer":
+                    total = next(layers)(x) + total
+                case "add":
+                    total = total + z
+                case "add view":
+                    total = z.view_as(z) - total
+                case "write":
+                    z.mul_(2.0)
+                case _:
+                    z[0].add_(1.0)
+        return torch.relu(total)
+
+
 class Adapted(nn.Module):
     """A linear and a low-rank one next to it, as `adapter(layer(x))` of LoRA is computed."""
 
