@@ -93,12 +93,13 @@ class Written(nn.Module):
         super().__init__()
         draw = random.Random(seed)
         self.layers = nn.ModuleList(nn.Conv2d(CHANNELS, CHANNELS, 1) for _ in range(draw.randint(2, 4)))
-        self.steps = ["layer"] * len(self.layers) + draw.choices(("add", "add view", "write", "write view"), k=3)
+        self.steps = ["layer"] * (len(self.layers) - 1) + draw.choices(("add", "add view", "write", "write view"), k=3)
         draw.shuffle(self.steps)
         moved(self, seed)
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        layers, total = iter(self.layers), torch.zeros_like(x)
+        layers = iter(self.layers)
+        total = next(layers)(x)
         for step in self.steps:
             match step:
                 case "layer":
