@@ -31,6 +31,7 @@ from normfx.graph.recompute import keep_folds
 from normfx.logs import say
 from normfx.lower import choice
 from normfx.lower.affordable import beyond, rooms
+from normfx.lower.attention import start_attention, with_attention
 from normfx.lower.folded import Compiled, compile_folded, is_frozen
 from normfx.lower.hoist import Folding
 from normfx.lower.inductor import check_options, compile_graph, inductor_options
@@ -89,6 +90,7 @@ def normfx(
     try:
         settings = parse(options, mode)
         patches = with_products(inductor_options(settings.mode, settings.inductor), settings.products)
+        patches = with_attention(patches, settings.attention)
         if settings.lowering == "triton" and not torch.cuda.is_available():
             warn_once(
                 "normfx: lowering='triton' has no effect here: the generated kernels run on CUDA devices, and torch "
@@ -107,6 +109,8 @@ def _compile(
     freezes = is_frozen(settings.fold, patches)
     if settings.fold != "live":
         start_native_library()
+    if settings.attention != "aten":
+        start_attention(gm.graph)
     ready, why = together(gm, repr(settings), lambda joined: transform(gm, example_inputs, settings, freezes, joined))
     if why:
         warn_once(f"normfx: what several processes compute together is left as it is: {why}")

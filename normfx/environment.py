@@ -31,5 +31,5 @@ def environment(settings: Options | None = None) -> dict[str, str]:
     }
     if settings is not None:
         found["rules"] = ", ".join(settings.rules) or "none"
-        found |= {name: getattr(settings, name) for name in ("fold", "lowering", "products")}
+        found |= {name: getattr(settings, name) for name in ("fold", "lowering", "products", "attention")}
     return found

@@ -20,13 +20,14 @@ RULE_OPTIONS = {key: values for rule in RULES for key, values in rule.options.it
 FOLDS = ("auto", "live", "cached", "frozen")
 LOWERINGS = ("auto", "triton", "inductor")
 PRODUCTS = ("auto", "aten", "onednn")
+ATTENTIONS = ("auto", "aten", "normfx")
 MALLOCS = ("default", "keep")
 VARIABLES = (
     "NORMFX_RULES", "NORMFX_DEBUG", "NORMFX_VERIFY", "NORMFX_STRICT", "NORMFX_FOLD_MEMORY", "NORMFX_MALLOC",
 )  # fmt: skip
 KEYS = (
-    "rules", "fold", "fold_memory", "lowering", "products", *RULE_OPTIONS, "malloc", "strict", "verify", "inductor",
-    "mode",
+    "rules", "fold", "fold_memory", "lowering", "products", "attention", *RULE_OPTIONS, "malloc", "strict", "verify",
+    "inductor", "mode",
 )  # fmt: skip
 
 
@@ -47,6 +48,8 @@ class Options:
     products:  which library multiplies float32 matrices on the CPU where a weight is not packed, in training above all:
                "aten" is torch's own choice; "onednn" takes oneDNN for all of them; "auto" the one that is faster for
                their shapes on this machine
+    attention: what computes attention on the CPU in float32 and bfloat16: "aten" is torch's own kernel; "normfx" takes
+               the one of normfx wherever it can; "auto" the one that is faster for their shapes on this machine
     rule_options: the rules' own options, by name, all of them (see docs/options.md)
     malloc:    "keep": the process keeps the memory that it frees, for the next call (glibc only; normfx.allocator)
     strict:    raise when a stage of normfx fails, instead of compiling the untouched graph
@@ -62,6 +65,7 @@ class Options:
     fold_memory: int | None = None
     lowering: str = "auto"
     products: str = "auto"
+    attention: str = "auto"
     rule_options: Mapping[str, str] = field(default_factory=lambda: {key: v[0] for key, v in RULE_OPTIONS.items()})
     malloc: str = "default"
     strict: bool = False
@@ -101,6 +105,7 @@ class Options:
             fold_memory=_memory(given, env),
             lowering=_choice(given, "lowering", LOWERINGS),
             products=_choice(given, "products", PRODUCTS),
+            attention=_choice(given, "attention", ATTENTIONS),
             rule_options={key: _choice(given, key, values) for key, values in RULE_OPTIONS.items()},
             malloc=_choice(_overridden(given, "malloc", env, "NORMFX_MALLOC"), "malloc", MALLOCS),
             strict=_flag(given, "strict") or _env_flag(env, "NORMFX_STRICT"),

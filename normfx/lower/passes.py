@@ -54,3 +54,10 @@ class LastPass(CustomGraphPass):
 def digest(*modules: ModuleType | None) -> str:
     """Return a digest of the modules' sources: what tells one version of a pass from another."""
     return hashlib.sha256("".join(inspect.getsource(module) for module in modules if module).encode()).hexdigest()
+
+
+def hinted(size: Any) -> int | None:
+    """A size, or the one that a symbol had when the graph was traced."""
+    if isinstance(size, int):
+        return size
+    return int(size.node.hint) if size.node.has_hint() else None

@@ -22,7 +22,7 @@ from torch.fx import Graph, Node
 from normfx.ir.ops import define
 from normfx.lower import rates
 from normfx.lower.gemm import onednn_works
-from normfx.lower.passes import HOOK, LastPass, digest, setting
+from normfx.lower.passes import HOOK, LastPass, digest, hinted, setting
 from normfx.lower.rates import Product
 
 LEAST = 2**26
@@ -130,7 +130,7 @@ def _product(node: Node, dtype: torch.dtype) -> Product | None:
         return None
     if _overlaps(a) or _overlaps(b):
         return None
-    rows, inner, columns = _hint(a.shape[0]), _hint(a.shape[1]), _hint(b.shape[1])
+    rows, inner, columns = hinted(a.shape[0]), hinted(a.shape[1]), hinted(b.shape[1])
     if rows is None or inner is None or columns is None:
         return None
     read = rows <= rates.FEW_ROWS and inner * columns >= LEAST_READ
@@ -139,17 +139,10 @@ def _product(node: Node, dtype: torch.dtype) -> Product | None:
     return Product(rows, inner, columns, _is_transposed(a), _is_transposed(b))
 
 
-def _hint(size: Any) -> int | None:
-    """The size, or the one that a symbol had when the graph was traced."""
-    if isinstance(size, int):
-        return size
-    return int(size.node.hint) if size.node.has_hint() else None
-
-
 def _overlaps(matrix: Tensor) -> bool:
     """Whether entries share memory, as those of windows over a vector do: oneDNN takes no such matrix. It
     takes one row, or one column, that stands for all."""
-    rows, columns, down, right = (_hint(number) or 0 for number in (*matrix.shape, *matrix.stride()))
+    rows, columns, down, right = (hinted(number) or 0 for number in (*matrix.shape, *matrix.stride()))
     return 1 not in (rows, columns) and down < right * columns and right < down * rows
 
 

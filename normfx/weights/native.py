@@ -5,11 +5,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-import os
-import threading
 from importlib import resources
 
-from normfx.compat.codecache import load_cpp
+from normfx.compat.codecache import CppLibrary, Signature
 
 log = logging.getLogger("normfx")
 
@@ -18,7 +16,7 @@ _VOID, _COUNT = ctypes.c_void_p, ctypes.c_int64
 _SOURCES = "pages.cpp", "files.cpp", "memory.cpp"
 """Compiled as one, in this order."""
 
-_SIGNATURES = {
+_SIGNATURES: dict[str, Signature] = {
     "normfx_watches_pages": (_COUNT, []),
     "normfx_allow_pages": (None, [_COUNT]),
     "normfx_watch": (_VOID, [_VOID, _VOID, _VOID, _COUNT]),
@@ -28,44 +26,29 @@ _SIGNATURES = {
     "normfx_blocks": (_COUNT, [_COUNT]),
 }
 
-_loading = threading.Lock()
+
+def _source() -> str:
+    folder = resources.files("normfx.weights")
+    return "\n".join(folder.joinpath(name).read_text(encoding="utf-8") for name in _SOURCES)
 
 
-def _new_lock() -> None:
-    """Gives a forked child its own lock: a thread of the parent may have held the old one."""
-    global _loading
-    _loading = threading.Lock()
+def _without(error: Exception) -> None:
+    log.warning("normfx: folded weights are computed at every call, because no C++ code can be compiled: %s", error)
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_new_lock)
+# calls keep the interpreter's lock: they are short, and no other thread may free what they read
+_LIBRARY = CppLibrary("normfx-memory", _source, _SIGNATURES, ctypes.PyDLL, _without)
 
 
 def start_native_library() -> None:
     """Begins to compile or load the C++ functions while Inductor compiles the graph."""
-    threading.Thread(target=native_library, name="normfx-memory", daemon=True).start()
+    _LIBRARY.start()
 
 
 def native_library() -> ctypes.PyDLL | None:
-    """The C++ functions; compiling them takes 3 s on a new machine. None where no C++ compiler works."""
-    with _loading:
-        return _load()
-
-
-@functools.cache
-def _load() -> ctypes.PyDLL | None:
-    folder = resources.files("normfx.weights")
-    source = "\n".join(folder.joinpath(name).read_text(encoding="utf-8") for name in _SOURCES)
-    try:
-        # calls keep the interpreter's lock: they are short, and no other thread may free what they read
-        library = load_cpp(source)
-    except Exception as error:  # any compiler trouble: values are then computed at every call
-        log.warning("normfx: folded weights are computed at every call, because no C++ code can be compiled: %s", error)
-        return None
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
-    return library
+    """The C++ functions; compiling them takes 3 s on a new machine. None where no C++ compiler works: values are then
+    computed at every call."""
+    return _LIBRARY.get()
 
 
 @functools.cache

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from marks import Marks
+from measuring import another_process, fresh_measurements
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 from torch.fx import GraphModule
@@ -29,18 +29,8 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 
 
 @pytest.fixture(autouse=True)
-def _folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Keep what is measured out of the user's cache."""
-    monkeypatch.setattr(measurements, "cache_dir", lambda: str(tmp_path))
-    another_process(monkeypatch)
-    yield
-
-
-def another_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on it is another process, which has the machine to itself."""
-    monkeypatch.setattr(measurements, "_known", {})
-    monkeypatch.setattr(measurements, "_asked", set())
-    monkeypatch.setattr(measurements, "_seconds_waited", lambda: 0.0)
+def _folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fresh_measurements(monkeypatch, tmp_path)
 
 
 def traced(body: Any, *inputs: Any) -> GraphModule:

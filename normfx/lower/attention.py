@@ -1,0 +1,236 @@
+"""Attention on the CPU by a C++ kernel of normfx (attention.cpp), where this machine runs it faster than torch's.
+
+torch multiplies the blocks of scores by the BLAS library it was built with, in blocks of 512 keys, and computes masked
+blocks too. The kernel multiplies in registers of the widest vectors that there are, skips keys that come after all
+queries of a block, and adds in float32 whatever the operands are. `scaled_dot_product_attention` becomes
+`_scaled_dot_product_flash_attention_for_cpu` under AOTAutograd, and so does attention that is written as products and a
+softmax, where Inductor finds it; the pass replaces that op, after all of Inductor's own passes.
+
+Which of both is faster is measured once for each class of shapes, and kept for other processes (measurements.py).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, library
+from torch.fx import Graph, Node
+
+from normfx.compat.attention import attend, empty_results, flash
+from normfx.compat.codecache import CppLibrary
+from normfx.compat.tracing import disable_current_modes
+from normfx.graph.nodes import arguments
+from normfx.ir.ops import define
+from normfx.lower import gemm, measurements
+from normfx.lower.passes import HOOK, LastPass, digest, hinted, setting
+
+log = logging.getLogger("normfx")
+
+FILE = "attention"
+
+MARGIN = 1.05
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+MOST = 2**31
+"""Floating-point operations of the largest call that is measured."""
+
+
+class _View(ctypes.Structure):
+    """Where a tensor's entries lie: its address, and the strides of sequences, heads and tokens."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("data", "sequence", "head", "token")]
+
+
+class _Call(ctypes.Structure):
+    """What the kernel is given; fields as in attention.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("sequences", "heads", "key_heads", "queries", "keys", "width", "wide")),
+        *((name, _View) for name in ("q", "k", "v", "out", "mask")),
+        *((name, ctypes.c_int64) for name in ("mask_entry", "mask_is_float", "causal", "threads")),
+        ("sums", _View),
+        ("scale", ctypes.c_double),
+    ]
+
+
+def _source() -> str:
+    return resources.files("normfx.lower").joinpath("attention.cpp").read_text(encoding="utf-8")
+
+
+def _without(error: Exception) -> None:
+    log.warning("normfx: attention is left to torch, because no C++ code can be compiled: %s", error)
+
+
+# calls let go of the interpreter's lock: they take milliseconds, and the tensors are the caller's
+_LIBRARY = CppLibrary(
+    "normfx-attention",
+    _source,
+    {"normfx_attention": (ctypes.c_int64, [ctypes.c_void_p, ctypes.c_int64])},
+    ctypes.CDLL,
+    _without,
+)
+
+
+def start_attention(graph: Graph) -> None:
+    """Begins to compile or load the kernel where a graph may need it, while Inductor compiles the graph."""
+    if any("attention" in str(node.target) or "softmax" in str(node.target) for node in graph.nodes):
+        _LIBRARY.start()
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """Output and log Σ exp of the scores, in the strides of torch's op; by torch's op where the kernel cannot."""
+    native = _LIBRARY.get()
+    if native is None or not _runs(query, key, value, mask, causal):
+        return attend(query, key, value, mask, causal, scale)
+    sequences, heads, queries, width = query.shape
+    keys = key.shape[2]
+    result, sums = empty_results(query)
+    out = result if result.stride(3) == 1 else torch.empty(query.shape, dtype=query.dtype, device="cpu")
+    q, k, v = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (query, key, value))
+    if mask is not None:
+        mask = mask.expand(sequences, heads, queries, keys)
+    call = _Call(
+        sequences, heads, key.shape[1], queries, keys, width, value.shape[3],
+        _view(q), _view(k), _view(v), _view(out), _View() if mask is None else _view(mask),
+        0 if mask is None else mask.stride(3), mask is not None and mask.dtype == torch.float32,
+        causal, torch.get_num_threads(), _view(sums), width**-0.5 if scale is None else scale,
+    )  # fmt: skip
+    if native.normfx_attention(ctypes.byref(call), query.dtype == torch.float32):
+        raise MemoryError("normfx: attention got no memory for its packed operands")
+    return (result if out is result else result.copy_(out)), sums
+
+
+def _view(tensor: Tensor) -> _View:
+    return _View(tensor.data_ptr(), *tensor.stride()[:3])
+
+
+def _runs(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> bool:
+    """Whether the kernel computes what torch's op computes; sizes that are symbols count as they were traced."""
+    operands = query, key, value
+    if any(t.dtype != query.dtype or t.ndim != 4 or t.device.type != "cpu" for t in operands):
+        return False
+    if mask is not None and (causal or mask.dtype not in (torch.float32, query.dtype) or mask.device.type != "cpu"):
+        return False
+    q, k, v = ([hinted(size) for size in t.shape] for t in operands)
+    if query.dtype not in DTYPES or not all((*q, *k, *v)):
+        return False
+    return k[:3] == v[:3] and (q[0], q[3]) == (k[0], k[3]) and v[3] == q[3] and cast(int, q[1]) % cast(int, k[1]) == 0
+
+
+def _fake(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    return empty_results(query)
+
+
+ATTENTION = define(
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool causal, float? scale) -> (Tensor, Tensor)",
+    _attention,
+    "CPU",
+    (torch.Tag.flexible_layout,),
+)
+library.register_fake(ATTENTION, _fake)
+
+
+class Shapes(NamedTuple):
+    """What decides how long attention takes. heads: those of all sequences together."""
+
+    bfloat16: bool
+    heads: int
+    queries: int
+    keys: int
+    width: int
+    causal: bool
+    masked: bool
+
+
+def with_attention(patches: Mapping[str, Any], attention: str = "auto") -> dict[str, Any]:
+    """Inductor's config patches, with the pass after those that they have; unchanged where attention is "aten".
+
+    attention: "auto", "aten" or "normfx", as in normfx.options
+    """
+    if attention == "aten":
+        return dict(patches)
+    return {**patches, HOOK: FasterAttention(attention == "auto", setting(patches, HOOK))}
+
+
+class FasterAttention(LastPass):
+    """Replaces torch's attention by the kernel.
+
+    measured: only where this was measured to be faster
+    """
+
+    def __init__(self, measured: bool, first: Any = None) -> None:
+        super().__init__(first)
+        self.measured = measured
+
+    def change(self, graph: Graph) -> None:
+        for node in graph.find_nodes(op="call_function", target=flash()):
+            shapes = _shapes(node)
+            if shapes is None or _LIBRARY.get() is None or (self.measured and not is_faster(shapes)):
+                continue
+            given = arguments(node)
+            names = ("query", "key", "value", "attn_mask", "is_causal", "scale")
+            node.args, node.kwargs, node.target = tuple(given[name] for name in names), {}, ATTENTION
+
+    def key(self) -> tuple[Any, ...]:
+        return digest(inspect.getmodule(FasterAttention)), self.measured
+
+
+def _shapes(node: Node) -> Shapes | None:
+    """The sizes of attention that the kernel can compute, or those that symbols had when the graph was traced."""
+    given = arguments(node)
+    operands: Sequence[Any] = [given[name] for name in ("query", "key", "value", "attn_mask")]
+    values: list[Any] = [each.meta.get("val") if isinstance(each, Node) else None for each in operands]
+    query, key, value, mask = values
+    if given["dropout_p"] != 0.0 or not all(isinstance(each, Tensor) for each in values[:3]):
+        return None
+    if not _runs(query, key, value, mask, given["is_causal"]):
+        return None
+    sequences, heads, queries, width = (cast(int, hinted(size)) for size in query.shape)
+    keys, bfloat16 = cast(int, hinted(key.shape[2])), query.dtype == torch.bfloat16
+    return Shapes(bfloat16, sequences * heads, queries, keys, width, bool(given["is_causal"]), mask is not None)
+
+
+def is_faster(shapes: Shapes) -> bool:
+    """Whether the kernel beats torch's attention at shapes of this class, by MARGIN."""
+    of_class = _class(shapes)
+    key = " ".join(map(str, map(int, of_class)))
+    torch_s, own = measurements.least(FILE, key, lambda: _measure(of_class), processes=1)
+    return torch_s / own >= MARGIN
+
+
+def _class(shapes: Shapes) -> Shapes:
+    """Sizes rounded to powers of two; beyond MOST fewer heads, then fewer queries and keys, as fast for their size."""
+    heads, queries, keys, width = (1 << round(math.log2(size)) for size in shapes[1:5])
+    while 4 * heads * queries * keys * width > MOST:
+        if heads > 8:
+            heads //= 2
+        elif queries >= keys:
+            queries //= 2
+        else:
+            keys //= 2
+    return shapes._replace(heads=heads, queries=queries, keys=keys, width=width)
+
+
+def _measure(shapes: Shapes) -> measurements.Pair:
+    """Seconds of torch's attention and of the kernel, on operands as they come: views of one matrix of tokens."""
+    dtype = torch.bfloat16 if shapes.bfloat16 else torch.float32
+    with disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+        rows = max(shapes.queries, shapes.keys)
+        whole = torch.ones(1, rows, 3, shapes.heads, shapes.width, dtype=dtype, device="cpu")
+        query, key, value = (part.transpose(1, 2) for part in whole.unbind(2))
+        query, key, value = query[:, :, : shapes.queries], key[:, :, : shapes.keys], value[:, :, : shapes.keys]
+        mask = torch.zeros(1, 1, shapes.queries, shapes.keys, dtype=dtype, device="cpu") if shapes.masked else None
+        rest = (query, key, value, mask, shapes.causal, None)
+        return gemm.best(lambda: attend(*rest), lambda: _attention(*rest))
