@@ -55,6 +55,13 @@ inline Vector load(const float* at) {
     return v;
 }
 
+// 32 bits in each lane. Not `all`: numbers that are none would change their bits.
+inline Vector repeated(const float* at) {
+    int32_t bits;
+    std::memcpy(&bits, at, sizeof bits);
+    return (Vector)(Integers{} + bits);
+}
+
 inline void store(float* at, Vector v) { std::memcpy(at, &v, sizeof v); }
 
 inline Vector all(float x) { return Vector{} + x; }
@@ -114,6 +121,23 @@ inline float largest(Vector v) {
     return most;
 }
 
+// What a product's operands consist of: words of 32 bits. SINGLE: a float32 number each. PAIR: two bfloat16 numbers, which
+// are multiplied and added by one instruction, in float32.
+enum Word { SINGLE, PAIR };
+#if defined(__AVX512BF16__)
+constexpr bool HAS_PAIRS = true;
+#else
+constexpr bool HAS_PAIRS = false;
+#endif
+
+template <Word W>
+inline Vector multiplied(Vector a, Vector b, Vector c) {
+#if defined(__AVX512BF16__)
+    if constexpr (W == PAIR) return (Vector)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+#endif
+    return multiply_add(a, b, c);
+}
+
 struct Half {  // bfloat16
     uint16_t bits;
 };
@@ -124,13 +148,6 @@ inline float read(Half x) {
     float value;
     std::memcpy(&value, &wide, 4);
     return value;
-}
-
-inline void write(float* at, float x) { *at = x; }
-inline void write(Half* at, float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    at->bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
 inline Vector load(const Half* at) {
@@ -147,6 +164,30 @@ inline Vector load_part(const T* at, int64_t count) {
     if (count >= LANES) return load(at);
     Vector v{};
     for (int64_t i = 0; i < count; ++i) v[i] = read(at[i]);
+    return v;
+}
+
+// The first `count` numbers, at most LANES; bfloat16 ones rounded to the nearest, ties to even.
+inline void store_part(float* at, Vector v, int64_t count) {
+    if (count >= LANES) store(at, v);
+    else std::memcpy(at, &v, count * sizeof(float));
+}
+inline void store_part(Half* at, Vector v, int64_t count) {
+    typedef uint32_t Bits __attribute__((vector_size(LANES * 4)));
+    typedef uint16_t Narrow __attribute__((vector_size(LANES * 2)));
+    const Bits bits = (Bits)v, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    const Narrow narrow = __builtin_convertvector(v == v ? rounded : Bits{} + 0x7fc0, Narrow);
+    if (count >= LANES) std::memcpy(at, &narrow, sizeof narrow);
+    else std::memcpy(at, &narrow, count * sizeof(Half));
+}
+
+// LANES words from `at`, of as many entries as there are; 0 beyond.
+template <Word W, typename T>
+inline Vector load_words(const T* at, int64_t entries) {
+    if constexpr (W == SINGLE) return load_part(at, entries);
+    Vector v{};
+    if (entries >= 2 * LANES) std::memcpy(&v, at, sizeof v);
+    else std::memcpy(&v, at, entries * sizeof(T));
     return v;
 }
 
@@ -182,7 +223,7 @@ inline void transpose(Vector (&r)[LANES]) {
 }
 
 // rows × n vectors of `out` (row after row `out_stride` apart) = [out +] a b, where b has n vectors a row.
-template <int M, int N, bool ADD>
+template <Word W, int M, int N, bool ADD>
 inline void tile(const float* a, int64_t a_stride, const float* b, int64_t inner, float* out, int64_t out_stride,
                  float scale) {
     Vector sums[M][N];
@@ -192,8 +233,8 @@ inline void tile(const float* a, int64_t a_stride, const float* b, int64_t inner
         Vector row[N];
         for (int j = 0; j < N; ++j) row[j] = load(b + (k * N + j) * LANES);
         for (int i = 0; i < M; ++i) {
-            const Vector x = all(a[i * a_stride + k]);
-            for (int j = 0; j < N; ++j) sums[i][j] = multiply_add(x, row[j], sums[i][j]);
+            const Vector x = repeated(a + i * a_stride + k);
+            for (int j = 0; j < N; ++j) sums[i][j] = multiplied<W>(x, row[j], sums[i][j]);
         }
     }
     for (int i = 0; i < M; ++i)
@@ -203,27 +244,27 @@ inline void tile(const float* a, int64_t a_stride, const float* b, int64_t inner
         }
 }
 
-template <int M, bool ADD>
+template <Word W, int M, bool ADD>
 inline void of_width(int64_t n, const float* a, int64_t a_stride, const float* b, int64_t inner, float* out,
                      int64_t out_stride, float scale) {
-    if (n == 1) tile<M, 1, ADD>(a, a_stride, b, inner, out, out_stride, scale);
+    if (n == 1) tile<W, M, 1, ADD>(a, a_stride, b, inner, out, out_stride, scale);
     if constexpr (WIDE >= 4 || M <= ROWS)
-        if (n == 2) tile<M, 2, ADD>(a, a_stride, b, inner, out, out_stride, scale);
+        if (n == 2) tile<W, M, 2, ADD>(a, a_stride, b, inner, out, out_stride, scale);
     if constexpr (WIDE >= 4 && M <= ROWS) {
-        if (n == 3) tile<M, 3, ADD>(a, a_stride, b, inner, out, out_stride, scale);
-        if (n == 4) tile<M, 4, ADD>(a, a_stride, b, inner, out, out_stride, scale);
+        if (n == 3) tile<W, M, 3, ADD>(a, a_stride, b, inner, out, out_stride, scale);
+        if (n == 4) tile<W, M, 4, ADD>(a, a_stride, b, inner, out, out_stride, scale);
     }
 }
 
 // `rows` rows: as many at a time as there are registers for.
-template <bool ADD>
+template <Word W, bool ADD>
 void product(int64_t rows, int64_t n, const float* a, int64_t a_stride, const float* b, int64_t inner, float* out,
              int64_t out_stride, float scale) {
     int64_t i = 0;
     auto tiles = [&](auto height) {
         constexpr int M = decltype(height)::value;
         for (; i + M <= rows; i += M)
-            of_width<M, ADD>(n, a + i * a_stride, a_stride, b, inner, out + i * out_stride, out_stride, scale);
+            of_width<W, M, ADD>(n, a + i * a_stride, a_stride, b, inner, out + i * out_stride, out_stride, scale);
     };
     if (n <= WIDE / 2) tiles(std::integral_constant<int, 2 * ROWS>());
     tiles(std::integral_constant<int, ROWS>());
@@ -235,11 +276,18 @@ struct View {  // entries lie strides[0..2] apart along sequences, heads and tok
     int64_t data, sequence, head, token;
 };
 
+// Entries → words.
+template <Word W>
+inline int64_t words(int64_t entries) {
+    return W == PAIR ? (entries + 1) / 2 : entries;
+}
+
 struct Call {
     int64_t sequences, heads, key_heads, queries, keys, width, value_width;
     View q, k, v, out, mask;  // data 0: no mask
     int64_t mask_entry;       // what lies between a mask's entries for one query
     int64_t mask_is_float, causal, threads;
+    int64_t pairs;  // whether bfloat16 operands are multiplied as pairs, not as float32 numbers
     View sums;                // log Σ exp of the scores, in float32; data 0: not wanted
     double scale;
 };
@@ -272,65 +320,92 @@ enum Effect : uint8_t { ADDS, NOTHING, EXCLUDES };
 
 // What one thread packed, and what it has computed of its task.
 struct Scratch {
-    float *keys, *values, *queries, *scores, *out, *most, *total, *mask;
+    float *keys, *values, *queries, *scores, *out, *most, *total;
     bool found;
 
     Scratch(const Call& c, int64_t chunk) {
         const int64_t columns = rounded_up(std::min<int64_t>(c.keys, KEYS), LANES);
         const int64_t deep = rounded_up(c.width, LANES), wide = rounded_up(c.value_width, LANES);
         const int64_t sizes[] = {columns * deep, columns * wide, chunk * deep, QUERIES * columns, chunk * wide, chunk,
-                                 chunk, columns};
-        float** parts[] = {&keys, &values, &queries, &scores, &out, &most, &total, &mask};
+                                 chunk};
+        float** parts[] = {&keys, &values, &queries, &scores, &out, &most, &total};
         int64_t all = 0;
         for (int64_t size : sizes) all += rounded_up(size, 16);
         float* at = memory.of(all);
         found = at != nullptr;
-        for (int i = 0; found && i < 8; ++i) *parts[i] = at, at += rounded_up(sizes[i], 16);
+        for (int i = 0; found && i < 7; ++i) *parts[i] = at, at += rounded_up(sizes[i], 16);
     }
 };
 
-// kᵀ: for each group of vectors of keys, a row of them for each entry of a key. Keys beyond `count` are 0.
-template <typename T>
+// kᵀ: for each group of vectors of keys, a row of them for each word of a key. Keys beyond `count` are 0.
+template <Word W, typename T>
 void pack_keys(const T* from, int64_t stride, int64_t count, int64_t width, float* to) {
-    const int64_t vectors = rounded_up(count, LANES) / LANES;
+    constexpr int64_t EACH = W == PAIR ? 2 : 1;
+    const int64_t vectors = rounded_up(count, LANES) / LANES, deep = words<W>(width);
     for (int64_t g = 0; g < groups(vectors); ++g) {
         const int64_t first = begin(vectors, g), n = begin(vectors, g + 1) - first;
-        float* panel = to + first * LANES * width;
+        float* panel = to + first * LANES * deep;
         for (int64_t j = 0; j < n; ++j) {
             const int64_t key = (first + j) * LANES, present = std::min<int64_t>(LANES, count - key);
-            for (int64_t d = 0; d < width; d += LANES) {
-                const int64_t deep = std::min<int64_t>(LANES, width - d);
+            for (int64_t d = 0; d < deep; d += LANES) {
                 Vector r[LANES];
                 for (int i = 0; i < LANES; ++i) {
-                    r[i] = i < present ? load_part(from + (key + i) * stride + d, deep) : Vector{};
+                    const T* at = from + (key + i) * stride + d * EACH;
+                    r[i] = i < present ? load_words<W>(at, width - d * EACH) : Vector{};
                 }
                 transpose(r);
-                for (int64_t e = 0; e < deep; ++e) store(panel + ((d + e) * n + j) * LANES, r[e]);
+                for (int64_t e = 0; e < std::min<int64_t>(LANES, deep - d); ++e)
+                    store(panel + ((d + e) * n + j) * LANES, r[e]);
             }
         }
     }
 }
 
-// v: for each group of vectors of its entries, a row of them for each key. Entries beyond `width` are 0.
-template <typename T>
+// v: for each group of vectors of its entries, a row of them for each key, or for two. Entries beyond `width` are 0.
+template <Word W, typename T>
 void pack_values(const T* from, int64_t stride, int64_t count, int64_t width, float* to) {
+    constexpr int64_t EACH = W == PAIR ? 2 : 1;
     const int64_t vectors = rounded_up(width, LANES) / LANES;
     for (int64_t g = 0; g < groups(vectors); ++g) {
         const int64_t first = begin(vectors, g), n = begin(vectors, g + 1) - first;
-        float* panel = to + first * LANES * count;
-        for (int64_t key = 0; key < count; ++key) {
+        float* panel = to + first * LANES * words<W>(count);
+        for (int64_t key = 0; key < count; key += EACH) {
             for (int64_t j = 0; j < n; ++j) {
                 const int64_t entry = (first + j) * LANES;
-                store(panel + (key * n + j) * LANES, load_part(from + key * stride + entry, width - entry));
+                const T* at = from + key * stride + entry;
+                Vector v = load_part(at, width - entry);
+                if constexpr (W == PAIR) {  // bfloat16 numbers are the upper halves of what is loaded
+                    const Vector next = key + 1 < count ? load_part(at + stride, width - entry) : Vector{};
+                    v = (Vector)(((Integers)v >> 16 & 0xffff) | (Integers)next);
+                }
+                store(panel + (key / EACH * n + j) * LANES, v);
             }
         }
     }
 }
 
-template <typename T>
+template <Word W, typename T>
 void pack_rows(const T* from, int64_t stride, int64_t count, int64_t width, float* to) {
-    for (int64_t i = 0; i < count; ++i)
-        for (int64_t e = 0; e < width; ++e) to[i * width + e] = read(from[i * stride + e]);
+    const int64_t deep = words<W>(width);
+    for (int64_t i = 0; i < count; ++i, from += stride, to += deep) {
+        if constexpr (W == PAIR) {
+            to[deep - 1] = 0.0f;
+            std::memcpy(to, from, width * sizeof(T));
+        } else {
+            for (int64_t e = 0; e < width; e += LANES) store_part(to + e, load_part(from + e, width - e), width - e);
+        }
+    }
+}
+
+// A row of float32 numbers → pairs of bfloat16 ones, at the same indices of entries.
+inline void to_pairs(float* row, int64_t first, int64_t columns) {
+#if defined(__AVX512BF16__)
+    uint16_t* narrow = reinterpret_cast<uint16_t*>(row);
+    for (int64_t j = first; j < first + columns; j += LANES) {
+        const __m256bh rounded = _mm512_cvtneps_pbh((__m512)load(row + j));
+        std::memcpy(narrow + j, &rounded, sizeof rounded);
+    }
+#endif
 }
 
 // The mask of one query, `keys` of its keys from `key` on: as float32 numbers that lie side by side, in `copy` if need be.
@@ -370,51 +445,48 @@ struct Effects {
         const int64_t block = i % rows, head = i / rows % heads, sequence = i / rows / heads;
         const int64_t first = block * QUERIES, last = c.mask.token ? std::min(first + QUERIES, c.queries) : first + 1;
         uint8_t* effect = found.data() + i * columns;
-        float copy[KEYS];
-        for (int64_t key = 0; key < c.keys; key += KEYS) {
-            const int64_t keys = std::min<int64_t>(KEYS, c.keys - key), pieces = rounded_up(keys, LANES) / LANES;
+        float copy[LANES];
+        for (int64_t j = 0; j < columns; ++j) {
+            const int64_t keys = std::min<int64_t>(LANES, c.keys - j * LANES);
+            Integers zero = ~Integers{}, infinite = zero;
             for (int64_t query = first; query < last; ++query) {
-                const float* added = mask_of<T>(c, sequence, head, query, key, keys, copy);
-                for (int64_t j = 0; j < pieces; ++j) {
-                    bool zero = true, infinite = true;
-                    for (int64_t e = j * LANES; e < std::min((j + 1) * LANES, keys); ++e)
-                        zero &= added[e] == 0.0f, infinite &= added[e] == -INFINITE;
-                    const uint8_t now = zero ? NOTHING : infinite ? EXCLUDES : ADDS;
-                    effect[key / LANES + j] = query == first || effect[key / LANES + j] == now ? now : uint8_t(ADDS);
-                }
+                const float* added = mask_of<T>(c, sequence, head, query, j * LANES, keys, copy);
+                const Vector x = load_part(added, keys);
+                zero &= x == Vector{}, infinite &= x == all(-INFINITE);
             }
+            bool nothing = true, excludes = true;
+            for (int64_t e = 0; e < keys; ++e) nothing &= zero[e] != 0, excludes &= infinite[e] != 0;
+            effect[j] = nothing ? NOTHING : excludes ? EXCLUDES : ADDS;
         }
     }
 };
 
-template <typename T>
+template <typename T, Word W>
 class Task {
     const Call& c;
     Scratch& s;
     const Effects& effects;
     const int64_t sequence, head, first, count;  // of the queries
-    const int64_t wide = rounded_up(c.value_width, LANES);
+    const int64_t deep = words<W>(c.width), wide = rounded_up(c.value_width, LANES);
 
     // Scores of query i of the task, `columns` from `key` on → exponentials relative to the largest so far; what was
     // added up before is scaled.
     void soften(int64_t i, float* scores, int64_t key, int64_t columns, const uint8_t* effect) {
         const int64_t query = first + i;
         const int64_t present = std::max<int64_t>(std::min(columns, (c.causal ? std::min(c.keys, query + 1) : c.keys) - key), 0);
-        const float* added = effect ? mask_of<T>(c, sequence, head, query, key, std::min(columns, c.keys - key), s.mask) : nullptr;
         Vector most = all(-INFINITE);
-        int64_t j = 0;
-        if (!effect)
-            for (; j + LANES <= present; j += LANES) most = larger(load(scores + j), most);
-        for (; j < columns; j += LANES) {
+        float copy[LANES];
+        for (int64_t j = 0; j < columns; j += LANES) {
+            const int64_t here = std::min<int64_t>(LANES, present - j);
+            const uint8_t does = effect ? effect[j / LANES] : uint8_t(NOTHING);
             Vector x = load(scores + j);
-            if (effect && effect[j / LANES] == EXCLUDES) x = all(-INFINITE);
-            if (effect && effect[j / LANES] == ADDS) {
-                if (j + LANES <= present) x += load(added + j);
-                else
-                    for (int64_t e = j; e < present; ++e) x[e - j] += added[e];
+            if (does != NOTHING || here < LANES) {
+                if (does == ADDS && here > 0)
+                    x += load_part(mask_of<T>(c, sequence, head, query, key + j, here, copy), here);
+                if (does == EXCLUDES) x = all(-INFINITE);
+                for (int64_t e = std::max<int64_t>(here, 0); e < LANES; ++e) x[e] = -INFINITE;
+                store(scores + j, x);
             }
-            for (int64_t e = std::max(j, present); e < j + LANES; ++e) x[e - j] = -INFINITE;
-            store(scores + j, x);
             most = larger(x, most);
         }
         const float top = std::max(largest(most), s.most[i]);
@@ -451,22 +523,27 @@ class Task {
         int64_t filled = from;
         for (; filled < to; ++g) {
             const int64_t n = begin(vectors, g + 1) - filled;
-            for (int64_t d = 0; d < c.width; d += DEPTH) {
-                const auto multiply = d ? product<true> : product<false>;
-                multiply(rows, n, s.queries + i * c.width + d, c.width, s.keys + (filled * c.width + d * n) * LANES,
-                         std::min<int64_t>(DEPTH, c.width - d), s.scores + filled * LANES, vectors * LANES, float(c.scale));
+            for (int64_t d = 0; d < deep; d += DEPTH) {
+                const auto multiply = d ? product<W, true> : product<W, false>;
+                multiply(rows, n, s.queries + i * deep + d, deep, s.keys + (filled * deep + d * n) * LANES,
+                         std::min<int64_t>(DEPTH, deep - d), s.scores + filled * LANES, vectors * LANES,
+                         float(c.scale));
             }
             filled += n;
         }
-        const int64_t columns = (filled - from) * LANES, last = std::min(filled * LANES, keys);
-        for (int64_t r = 0; r < rows; ++r)
-            soften(i + r, s.scores + r * vectors * LANES + from * LANES, key + from * LANES, columns, effect ? effect + from : nullptr);
-        for (int64_t at = from * LANES; at < last; at += DEPTH) {
+        const int64_t columns = (filled - from) * LANES, last = words<W>(std::min(filled * LANES, keys));
+        for (int64_t r = 0; r < rows; ++r) {
+            float* scores = s.scores + r * vectors * LANES;
+            soften(i + r, scores + from * LANES, key + from * LANES, columns, effect ? effect + from : nullptr);
+            if (W == PAIR) to_pairs(scores, from * LANES, columns);
+        }
+        for (int64_t at = words<W>(from * LANES); at < last; at += DEPTH) {
             const int64_t inner = std::min<int64_t>(DEPTH, last - at), pieces = wide / LANES;
             for (int64_t p = 0; p < groups(pieces); ++p) {
                 const int64_t piece = begin(pieces, p), n = begin(pieces, p + 1) - piece;
-                product<true>(rows, n, s.scores + at, vectors * LANES, s.values + piece * LANES * keys + at * n * LANES,
-                              inner, s.out + i * wide + piece * LANES, wide, 1.0f);
+                const float* values = s.values + (piece * words<W>(keys) + at * n) * LANES;
+                product<W, true>(rows, n, s.scores + at, vectors * LANES, values, inner,
+                                 s.out + i * wide + piece * LANES, wide, 1.0f);
             }
         }
     }
@@ -517,7 +594,7 @@ class Task {
 
     void run() {
         const int64_t key_head = head / (c.heads / c.key_heads);
-        pack_rows(row<T>(c.q, sequence, head, first), c.q.token, count, c.width, s.queries);
+        pack_rows<W>(row<T>(c.q, sequence, head, first), c.q.token, count, c.width, s.queries);
         std::fill(s.most, s.most + count, -INFINITE);
         std::fill(s.total, s.total + count, 0.0f);
         std::memset(s.out, 0, count * wide * sizeof(float));
@@ -525,18 +602,21 @@ class Task {
         const int64_t blocks = (reached + KEYS - 1) / KEYS, each = rounded_up((reached + blocks - 1) / blocks, LANES);
         for (int64_t key = 0; key < reached; key += each) {
             const int64_t keys = std::min(each, reached - key);
-            if (c.queries <= FEW) {
-                for (int64_t i = 0; i < count; ++i) attend_one(i, key, keys);
-                continue;
+            if constexpr (W == SINGLE) {
+                if (c.queries <= FEW) {
+                    for (int64_t i = 0; i < count; ++i) attend_one(i, key, keys);
+                    continue;
+                }
             }
-            pack_keys(row<T>(c.k, sequence, key_head, key), c.k.token, keys, c.width, s.keys);
-            pack_values(row<T>(c.v, sequence, key_head, key), c.v.token, keys, c.value_width, s.values);
+            pack_keys<W>(row<T>(c.k, sequence, key_head, key), c.k.token, keys, c.width, s.keys);
+            pack_values<W>(row<T>(c.v, sequence, key_head, key), c.v.token, keys, c.value_width, s.values);
             for (int64_t i = 0; i < count; i += QUERIES) attend(i, std::min<int64_t>(QUERIES, count - i), key, keys);
         }
         for (int64_t i = 0; i < count; ++i) {
             T* to = const_cast<T*>(row<T>(c.out, sequence, head, first + i));
             const float total = s.total[i], inverse = total == 0.0f ? 0.0f : 1.0f / total;
-            for (int64_t e = 0; e < c.value_width; ++e) write(to + e, s.out[i * wide + e] * inverse);
+            for (int64_t e = 0; e < c.value_width; e += LANES)
+                store_part(to + e, load(s.out + i * wide + e) * inverse, c.value_width - e);
             if (c.sums.data)
                 *const_cast<float*>(row<float>(c.sums, sequence, head, first + i)) =
                     total == 0.0f ? 0.0f : s.most[i] + std::log(total);
@@ -544,7 +624,7 @@ class Task {
     }
 };
 
-template <typename T>
+template <typename T, Word W>
 bool attend(const Call& c) {
     const int64_t heads = c.sequences * c.heads;
     int64_t parts = (c.queries + CHUNK - 1) / CHUNK;
@@ -566,7 +646,7 @@ bool attend(const Call& c) {
         for (int64_t task = 0; task < heads * parts; ++task) {
             if (!scratch.found) continue;
             const int64_t head = task / parts, first = (parts - 1 - task % parts) * chunk;
-            Task<T>(c, scratch, effects, head / c.heads, head % c.heads, first, std::min(chunk, c.queries - first)).run();
+            Task<T, W>(c, scratch, effects, head / c.heads, head % c.heads, first, std::min(chunk, c.queries - first)).run();
         }
     }
     return !failed;
@@ -574,10 +654,16 @@ bool attend(const Call& c) {
 
 }  // namespace
 
+// Whether this processor has an instruction for pairs of bfloat16 numbers.
+extern "C" int64_t normfx_multiplies_pairs() { return HAS_PAIRS; }
+
 // Returns 1 where memory for the packed operands could not be had; the output is then undefined.
 extern "C" int64_t normfx_attention(const Call* call, int64_t is_float) {
     try {
-        return is_float ? !attend<float>(*call) : !attend<Half>(*call);
+        if (is_float) return !attend<float, SINGLE>(*call);
+        if constexpr (HAS_PAIRS)
+            if (call->pairs && call->queries > FEW) return !attend<Half, PAIR>(*call);
+        return !attend<Half, SINGLE>(*call);
     } catch (const std::bad_alloc&) {
         return 1;
     }

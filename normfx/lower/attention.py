@@ -12,6 +12,7 @@ Which of both is faster is measured once for each class of shapes, and kept for 
 from __future__ import annotations
 
 import ctypes
+import functools
 import inspect
 import logging
 import math
@@ -37,6 +38,9 @@ FILE = "attention"
 
 MARGIN = 1.05
 
+QUERIES = 1, 8, 128, 64
+"""Sequences, heads, tokens and width of the attention that stands for all where operands of bfloat16 are compared."""
+
 DTYPES = (torch.float32, torch.bfloat16)
 
 MOST = 2**31
@@ -53,9 +57,12 @@ class _Call(ctypes.Structure):
     """What the kernel is given; fields as in attention.cpp."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("sequences", "heads", "key_heads", "queries", "keys", "width", "wide")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("sequences", "heads", "key_heads", "queries", "keys", "width", "value_width")
+        ),
         *((name, _View) for name in ("q", "k", "v", "out", "mask")),
-        *((name, ctypes.c_int64) for name in ("mask_entry", "mask_is_float", "causal", "threads")),
+        *((name, ctypes.c_int64) for name in ("mask_entry", "mask_is_float", "causal", "threads", "pairs")),
         ("sums", _View),
         ("scale", ctypes.c_double),
     ]
@@ -73,7 +80,10 @@ def _without(error: Exception) -> None:
 _LIBRARY = CppLibrary(
     "normfx-attention",
     _source,
-    {"normfx_attention": (ctypes.c_int64, [ctypes.c_void_p, ctypes.c_int64])},
+    {
+        "normfx_attention": (ctypes.c_int64, [ctypes.c_void_p, ctypes.c_int64]),
+        "normfx_multiplies_pairs": (ctypes.c_int64, []),
+    },
     ctypes.CDLL,
     _without,
 )
@@ -89,9 +99,18 @@ def _attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     """Output and log Σ exp of the scores, in the strides of torch's op; by torch's op where the kernel cannot."""
-    native = _LIBRARY.get()
-    if native is None or not _runs(query, key, value, mask, causal):
+    if _LIBRARY.get() is None or not _runs(query, key, value, mask, causal):
         return attend(query, key, value, mask, causal, scale)
+    pairs = query.dtype == torch.bfloat16 and query.shape[2] > 1 and _pairs_are_faster()
+    return _attend(query, key, value, mask, causal, scale, pairs)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None, pairs: bool
+) -> tuple[Tensor, Tensor]:
+    """The kernel. pairs: multiply bfloat16 numbers as they are, two by one instruction, and not as float32 ones."""
+    native = _LIBRARY.get()
+    assert native is not None
     sequences, heads, queries, width = query.shape
     keys = key.shape[2]
     result, sums = empty_results(query)
@@ -103,7 +122,7 @@ def _attention(
         sequences, heads, key.shape[1], queries, keys, width, value.shape[3],
         _view(q), _view(k), _view(v), _view(out), _View() if mask is None else _view(mask),
         0 if mask is None else mask.stride(3), mask is not None and mask.dtype == torch.float32,
-        causal, torch.get_num_threads(), _view(sums), width**-0.5 if scale is None else scale,
+        causal, torch.get_num_threads(), pairs, _view(sums), width**-0.5 if scale is None else scale,
     )  # fmt: skip
     if native.normfx_attention(ctypes.byref(call), query.dtype == torch.float32):
         raise MemoryError("normfx: attention got no memory for its packed operands")
@@ -140,6 +159,20 @@ ATTENTION = define(
     (torch.Tag.flexible_layout,),
 )
 library.register_fake(ATTENTION, _fake)
+
+
+@functools.cache
+def _pairs_are_faster() -> bool:
+    """Whether pairs of bfloat16 numbers are multiplied faster here than float32 ones: measured by a few processes."""
+    native = _LIBRARY.get()
+    if native is None or not native.normfx_multiplies_pairs():
+        return False
+    with disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+        whole = torch.ones(QUERIES, dtype=torch.bfloat16, device="cpu")
+        rest = (whole, whole, whole, None, False, None)
+        calls = lambda: _attend(*rest, True), lambda: _attend(*rest, False)
+        pairs, numbers = measurements.least(FILE, "bfloat16, pairs and float32", lambda: gemm.best(*calls))
+    return pairs < numbers
 
 
 class Shapes(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from marks import Marks
 from measuring import another_process, fresh_measurements
@@ -129,6 +129,7 @@ def test_masks(sizes: tuple[int, ...], mask: str, dtype: torch.dtype) -> None:
     compare(q, k, v, given.to(dtype))
 
 
+@settings(deadline=None)  # the first call compiles
 @given(data=st.data(), seed=st.integers(0, 2**31))
 def test_drawn_calls(data: st.DataObject, seed: int) -> None:
     """Any sizes, layouts and masks."""
@@ -150,6 +151,19 @@ def test_drawn_calls(data: st.DataObject, seed: int) -> None:
     how = draw(st.sampled_from(["causal", "none", *masks(1, 1, 8, 8)]))
     mask = masks(sequences, groups * key_heads, queries, keys).get(how)
     compare(q, k, v, mask, causal=how == "causal")
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("sizes", [(1, 6, 6, 197, 197, 64), (2, 2, 2, 37, 530, 21), (1, 2, 1, 513, 513, 128)])
+def test_bfloat16_operands(sizes: tuple[int, ...], pairs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two numbers by one instruction, where the processor has it, or as float32 numbers."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(attention, "_pairs_are_faster", lambda: pairs)
+    sequences, count, key_heads, queries, keys, width = sizes
+    q = heads(sequences, count, queries, width, torch.bfloat16)
+    k, v = (heads(sequences, key_heads, keys, width, torch.bfloat16) for _ in range(2))
+    compare(q, k, v, causal=True)
+    compare(q, k, v, masks(sequences, count, queries, keys)["holes"])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
