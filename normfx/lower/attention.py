@@ -16,6 +16,7 @@ import functools
 import inspect
 import logging
 import math
+import struct
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any, NamedTuple, cast
@@ -47,25 +48,9 @@ MOST = 2**31
 """Floating-point operations of the largest call that is measured."""
 
 
-class _View(ctypes.Structure):
-    """Where a tensor's entries lie: its address, and the strides of sequences, heads and tokens."""
-
-    _fields_ = [(name, ctypes.c_int64) for name in ("data", "sequence", "head", "token")]
-
-
-class _Call(ctypes.Structure):
-    """What the kernel is given; fields as in attention.cpp."""
-
-    _fields_ = [
-        *(
-            (name, ctypes.c_int64)
-            for name in ("sequences", "heads", "key_heads", "queries", "keys", "width", "value_width")
-        ),
-        *((name, _View) for name in ("q", "k", "v", "out", "mask")),
-        *((name, ctypes.c_int64) for name in ("mask_entry", "mask_is_float", "causal", "threads", "pairs")),
-        ("sums", _View),
-        ("scale", ctypes.c_double),
-    ]
+_CALL = struct.Struct("=7q 4q 4q 4q 4q 4q 5q 4q d")
+"""`Call` of attention.cpp: sizes; address and strides of q, k, v, the output and the mask; flags; the same of the sums;
+the scale. Every field has 8 bytes."""
 
 
 def _source() -> str:
@@ -81,7 +66,7 @@ _LIBRARY = CppLibrary(
     "normfx-attention",
     _source,
     {
-        "normfx_attention": (ctypes.c_int64, [ctypes.c_void_p, ctypes.c_int64]),
+        "normfx_attention": (ctypes.c_int64, [ctypes.c_char_p, ctypes.c_int64]),
         "normfx_multiplies_pairs": (ctypes.c_int64, []),
     },
     ctypes.CDLL,
@@ -99,7 +84,8 @@ def _attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     """Output and log Σ exp of the scores, in the strides of torch's op; by torch's op where the kernel cannot."""
-    if _LIBRARY.get() is None or not _runs(query, key, value, mask, causal):
+    known = _runs(query, key, value, mask, causal, (query.shape, key.shape, value.shape))
+    if not known or _LIBRARY.get() is None:
         return attend(query, key, value, mask, causal, scale)
     pairs = query.dtype == torch.bfloat16 and query.shape[2] > 1 and _pairs_are_faster()
     return _attend(query, key, value, mask, causal, scale, pairs)
@@ -118,32 +104,35 @@ def _attend(
     q, k, v = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (query, key, value))
     if mask is not None:
         mask = mask.expand(sequences, heads, queries, keys)
-    call = _Call(
+    call = _CALL.pack(
         sequences, heads, key.shape[1], queries, keys, width, value.shape[3],
-        _view(q), _view(k), _view(v), _view(out), _View() if mask is None else _view(mask),
+        *_view(q), *_view(k), *_view(v), *_view(out), *((0, 0, 0, 0) if mask is None else _view(mask)),
         0 if mask is None else mask.stride(3), mask is not None and mask.dtype == torch.float32,
-        causal, torch.get_num_threads(), pairs, _view(sums), width**-0.5 if scale is None else scale,
+        causal, torch.get_num_threads(), pairs, *_view(sums), width**-0.5 if scale is None else scale,
     )  # fmt: skip
-    if native.normfx_attention(ctypes.byref(call), query.dtype == torch.float32):
+    if native.normfx_attention(call, query.dtype == torch.float32):
         raise MemoryError("normfx: attention got no memory for its packed operands")
     return (result if out is result else result.copy_(out)), sums
 
 
-def _view(tensor: Tensor) -> _View:
-    return _View(tensor.data_ptr(), *tensor.stride()[:3])
+def _view(tensor: Tensor) -> tuple[int, ...]:
+    """Its address, and the strides of sequences, heads and tokens."""
+    return (tensor.data_ptr(), *tensor.stride()[:3])
 
 
-def _runs(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> bool:
-    """Whether the kernel computes what torch's op computes; sizes that are symbols count as they were traced."""
-    operands = query, key, value
-    if any(t.dtype != query.dtype or t.ndim != 4 or t.device.type != "cpu" for t in operands):
+def _runs(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, sizes: Sequence[Sequence[int]]
+) -> bool:
+    """Whether the kernel computes what torch's op computes, for operands of these sizes."""
+    dtype = query.dtype
+    if dtype not in DTYPES or key.dtype != dtype or value.dtype != dtype or query.ndim != 4:
         return False
-    if mask is not None and (causal or mask.dtype not in (torch.float32, query.dtype) or mask.device.type != "cpu"):
+    if not query.is_cpu or not key.is_cpu or not value.is_cpu:
         return False
-    q, k, v = ([hinted(size) for size in t.shape] for t in operands)
-    if query.dtype not in DTYPES or not all((*q, *k, *v)):
+    if mask is not None and (causal or mask.dtype not in (torch.float32, dtype) or not mask.is_cpu):
         return False
-    return k[:3] == v[:3] and (q[0], q[3]) == (k[0], k[3]) and v[3] == q[3] and cast(int, q[1]) % cast(int, k[1]) == 0
+    q, k, v = sizes
+    return k == v and q[0] == k[0] and q[3] == k[3] and 0 not in q and 0 not in k and q[1] % k[1] == 0
 
 
 def _fake(
@@ -228,10 +217,14 @@ def _shapes(node: Node) -> Shapes | None:
     query, key, value, mask = values
     if given["dropout_p"] != 0.0 or not all(isinstance(each, Tensor) for each in values[:3]):
         return None
-    if not _runs(query, key, value, mask, given["is_causal"]):
+    hints = [[hinted(size) for size in each.shape] for each in values[:3]]
+    if any(None in each for each in hints):
         return None
-    sequences, heads, queries, width = (cast(int, hinted(size)) for size in query.shape)
-    keys, bfloat16 = cast(int, hinted(key.shape[2])), query.dtype == torch.bfloat16
+    sizes = cast(list[list[int]], hints)
+    if not _runs(query, key, value, mask, given["is_causal"], sizes):
+        return None
+    (sequences, heads, queries, width), keys = sizes[0], sizes[1][2]
+    bfloat16 = query.dtype == torch.bfloat16
     return Shapes(bfloat16, sequences * heads, queries, keys, width, bool(given["is_causal"]), mask is not None)
 
 
