@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -40,10 +42,13 @@ def renew_views(graph: Graph) -> None:
                 node.meta["val"] = again
 
 
-def run_again(node: Node, mode: FakeTensorMode) -> Any:
-    """What the op of a call makes of its operands' values. No guard is added, and the values stay as they are."""
+def run_again(node: Node, mode: FakeTensorMode, values: Mapping[Node, Any] = MappingProxyType({})) -> Any:
+    """What the op of a call makes of its operands' values. No guard is added, and the values stay as they are.
+
+    values: those that operands are to have instead of their own
+    """
     target: Any = node.target
-    args, kwargs = operands(node)
+    args, kwargs = operands(node, values)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(mode)
@@ -57,9 +62,9 @@ def run_again(node: Node, mode: FakeTensorMode) -> Any:
         return target(*args, **kwargs)
 
 
-def operands(node: Node) -> Any:
-    """The values of a call's operands."""
-    return torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
+def operands(node: Node, values: Mapping[Node, Any] = MappingProxyType({})) -> Any:
+    """The values of a call's operands; `values` go before their own."""
+    return torch.fx.node.map_arg((node.args, node.kwargs), lambda n: values[n] if n in values else n.meta.get("val"))
 
 
 def shared(result: Any, given: Any) -> frozenset[int]:

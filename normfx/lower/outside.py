@@ -15,6 +15,7 @@ from normfx.errors import NormfxError
 from normfx.graph.nodes import tensor
 from normfx.lower.affordable import UNPACK, chosen
 from normfx.lower.hoist import Folding, hoist
+from normfx.lower.joined import join_linears
 from normfx.lower.packed import pack_linears
 from normfx.lower.packed_convolution import pack_convolutions
 from normfx.lower.wide import widen
@@ -48,6 +49,7 @@ def keep_folds_outside(
     if widens:
         widen(gm, free)
     if packs:
+        join_linears(gm, free, plain_row)
         pack_linears(gm, free, values, plain_row)
         pack_convolutions(gm, free, values)
     devices = {tensor(node).device for node in free}

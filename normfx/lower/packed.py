@@ -21,18 +21,23 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from normfx.compat import onednn
 from normfx.compat.operators import OpOverload
-from normfx.graph.nodes import entries, shape, tensor
+from normfx.graph.nodes import tensor
 from normfx.ir.ops import define
 from normfx.lower.gemm import mkl_is_faster, packed_is_faster
-from normfx.lower.linear import Product, linear_product
-from normfx.lower.packing import Packable, PackedProduct, claims_size, pack_products, unpack_products
+from normfx.lower.joined import JOINED, split_up
+from normfx.lower.linear import linear_product
+from normfx.lower.packing import (
+    Packable,
+    PackedProduct,
+    claims_size,
+    is_packed_size,
+    pack_products,
+    unpack_products,
+)
 from normfx.weights.handles import set_size, value_of
 
 ROWS = 128
 """Rows of the input that oneDNN is told to expect when it chooses a layout, unless it is one; any number may come."""
-
-LEAST = {torch.float32: 2**16, torch.bfloat16: 2**15}
-"""Entries of the smallest weights worth packing: the call itself costs 10 µs more than a plain product."""
 
 _ROWS: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
 """For how many rows MKL packs a parameter, or what is computed from it."""
@@ -104,13 +109,16 @@ def pack_linears(
             return PackedProduct(x, (weight, out, 1 if product.of_one_row else ROWS), bias, (features,))
         return None
 
-    nodes = [node for node in gm.graph.nodes if (product := linear_product(node)) and _is_large(product)]
+    nodes = [node for node in gm.graph.nodes if (product := linear_product(node)) and is_packed_size(product.weight)]
     pack_products(gm, free, nodes, choose, (PACK, PACKED_LINEAR))
 
 
 def unpack(gm: GraphModule, packed: Node) -> None:
     """Replace the products by a packed weight by products with the weight itself, in place; other nodes stay."""
     weight, out = packed.args[:2]
+    if isinstance(weight, Node) and JOINED in weight.meta:
+        split_up(gm.graph, packed, weight.meta[JOINED])
+        return
 
     def plain(product: Node) -> tuple[OpOverload, tuple[Any, ...]]:
         x, _, bias = product.args[:3]
@@ -119,8 +127,3 @@ def unpack(gm: GraphModule, packed: Node) -> None:
         return torch.ops.aten.linear.default, (x, weight, bias)
 
     unpack_products(gm, packed, plain)
-
-
-def _is_large(product: Product) -> bool:
-    size, least = entries(shape(product.weight)), LEAST.get(tensor(product.weight).dtype)
-    return least is not None and size.is_Integer and bool(size >= least)

@@ -9,17 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from normfx.compat.operators import OpOverload
 from normfx.graph.aliasing import escaping, storages_of
 from normfx.graph.calls import add_call
-from normfx.graph.nodes import BAKED, parameter_only
+from normfx.graph.nodes import BAKED, entries, parameter_only, shape, tensor
 from normfx.graph.regions import is_autocast
 from normfx.weights.kept import folded, records_gradients
 
 T = TypeVar("T")
+
+LEAST = {torch.float32: 2**16, torch.bfloat16: 2**15}
+"""Entries of the smallest weights worth packing: the call itself costs 10 µs more than a plain product."""
 
 
 class Packable(NamedTuple):
@@ -35,6 +39,12 @@ class Packable(NamedTuple):
 
     def __call__(self, weight: Node) -> bool:
         return weight in self.weights and not self.storages[weight] & self.outside
+
+
+def is_packed_size(weight: Node) -> bool:
+    """Whether a weight of a linear layer is worth packing."""
+    size, least = entries(shape(weight)), LEAST.get(tensor(weight).dtype)
+    return least is not None and size.is_Integer and bool(size >= least)
 
 
 def packable_weights(graph: Graph, free: frozenset[Node]) -> Packable:

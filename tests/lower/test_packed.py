@@ -19,7 +19,7 @@ from packing import HAS_MKL, PRODUCTS, Reads, count, pack_all
 from writes import WRITES
 
 from normfx.compat import onednn
-from normfx.lower import gemm, packed, rates
+from normfx.lower import gemm, packed, packing, rates
 from normfx.weights import handles, store
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch was built without oneDNN")
@@ -200,7 +200,7 @@ def test_not_where_gradients_are_recorded() -> None:
 
 
 def test_small_weights_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "LEAST", {torch.float32: 65})
+    monkeypatch.setattr(packing, "LEAST", {torch.float32: 65})
     assert packed_products(Reads(PRODUCTS["linear"][0]), torch.randn(3, 5, 8)) == 0
 
 

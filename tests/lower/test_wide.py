@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 from writes import WRITES
 
-from normfx.lower import affordable, gemm, packed, wide, wide_speed
+from normfx.lower import affordable, gemm, packed, packing, wide, wide_speed
 from normfx.weights import store
 
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
@@ -30,7 +30,7 @@ def _widens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wide, "attention_is_faster", lambda: True)
     monkeypatch.setattr(packed, "packed_is_faster", gemm.onednn_works)
     monkeypatch.setattr(packed, "mkl_is_faster", lambda: False)
-    monkeypatch.setattr(packed, "LEAST", dict.fromkeys(packed.LEAST, 1))
+    monkeypatch.setattr(packing, "LEAST", dict.fromkeys(packing.LEAST, 1))
     monkeypatch.setattr(wide, "LEAST", 1)
     monkeypatch.setattr(wide, "ROWS", 1)
 

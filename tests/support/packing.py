@@ -11,7 +11,7 @@ import torch
 from equivalence import EagerBackend
 from torch import Tensor, nn
 
-from normfx.lower import gemm, packed, packed_convolution, rates
+from normfx.lower import gemm, joined, packed, packed_convolution, packing, rates
 
 HAS_MKL = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this torch was built without MKL")
 
@@ -23,8 +23,10 @@ def pack_all(monkeypatch: pytest.MonkeyPatch, mkl: bool = False) -> None:
     """
     monkeypatch.setattr(packed, "packed_is_faster", gemm.onednn_works)
     monkeypatch.setattr(packed, "mkl_is_faster", lambda: mkl)
+    monkeypatch.setattr(joined, "packed_is_faster", gemm.onednn_works)
+    monkeypatch.setattr(joined, "mkl_is_faster", lambda: mkl)
     monkeypatch.setattr(rates, "plain_row_is_fast", lambda: False)
-    monkeypatch.setattr(packed, "LEAST", dict.fromkeys(packed.LEAST, 1))
+    monkeypatch.setattr(packing, "LEAST", dict.fromkeys(packing.LEAST, 1))
     monkeypatch.setattr(packed_convolution, "convolution_is_faster", gemm.onednn_works)
     monkeypatch.setattr(packed_convolution, "LEAST", 1)
     monkeypatch.setattr(packed_convolution, "PADDED", 1000)

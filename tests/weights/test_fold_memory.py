@@ -16,7 +16,7 @@ from writes import WRITES
 
 import normfx
 from normfx.errors import OptionError
-from normfx.lower import affordable, constants, gemm, packed
+from normfx.lower import affordable, constants, gemm, packed, packing
 from normfx.options import Options, parse_bytes
 from normfx.weights import budget, store
 
@@ -35,7 +35,7 @@ def _small_weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(affordable, "packed_gain", lambda dtype: 1e-12)
     for module in (gemm, constants):
         monkeypatch.setattr(module, "onednn_is_faster", lambda: True)
-    monkeypatch.setattr(packed, "LEAST", dict.fromkeys(packed.LEAST, 1))
+    monkeypatch.setattr(packing, "LEAST", dict.fromkeys(packing.LEAST, 1))
     monkeypatch.setattr(affordable, "SMALL", 0)
     torch._dynamo.reset()
     gc.collect()

@@ -14,7 +14,7 @@ from folding import KEPT, X, check, compiled, folding, net
 from torch import Tensor, nn
 
 import normfx
-from normfx.lower import gemm, packed
+from normfx.lower import gemm, packed, packing
 from normfx.weights import store
 
 WIDE = 80
@@ -72,7 +72,7 @@ def test_one_memory_in_two_layouts(
 ) -> None:
     monkeypatch.setattr(packed, "packed_is_faster", gemm.onednn_works)
     monkeypatch.setattr(packed, "mkl_is_faster", lambda: False)
-    monkeypatch.setattr(packed, "LEAST", dict.fromkeys(packed.LEAST, 1))
+    monkeypatch.setattr(packing, "LEAST", dict.fromkeys(packing.LEAST, 1))
     model = kind(LAYOUTS[name], 24).to(dtype)
     x = torch.randn(5, 24, dtype=dtype)
     call = torch.compile(model, backend="normfx", fullgraph=True, options={"fold": fold, "strict": True})
