@@ -84,6 +84,28 @@ def allocator() -> str:
 
 _kept: list[None] = []
 
+_raised: list[None] = []
+
+_MARGIN = 2**16
+"""Bytes by which a block stays below `MAPPED`, malloc's own ones included."""
+
+
+def raise_thresholds() -> None:
+    """Let glibc's malloc raise its thresholds as far as it does by itself, once for the process: blocks of up to 32 MiB
+    come from the heap, which is shortened only where 64 MiB are free at its end.
+
+    It raises them when it frees a block that it had mapped, to the size of that block. A process that has freed one of
+    32 MiB, as when it loaded a model, has them so; one that has not gets the pages of smaller results filled with zeros
+    in each call. A process that was started with thresholds of its own keeps these. No page of the block is touched.
+    """
+    if _raised or obstacle():
+        return
+    _raised.append(None)
+    library = ctypes.CDLL(None)
+    library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    library.free.restype, library.free.argtypes = None, [ctypes.c_void_p]
+    library.free(library.malloc(MAPPED - _MARGIN))
+
 
 def keeps_freed_memory() -> bool:
     """Whether `keep_freed_memory` was called in this process."""

@@ -14,7 +14,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from normfx.agreement import together
-from normfx.allocator import advice, keep_freed_memory, memory_line
+from normfx.allocator import advice, keep_freed_memory, memory_line, raise_thresholds
 from normfx.apply import apply_plan, count_folds
 from normfx.capture.functionalize import functionalize_local
 from normfx.capture.simplify import simplify
@@ -106,6 +106,8 @@ def _compile(
 ) -> Callable[..., Any]:
     if settings.malloc == "keep":
         keep_freed_memory()
+    else:
+        raise_thresholds()
     freezes = is_frozen(settings.fold, patches)
     if settings.fold != "live":
         start_native_library()

@@ -26,9 +26,12 @@ def _linear() -> OpOverload:
     return op
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x times a weight of shape (out, in), packed or as it is, plus a vector. Strides as they come."""
-    result: Tensor = _linear()(x, weight, _dense(bias), "none", [], "")
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
+    """x times a weight of shape (out, in), packed or as it is, plus a vector. Strides as they come.
+
+    gelu: of that the GELU with erf, in the product's kernel
+    """
+    result: Tensor = _linear()(x, weight, _dense(bias), *(("gelu", [], "none") if gelu else ("none", [], "")))
     return result
 
 

@@ -105,6 +105,19 @@ def packed_speed(dtype: torch.dtype) -> float:
     return plain / packed
 
 
+@functools.cache
+def gelu_is_faster(dtype: torch.dtype) -> bool:
+    """Whether GELU is faster in the kernel of a packed product than by itself here; a few processes measure it."""
+    if not onednn_works(dtype):
+        return False
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        x, weight, bias = layer(dtype)
+        packed, plain = onednn.pack(weight, ROWS), packed_product(x, weight, bias)
+        calls = lambda: onednn.linear(x, packed, bias, True), lambda: torch.nn.functional.gelu(plain())
+        inside, apart = least(FILE, f"{dtype}, GELU in the product and apart", lambda: best(*calls))
+    return inside < apart
+
+
 def packed_gain(dtype: torch.dtype) -> float:
     """Seconds that one multiply-add by packed weights saves here, 0 where they are not packed."""
     packed, plain = _seconds(dtype)

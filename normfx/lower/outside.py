@@ -16,7 +16,7 @@ from normfx.graph.nodes import tensor
 from normfx.lower.affordable import UNPACK, chosen
 from normfx.lower.hoist import Folding, hoist
 from normfx.lower.joined import join_linears
-from normfx.lower.packed import pack_linears
+from normfx.lower.packed import pack_linears, take_gelus
 from normfx.lower.packed_convolution import pack_convolutions
 from normfx.lower.wide import widen
 from normfx.options import Options
@@ -58,6 +58,7 @@ def keep_folds_outside(
     rebinds = records_gradients(gm.graph)
     fitting = chosen(gm, kept_values(gm.graph, free), lambda device: budgets(device).room, names, values, rebinds)
     folding = hoist(gm, fitting.kept, partial(_fits, settings.fold_memory, tuple(devices)))
+    take_gelus(gm)
     left = [node.name for node in gm.graph.nodes if node.target in UNPACK]
     if left:
         raise NormfxError(f"normfx: packed weights that cannot be kept: {', '.join(left)}; please report this graph")

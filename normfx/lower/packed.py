@@ -21,9 +21,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from normfx.compat import onednn
 from normfx.compat.operators import OpOverload
-from normfx.graph.nodes import tensor
+from normfx.graph.nodes import arguments, op_name, tensor
+from normfx.graph.views import settle
 from normfx.ir.ops import define
-from normfx.lower.gemm import mkl_is_faster, packed_is_faster
+from normfx.lower.gemm import gelu_is_faster, mkl_is_faster, packed_is_faster
 from normfx.lower.joined import JOINED, split_up
 from normfx.lower.linear import linear_product
 from normfx.lower.packing import (
@@ -60,10 +61,15 @@ def _pack(weight: Tensor, out: int, rows: int, mkl: bool = False) -> Tensor:
     return packed
 
 
-def _packed_linear(x: Tensor, handle: Tensor, bias: Tensor | None, features: int, rows: int = 0) -> Tensor:
-    """rows: those that MKL packed the weight for; 0: oneDNN packed it. Raises RuntimeError for another number."""
+def _packed_linear(
+    x: Tensor, handle: Tensor, bias: Tensor | None, features: int, rows: int = 0, gelu: bool = False
+) -> Tensor:
+    """rows: those that MKL packed the weight for; 0: oneDNN packed it. Raises RuntimeError for another number.
+
+    gelu: whether the result goes through the GELU with erf, which oneDNN alone computes in the product
+    """
     if not rows:
-        return onednn.linear(x, value_of(handle), bias)
+        return onednn.linear(x, value_of(handle), bias, gelu)
     width = x.shape[-1]
     if x.numel() != rows * width:
         raise RuntimeError(f"normfx: {tuple(x.shape)} times a weight that was packed for {rows} rows; please report it")
@@ -72,14 +78,16 @@ def _packed_linear(x: Tensor, handle: Tensor, bias: Tensor | None, features: int
 
 PACK = define("pack(Tensor weight, int out, int rows, bool mkl=False) -> Tensor", _pack, "CPU")
 PACKED_LINEAR = define(
-    "packed_linear(Tensor x, Tensor handle, Tensor? bias, int features, int rows=0) -> Tensor",
+    "packed_linear(Tensor x, Tensor handle, Tensor? bias, int features, int rows=0, bool gelu=False) -> Tensor",
     _packed_linear,
     "CPU",
     (torch.Tag.flexible_layout,),
 )
 # what a graph is given instead of a packed weight is its handle
 library.register_fake(PACK, lambda weight, out, rows, mkl=False: weight.new_empty(1, dtype=torch.int64))
-library.register_fake(PACKED_LINEAR, lambda x, handle, bias, features, rows=0: x.new_empty((*x.shape[:-1], features)))
+library.register_fake(
+    PACKED_LINEAR, lambda x, handle, bias, features, rows=0, gelu=False: x.new_empty((*x.shape[:-1], features))
+)
 
 
 def pack_linears(
@@ -111,6 +119,23 @@ def pack_linears(
 
     nodes = [node for node in gm.graph.nodes if (product := linear_product(node)) and is_packed_size(product.weight)]
     pack_products(gm, free, nodes, choose, (PACK, PACKED_LINEAR))
+
+
+def take_gelus(gm: GraphModule) -> None:
+    """Let oneDNN compute a GELU in the product before it, in place, where that is faster: its kernel is the one that
+    eager runs, so it is as exact, and keeps NaN. (Its ReLU does not.)"""
+    for node in gm.graph.find_nodes(op="call_function", target=PACKED_LINEAR):
+        reader = next(iter(node.users)) if len(node.users) == 1 else None
+        if reader is None or op_name(reader) != "aten::gelu" or arguments(reader)["approximate"] != "none":
+            continue
+        by_mkl = len(node.args) > 4 and node.args[4]
+        if by_mkl or not gelu_is_faster(tensor(node).dtype):
+            continue
+        node.args = (*node.args[:4], 0, True)
+        node.meta = reader.meta
+        reader.replace_all_uses_with(node)
+        gm.graph.erase_node(reader)
+    settle(gm)
 
 
 def unpack(gm: GraphModule, packed: Node) -> None:

@@ -55,6 +55,37 @@ def test_memory_stays_and_goes() -> None:
     assert again > 1 / 600, "what was given back is filled again"
 
 
+THRESHOLDS = """
+import resource
+import torch
+from normfx import allocator
+
+def faults(calls):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(calls):
+        torch.empty(5 * 2**20).fill_(1.0)  # 20 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+PAGES = 20 * 2**20 // 4096
+torch.set_num_threads(1)
+before = faults(1)
+resident = allocator.resident_bytes()
+allocator.raise_thresholds()
+taken = allocator.resident_bytes() - resident
+faults(20)
+print(before / PAGES, faults(10) / PAGES, taken >> 20)
+"""
+
+
+@glibc
+def test_smaller_results_stay() -> None:
+    """Raising the thresholds touches no memory; a process that was started with its own ones keeps them."""
+    before, later, taken = map(float, run(THRESHOLDS).split())
+    assert before > 1 / 600 and later < 0.1 * before and taken == 0
+    own = {"MALLOC_MMAP_THRESHOLD_": "131072"}
+    assert float(run(THRESHOLDS, **own).split()[1]) > 5 / 600
+
+
 @glibc
 @pytest.mark.parametrize("how", ["option", "variable"])
 def test_it_is_set_where_a_model_is_compiled(how: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from equivalence import EagerBackend, assert_low_precision
 from folding import X, check, compiled, folding, net
 from models import CASES, Case
 from packing import HAS_MKL, PRODUCTS, Reads, count, pack_all
+from torch import Tensor, nn
 from writes import WRITES
 
 from normfx.compat import onednn
@@ -202,6 +204,52 @@ def test_not_where_gradients_are_recorded() -> None:
 def test_small_weights_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "LEAST", {torch.float32: 65})
     assert packed_products(Reads(PRODUCTS["linear"][0]), torch.randn(3, 5, 8)) == 0
+
+
+class Activated(nn.Module):
+    """A layer of a norm's output, and what becomes of its result."""
+
+    def __init__(self, use: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.norm, self.layer, self.use = nn.LayerNorm(8), nn.Linear(8, 8), use
+
+    def forward(self, x: Tensor) -> Any:
+        return self.use(self.layer(self.norm(x)))
+
+
+gelu = torch.nn.functional.gelu
+
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Any], bool]] = {
+    "gelu": (gelu, True),
+    "of a view": (lambda h: gelu(h.transpose(0, 1)), False),
+    "with tanh": (lambda h: gelu(h, approximate="tanh"), False),
+    "read twice": (lambda h: gelu(h) * h, False),
+    "returned, too": (lambda h: (gelu(h), h), False),
+    "relu": (torch.relu, False),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("memory", [None, 0])
+def test_activations(name: str, memory: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GELU with erf goes into the product that alone feeds it, as exact as eager's, and NaN reaches what it reaches."""
+    monkeypatch.setattr(packed, "gelu_is_faster", lambda dtype: True)
+    torch.manual_seed(0)
+    use, inside = ACTIVATIONS[name]
+    model, x = Activated(use), 3 * torch.randn(4, 5, 8)
+    x[0, 0, 0] = math.nan
+    backend = EagerBackend({"fold": "cached", "strict": True, **({} if memory is None else {"fold_memory": memory})})
+    with torch.no_grad():
+        actual = torch.compile(model, backend=backend, fullgraph=True)(x)
+        torch.testing.assert_close(actual, model(x), rtol=1e-5, atol=1e-6, equal_nan=True)
+    (module,) = backend.modules
+    found = any(node.target is packed.PACKED_LINEAR and True in node.args[5:] for node in module.graph.nodes)
+    assert found == (inside and memory is None) and count(backend) == (memory is None)
+
+
+def test_a_gelu_is_measured() -> None:
+    with torch.inference_mode(), torch.autocast("cpu"):
+        assert gemm.gelu_is_faster(torch.float32) in (True, False)
 
 
 def test_any_number_of_rows() -> None:

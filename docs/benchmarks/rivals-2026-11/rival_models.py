@@ -71,3 +71,38 @@ def esm(batch: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
 
 def _text(model: Any, batch: int, tokens: int = 256) -> tuple[nn.Module, tuple[Tensor, ...]]:
     return perturbed(Logits(model, ("input_ids",))), (torch.randint(VOCABULARY, (batch, tokens)),)
+
+
+def opt(batch: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    config = transformers.OPTConfig(
+        hidden_size=512,
+        word_embed_proj_dim=512,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        ffn_dim=2048,
+        vocab_size=VOCABULARY,
+        use_cache=False,
+    )
+    return _text(transformers.OPTForCausalLM(config), batch, 192)
+
+
+def dinov2(batch: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    config = transformers.Dinov2Config(
+        hidden_size=384, num_hidden_layers=8, num_attention_heads=6, image_size=224, num_labels=1000
+    )
+    model = Logits(transformers.Dinov2ForImageClassification(config), ("pixel_values",))
+    return perturbed(model), (torch.randn(batch, 3, 224, 224),)
+
+
+def qwen3(batch: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    config = transformers.Qwen3Config(
+        hidden_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        intermediate_size=1536,
+        vocab_size=VOCABULARY,
+        use_cache=False,
+    )
+    return _text(transformers.Qwen3ForCausalLM(config), batch, 160)
