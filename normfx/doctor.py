@@ -16,6 +16,7 @@ from rich.console import Console
 from normfx.allocator import allocator, free_bytes, obstacle
 from normfx.environment import version
 from normfx.lower import choice
+from normfx.lower.attention import DTYPES, usual_speed
 from normfx.lower.gemm import MARGIN, convolution_speed, mkl_is_faster, mkl_speed, packed_speed
 from normfx.lower.wide_speed import products_are_faster, products_speed
 from normfx.options import Options
@@ -68,6 +69,7 @@ def findings() -> Iterator[Finding]:
     yield _allocator()
     for dtype in (torch.float32, torch.bfloat16):
         yield _products(dtype)
+    yield _attention()
 
 
 def _device() -> Finding:
@@ -137,3 +139,15 @@ def _products(dtype: torch.dtype) -> Finding:
         place = "float32" if products_are_faster() else "bfloat16"
         found += f"; in float32 {products_speed():.2f} times as fast as in bfloat16: computed in {place}"
     return Finding(f"{name} products", found)
+
+
+def _attention() -> Finding:
+    speeds = {str(dtype).removeprefix("torch."): usual_speed(dtype) for dtype in DTYPES}
+    told = [f"{name} {speed:.2f}" for name, speed in speeds.items() if speed is not None]
+    if not told:
+        return Finding("attention", "torch's, on the CPU: normfx's kernel needs a C++ compiler")
+    return Finding(
+        "attention",
+        f"normfx's kernel for the CPU at 8 heads, 128 tokens, width 64: {', '.join(told)} times as fast as torch's; "
+        "measured for each class of shapes, and taken where it is faster",
+    )

@@ -40,7 +40,7 @@ FILE = "attention"
 MARGIN = 1.05
 
 QUERIES = 1, 8, 128, 64
-"""Sequences, heads, tokens and width of the attention that stands for all where operands of bfloat16 are compared."""
+"""Sequences, heads, tokens and width of the attention that stands for all."""
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -230,10 +230,23 @@ def _shapes(node: Node) -> Shapes | None:
 
 def is_faster(shapes: Shapes) -> bool:
     """Whether the kernel beats torch's attention at shapes of this class, by MARGIN."""
+    return speed(shapes) >= MARGIN
+
+
+def speed(shapes: Shapes) -> float:
+    """Speed of the kernel relative to torch's attention, at shapes of this class; measured by one process."""
     of_class = _class(shapes)
     key = " ".join(map(str, map(int, of_class)))
-    torch_s, own = measurements.least(FILE, key, lambda: _measure(of_class), processes=1)
-    return torch_s / own >= MARGIN
+    theirs, own = measurements.least(FILE, key, lambda: _measure(of_class), processes=1)
+    return theirs / own
+
+
+def usual_speed(dtype: torch.dtype) -> float | None:
+    """That for eight heads of 128 tokens and width 64; None where the kernel cannot be compiled."""
+    if _LIBRARY.get() is None:
+        return None
+    _, heads, tokens, width = QUERIES
+    return speed(Shapes(dtype == torch.bfloat16, heads, tokens, tokens, width, causal=False, masked=False))
 
 
 def _class(shapes: Shapes) -> Shapes:

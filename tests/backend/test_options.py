@@ -57,6 +57,7 @@ def test_environment_changes_the_rules_given() -> None:
         ({"fold": "frosen"}, {}, ["value 'frosen'", "auto", "live"]),
         ({"lowering": "cuda"}, {}, ["value 'cuda'", "auto", "inductor"]),
         ({"products": "mkl"}, {}, ["value 'mkl'", "aten", "auto", "onednn"]),
+        ({"attention": "flash"}, {}, ["value 'flash'", "aten", "auto", "normfx"]),
         ({"product": "aten"}, {}, ["option 'product'", "did you mean 'products'?"]),
         ({"strict": "yes"}, {}, ["options['strict']", "True or False"]),
         ({"inductor": [1]}, {}, ["options['inductor']", "mapping"]),

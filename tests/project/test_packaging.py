@@ -65,6 +65,7 @@ def test_wheel_holds_everything(tmp_path: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     sources = {path.relative_to(copy).as_posix() for path in copy.rglob("*.py") if "build" not in path.parts}
     packaged = {f"weights/{name}.cpp" for name in ("files", "memory", "pages")}
+    packaged |= {"lower/attention.cpp"}
     packaged |= {f"page/page.{kind}" for kind in ("html", "css", "js")}
     others = {"py.typed", *packaged}
     assert names == {f"normfx/{other}" for other in others} | {
