@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def main() -> None:
         for sequences, heads, queries, keys, width, kind in SHAPES:
             q, k, v = (torch.randn(sequences, n, heads, width).to(dtype).transpose(1, 2) for n in (queries, keys, keys))
             mask = mask_of(kind, queries, keys, dtype)
-            calls = [lambda: attend(q, k, v, mask, False, None), lambda: ATTENTION(q, k, v, mask, False, None)]
+            calls = [partial(run, q, k, v, mask, False, None) for run in (attend, ATTENTION)]
             theirs, own = timed(calls)
             scores = q.double() @ k.double().mT * width**-0.5
             exact = (scores if mask is None else scores + mask.double()).softmax(-1) @ v.double()
