@@ -408,19 +408,18 @@ inline void to_pairs(float* row, int64_t first, int64_t columns) {
 #endif
 }
 
-// The mask of one query, `keys` of its keys from `key` on: as float32 numbers that lie side by side, in `copy` if need be.
+// What the mask adds to a query's scores of `count` keys, at most LANES, from `key` on; 0 beyond.
 template <typename T>
-const float* mask_of(const Call& c, int64_t sequence, int64_t head, int64_t query, int64_t key, int64_t keys, float* copy) {
-    const int64_t from = key * c.mask_entry;
-    if (c.mask_is_float) {
-        const float* at = row<float>(c.mask, sequence, head, query) + from;
-        if (c.mask_entry == 1) return at;
-        for (int64_t j = 0; j < keys; ++j) copy[j] = at[j * c.mask_entry];
-    } else {
-        const T* at = row<T>(c.mask, sequence, head, query) + from;
-        for (int64_t j = 0; j < keys; ++j) copy[j] = read(at[j * c.mask_entry]);
-    }
-    return copy;
+Vector mask_of(const Call& c, int64_t sequence, int64_t head, int64_t query, int64_t key, int64_t count) {
+    const auto read_at = [&](auto* at) {
+        at += key * c.mask_entry;
+        if (c.mask_entry == 1) return load_part(at, count);
+        Vector added{};
+        for (int64_t e = 0; e < std::min<int64_t>(count, LANES); ++e) added[e] = read(at[e * c.mask_entry]);
+        return added;
+    };
+    if (c.mask_is_float) return read_at(row<float>(c.mask, sequence, head, query));
+    return read_at(row<T>(c.mask, sequence, head, query));
 }
 
 // The effects of a mask, for each QUERIES queries and LANES keys; one for all sequences, heads or queries that share it.
@@ -445,13 +444,11 @@ struct Effects {
         const int64_t block = i % rows, head = i / rows % heads, sequence = i / rows / heads;
         const int64_t first = block * QUERIES, last = c.mask.token ? std::min(first + QUERIES, c.queries) : first + 1;
         uint8_t* effect = found.data() + i * columns;
-        float copy[LANES];
         for (int64_t j = 0; j < columns; ++j) {
             const int64_t keys = std::min<int64_t>(LANES, c.keys - j * LANES);
             Integers zero = ~Integers{}, infinite = zero;
             for (int64_t query = first; query < last; ++query) {
-                const float* added = mask_of<T>(c, sequence, head, query, j * LANES, keys, copy);
-                const Vector x = load_part(added, keys);
+                const Vector x = mask_of<T>(c, sequence, head, query, j * LANES, keys);
                 zero &= x == Vector{}, infinite &= x == all(-INFINITE);
             }
             bool nothing = true, excludes = true;
@@ -475,14 +472,12 @@ class Task {
         const int64_t query = first + i;
         const int64_t present = std::max<int64_t>(std::min(columns, (c.causal ? std::min(c.keys, query + 1) : c.keys) - key), 0);
         Vector most = all(-INFINITE);
-        float copy[LANES];
         for (int64_t j = 0; j < columns; j += LANES) {
             const int64_t here = std::min<int64_t>(LANES, present - j);
             const uint8_t does = effect ? effect[j / LANES] : uint8_t(NOTHING);
             Vector x = load(scores + j);
             if (does != NOTHING || here < LANES) {
-                if (does == ADDS && here > 0)
-                    x += load_part(mask_of<T>(c, sequence, head, query, key + j, here, copy), here);
+                if (does == ADDS && here > 0) x += mask_of<T>(c, sequence, head, query, key + j, here);
                 if (does == EXCLUDES) x = all(-INFINITE);
                 for (int64_t e = std::max<int64_t>(here, 0); e < LANES; ++e) x[e] = -INFINITE;
                 store(scores + j, x);
