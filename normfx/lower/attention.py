@@ -28,7 +28,7 @@ from torch.fx import Graph, Node
 from normfx.compat.attention import attend, empty_results, flash
 from normfx.compat.codecache import CppLibrary
 from normfx.compat.tracing import disable_current_modes
-from normfx.graph.nodes import arguments
+from normfx.graph.nodes import arguments, extent, is_pure, op_name
 from normfx.ir.ops import define
 from normfx.lower import gemm, measurements
 from normfx.lower.passes import HOOK, LastPass, digest, hinted, setting
@@ -202,11 +202,54 @@ class FasterAttention(LastPass):
             if shapes is None or _LIBRARY.get() is None or (self.measured and not is_faster(shapes)):
                 continue
             given = arguments(node)
-            names = ("query", "key", "value", "attn_mask", "is_causal", "scale")
-            node.args, node.kwargs, node.target = tuple(given[name] for name in names), {}, ATTENTION
+            key, value = given["key"], given["value"]
+            fewer = [_unrepeated(each, node) for each in (key, value)]
+            if None not in fewer and fewer[0].meta["val"].shape == fewer[1].meta["val"].shape:
+                key, value = fewer
+            rest = (given[name] for name in ("attn_mask", "is_causal", "scale"))
+            node.args, node.kwargs, node.target = (given["query"], key, value, *rest), {}, ATTENTION
+            for each in (given["key"], given["value"]):
+                _drop(each)
 
     def key(self) -> tuple[Any, ...]:
         return digest(inspect.getmodule(FasterAttention)), self.measured
+
+
+def _unrepeated(node: Node, reader: Node) -> Any:
+    """Keys or values before each head was repeated for a group of queries' heads; None where none was.
+
+    The kernel reads a head for its whole group. Nothing may be written between the copy and its reader.
+    """
+    chain = [node]
+    for names in (("aten::reshape", "aten::view", "aten::_unsafe_view"), ("aten::clone",), ("aten::expand",)):
+        if op_name(chain[-1]) not in names:
+            return None
+        chain.append(chain[-1].all_input_nodes[0])
+    whole, copy, _, single = chain
+    if op_name(single) != "aten::unsqueeze" or single.args[1] != 2:
+        return None
+    heads = single.all_input_nodes[0]
+    repeated, grouped, source = ([extent(size) for size in each.meta["val"].shape] for each in (whole, copy, heads))
+    if len(source) != 4 or [*grouped[:2], *grouped[3:]] != source:
+        return None
+    if repeated != [source[0], source[1] * grouped[2], *source[2:]]:
+        return None
+    following = copy.next
+    while following is not reader:
+        if following.op == "call_function" and not is_pure(following):
+            return None
+        following = following.next
+    return heads
+
+
+def _drop(node: Node) -> None:
+    """Erase a value that nothing reads any more, and those that it alone read."""
+    while not node.users and node.op == "call_function":
+        sources = node.all_input_nodes
+        node.graph.erase_node(node)
+        if len(sources) != 1:
+            return
+        node = sources[0]
 
 
 def _shapes(node: Node) -> Shapes | None:

@@ -249,6 +249,41 @@ def test_what_is_replaced() -> None:
     assert replaced(sdpa, Q.bfloat16(), K.bfloat16(), V.bfloat16())
 
 
+@pytest.mark.parametrize("repeat", ["enable_gqa", "expand", "repeat_interleave", "other order", "written"])
+def test_repeated_heads(repeat: str) -> None:
+    """Heads that a group of queries share are read once, in the order of the groups."""
+
+    def body(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if repeat == "enable_gqa":
+            return scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        if repeat == "repeat_interleave":
+            k, v = (t.repeat_interleave(2, 1) for t in (k, v))
+        elif repeat == "other order":
+            k, v = (t[:, None].expand(2, 2, 2, 64, 32).reshape(2, 4, 64, 32) for t in (k, v))
+        else:
+            k, v = ((t * 1)[:, :, None].expand(2, 2, 2, 64, 32).reshape(2, 4, 64, 32) for t in (k, v))
+        return scaled_dot_product_attention(q, k, v)
+
+    inputs = Q, K[:, :2].contiguous(), V[:, :2].contiguous()
+    gm = traced(body, *inputs)
+    (node,) = gm.graph.find_nodes(op="call_function", target=flash())
+    if repeat == "written":
+        source = node.args[1]
+        while source.target is not torch.ops.aten.mul.Tensor:
+            source = source.all_input_nodes[0]
+        with gm.graph.inserting_before(node):
+            written = gm.graph.call_function(torch.ops.aten.add_.Tensor, (source, 1.0))
+        written.meta["val"] = source.meta["val"]
+    gm.recompile()
+    expected = gm(*inputs)
+    FasterAttention(measured=False)(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    torch.testing.assert_close(gm(*inputs), expected, rtol=1e-5, atol=1e-6)
+    (node,) = gm.graph.find_nodes(op="call_function", target=ATTENTION)
+    assert node.args[1].meta["val"].shape[1] == (4 if repeat in ("other order", "written") else 2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_what_is_left_alone(dtype: torch.dtype) -> None:
     gm = traced(scaled_dot_product_attention, *(t.to(dtype) for t in (Q, K, V)))
