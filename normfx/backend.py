@@ -112,7 +112,7 @@ def _compile(
     if settings.fold != "live":
         start_native_library()
     if settings.attention != "aten":
-        start_attention(gm.graph)
+        start_attention(gm.graph, example_inputs)
     ready, why = together(gm, repr(settings), lambda joined: transform(gm, example_inputs, settings, freezes, joined))
     if why:
         warn_once(f"normfx: what several processes compute together is left as it is: {why}")

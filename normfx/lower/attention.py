@@ -74,9 +74,10 @@ _LIBRARY = CppLibrary(
 )
 
 
-def start_attention(graph: Graph) -> None:
+def start_attention(graph: Graph, inputs: Sequence[Any]) -> None:
     """Begins to compile or load the kernel where a graph may need it, while Inductor compiles the graph."""
-    if any("attention" in str(node.target) or "softmax" in str(node.target) for node in graph.nodes):
+    near = any(isinstance(each, Tensor) and each.is_cpu and each.ndim > 1 for each in inputs)
+    if near and any("attention" in str(node.target) or "softmax" in str(node.target) for node in graph.nodes):
         _LIBRARY.start()
 
 
