@@ -48,9 +48,16 @@ def exact(
 
 
 def compare(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, scale: Any = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    roundings: float = 0.5,
 ) -> None:
-    """The kernel's error is at most 1.25 times that of torch's op, in the norm of the whole output."""
+    """The kernel's error is at most 1.25 times that of torch's op, in the norm of the whole output, and so many roundings
+    of each entry: with few entries the op's own error is small by chance."""
     out, sums = ATTENTION(q, k, v, mask, causal, scale)
     groups = q.shape[1] // k.shape[1]
     dense = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))  # else torch's op computes NaN
@@ -60,7 +67,7 @@ def compare(
     assert sums.stride() == their_sums.stride()
     wanted, wanted_sums = exact(q, k, v, mask, causal, scale)
     unit = torch.finfo(q.dtype).eps / 2 * wanted.norm()  # a rounding of each entry
-    assert (out - wanted).norm() <= 1.25 * (theirs - wanted).norm() + 0.5 * unit
+    assert (out - wanted).norm() <= 1.25 * (theirs - wanted).norm() + roundings * unit
     torch.testing.assert_close(sums.double(), wanted_sums, rtol=1e-6, atol=1e-5 if q.dtype == torch.float32 else 1e-3)
 
 
@@ -150,7 +157,7 @@ def test_drawn_calls(data: st.DataObject, seed: int) -> None:
     q, k, v = (layouts[draw(st.sampled_from(sorted(layouts)))](*size).to(dtype) for size in sizes)
     how = draw(st.sampled_from(["causal", "none", *masks(1, 1, 8, 8)]))
     mask = masks(sequences, groups * key_heads, queries, keys).get(how)
-    compare(q, k, v, mask, causal=how == "causal")
+    compare(q, k, v, mask, causal=how == "causal", roundings=2)
 
 
 @pytest.mark.parametrize("pairs", [False, True])
