@@ -56,8 +56,8 @@ def compare(
     scale: float | None = None,
     roundings: float = 0.5,
 ) -> None:
-    """The kernel's error is at most 1.25 times that of torch's op, in the norm of the whole output, and `roundings` of each
-    entry: with few entries the op's own error is small by chance."""
+    """The kernel's error is at most 1.25 times that of torch's op, in the norm of the whole output, and a number of
+    roundings of each entry: with few entries the op's own error is small by chance."""
     out, sums = ATTENTION(q, k, v, mask, causal, scale)
     groups = q.shape[1] // k.shape[1]
     dense = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))  # else torch's op computes NaN
