@@ -62,23 +62,23 @@ def join_linears(gm: GraphModule, free: frozenset[Node], plain_row: Callable[[to
         return
     packable, written = packable_weights(graph, free), mutated(graph)
     storages, order = storages_of(graph), Order(graph)
-    changed = False
+    decided = []
     for (x, _), nodes in groups.items():
-        first = nodes[0]
         known = [
             node
             for node in nodes
             if x not in written
             and node not in packable.known
             and _may_join(products[node], packable, plain_row)
-            and all(order.can_lift(operand, first) for operand in _weights(products[node]))
             and not may_leave(node, storages)
         ]
-        members = _with_possible_views(graph, known, products, storages)
-        if len(members) > 1:
-            _join(graph, members, products, order)
-            changed = True
-    if changed:
+        near = [node for node in known if node is known[0] or order.can_lift(node, known[0])]
+        members = _with_possible_views(graph, near, storages)
+        if len(members) > 1 and all(order.can_lift(node, members[0]) for node in members[1:]):
+            decided.append(members)
+    for members in decided:
+        _join(graph, members, order)
+    if decided:
         settle(gm)
 
 
@@ -112,9 +112,7 @@ def _weights(product: Product) -> list[Node]:
     return [product.weight, *([product.bias] if product.bias is not None else [])]
 
 
-def _with_possible_views(
-    graph: Graph, nodes: Sequence[Node], products: Mapping[Node, Product], storages: Mapping[Node, frozenset[Any]]
-) -> list[Node]:
+def _with_possible_views(graph: Graph, nodes: Sequence[Node], storages: Mapping[Node, frozenset[Any]]) -> list[Node]:
     """Those whose views exist of a part of the joint result, too."""
     left = list(nodes)
     while len(left) > 1:
@@ -154,8 +152,9 @@ def _upright(graph: Graph, product: Product, like: Node) -> Node:
     return add_call(graph, torch.ops.aten.t.default, (product.weight,), like) if product.out else product.weight
 
 
-def _join(graph: Graph, nodes: Sequence[Node], products: Mapping[Node, Product], order: Order) -> None:
-    layers, first = [products[node] for node in nodes], nodes[0]
+def _join(graph: Graph, nodes: Sequence[Node], order: Order) -> None:
+    """Let these layers compute in one product; what they read may be a part of another one by now."""
+    layers, first = [product for node in nodes if (product := linear_product(node))], nodes[0]
     for layer in layers:
         for operand in _weights(layer):
             order.lift(operand, first)

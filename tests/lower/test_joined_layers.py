@@ -113,6 +113,25 @@ def test_the_others_are_joined() -> None:
     assert products(Layers(lambda a, b, c: (a.relu() + b, c)), X)[0] == 2
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_layers_of_a_part(swapped: bool) -> None:
+    """A layer's result that is part of a joint one is read by two layers, which become one in turn."""
+
+    class Tree(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(WIDTH)
+            self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(x)
+            a, b, c, d, e, f = self.layers
+            first, second = (a(y), b(y)) if not swapped else (b(y), a(y))
+            return c(first).relu() * d(first).relu() + (e(second).relu() - f(second).relu())
+
+    assert products(Tree(), X)[0] == 3
+
+
 def test_a_value_that_is_written_between() -> None:
     class Writes(nn.Module):
         def __init__(self) -> None:
