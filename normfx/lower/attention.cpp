@@ -15,8 +15,6 @@
 #include <type_traits>
 #include <vector>
 
-#include <omp.h>
-
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
@@ -36,7 +34,8 @@ constexpr int LANES = 4;
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float))));
 typedef int32_t Integers __attribute__((vector_size(LANES * sizeof(int32_t))));
 
-// Registers of a product's tile: ROWS × WIDE vectors, the WIDE of the matrix that is read by rows, and one number.
+// Registers of a product's tile: ROWS × WIDE vectors of sums, WIDE vectors of a row of the right matrix, and one number
+// of the left one, repeated.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int ROWS = 6, WIDE = 4;
 #else
@@ -106,7 +105,7 @@ inline Vector exponential(Vector x) {
     p = multiply_add(p, r, all(1.0f));
     p = multiply_add(p, r, all(1.0f));
     Vector scaled = (Vector)((Integers)p + power);
-    return x <= low ? Vector{} : scaled;
+    return x <= low ? Vector{} : (x == x ? scaled : x);
 }
 
 inline float sum(Vector v) {

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import inspect
 import logging
 import math
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor, library
 from torch.fx import Graph, Node
 
+from normfx.compat import attention as compat_attention
 from normfx.compat.attention import attend, empty_results, flash
 from normfx.compat.codecache import CppLibrary
 from normfx.compat.tracing import disable_current_modes
@@ -39,6 +41,9 @@ FILE = "attention"
 
 MARGIN = 1.05
 
+FEW = 3
+"""Queries up to which the kernel reads keys and values where they lie, as float32 numbers; as in attention.cpp."""
+
 QUERIES = 1, 8, 128, 64
 """Sequences, heads, tokens and width of the attention that stands for all."""
 
@@ -47,14 +52,27 @@ DTYPES = (torch.float32, torch.bfloat16)
 MOST = 2**31
 """Floating-point operations of the largest call that is measured."""
 
+MOST_ENTRIES = 2**25
+"""Entries of its operands together."""
+
 
 _CALL = struct.Struct("=7q 4q 4q 4q 4q 4q 5q 4q d")
 """`Call` of attention.cpp: sizes; address and strides of q, k, v, the output and the mask; flags; the same of the sums;
 the scale. Every field has 8 bytes."""
 
 
+@functools.cache
 def _source() -> str:
-    return resources.files("normfx.lower").joinpath("attention.cpp").read_text(encoding="utf-8")
+    """The kernel's code. It names the processor: what is compiled for one may not run on another one that shares the
+    cache folder."""
+    code = resources.files("normfx.lower").joinpath("attention.cpp").read_text(encoding="utf-8")
+    return f"{code}\n// compiled for: {measurements.processor()}\n"
+
+
+@functools.cache
+def _file() -> str:
+    """The name under which measurements of this version of the kernel are kept."""
+    return f"{FILE}-{hashlib.sha256(_source().encode()).hexdigest()[:8]}"
 
 
 def _without(error: Exception) -> None:
@@ -87,9 +105,22 @@ def _attention(
     """Output and log Σ exp of the scores, in the strides of torch's op; by torch's op where the kernel cannot."""
     known = _runs(query, key, value, mask, causal, (query.shape, key.shape, value.shape))
     if not known or _LIBRARY.get() is None:
-        return attend(query, key, value, mask, causal, scale)
-    pairs = query.dtype == torch.bfloat16 and query.shape[2] > 1 and _pairs_are_faster()
+        return _attend_by_torch(query, key, value, mask, causal, scale)
+    pairs = query.dtype == torch.bfloat16 and query.shape[2] > FEW and _pairs_are_faster()
     return _attend(query, key, value, mask, causal, scale, pairs)
+
+
+def _attend_by_torch(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """Torch's op, which reads wrong memory where entries of a row do not lie side by side, and wants a head of keys for
+    each of the queries'."""
+    groups = query.shape[1] // key.shape[1] if key.shape[1] else 1
+    q, k, v = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (query, key, value))
+    if groups > 1:
+        k, v = (tensor.repeat_interleave(groups, 1) for tensor in (k, v))
+    out, sums = attend(q, k, v, mask, causal, scale)
+    return (out if q is query else empty_results(query)[0].copy_(out)), sums
 
 
 def _attend(
@@ -161,7 +192,7 @@ def _pairs_are_faster() -> bool:
         whole = torch.ones(QUERIES, dtype=torch.bfloat16, device="cpu")
         rest = (whole, whole, whole, None, False, None)
         calls = lambda: _attend(*rest, True), lambda: _attend(*rest, False)
-        pairs, numbers = measurements.least(FILE, "bfloat16, pairs and float32", lambda: gemm.best(*calls))
+        pairs, numbers = measurements.least(_file(), "bfloat16, pairs and float32", lambda: gemm.best(*calls))
     return pairs < numbers
 
 
@@ -209,11 +240,11 @@ class FasterAttention(LastPass):
                 key, value = fewer
             rest = (given[name] for name in ("attn_mask", "is_causal", "scale"))
             node.args, node.kwargs, node.target = (given["query"], key, value, *rest), {}, ATTENTION
-            for each in (given["key"], given["value"]):
+            for each in dict.fromkeys((given["key"], given["value"])):
                 _drop(each)
 
     def key(self) -> tuple[Any, ...]:
-        return digest(inspect.getmodule(FasterAttention)), self.measured
+        return digest(inspect.getmodule(FasterAttention), compat_attention), self.measured
 
 
 def _unrepeated(node: Node, reader: Node) -> Any:
@@ -227,7 +258,7 @@ def _unrepeated(node: Node, reader: Node) -> Any:
             return None
         chain.append(chain[-1].all_input_nodes[0])
     whole, copy, _, single = chain
-    if op_name(single) != "aten::unsqueeze" or single.args[1] != 2:
+    if op_name(single) != "aten::unsqueeze" or arguments(single)["dim"] not in (2, -3):
         return None
     heads = single.all_input_nodes[0]
     repeated, grouped, source = ([extent(size) for size in each.meta["val"].shape] for each in (whole, copy, heads))
@@ -281,7 +312,7 @@ def speed(shapes: Shapes) -> float:
     """Speed of the kernel relative to torch's attention, at shapes of this class; measured by one process."""
     of_class = _class(shapes)
     key = " ".join(map(str, map(int, of_class)))
-    theirs, own = measurements.least(FILE, key, lambda: _measure(of_class), processes=1)
+    theirs, own = measurements.least(_file(), key, lambda: _measure(of_class), processes=1)
     return theirs / own
 
 
@@ -294,9 +325,10 @@ def usual_speed(dtype: torch.dtype) -> float | None:
 
 
 def _class(shapes: Shapes) -> Shapes:
-    """Sizes rounded to powers of two; beyond MOST fewer heads, then fewer queries and keys, as fast for their size."""
+    """Sizes rounded to powers of two; of calls that are too large fewer heads, then fewer queries and keys, as fast for
+    their size."""
     heads, queries, keys, width = (1 << round(math.log2(size)) for size in shapes[1:5])
-    while 4 * heads * queries * keys * width > MOST:
+    while 4 * heads * queries * keys * width > MOST or 3 * heads * max(queries, keys) * width > MOST_ENTRIES:
         if heads > 8:
             heads //= 2
         elif queries >= keys:
@@ -314,6 +346,6 @@ def _measure(shapes: Shapes) -> measurements.Pair:
         whole = torch.ones(1, rows, 3, shapes.heads, shapes.width, dtype=dtype, device="cpu")
         query, key, value = (part.transpose(1, 2) for part in whole.unbind(2))
         query, key, value = query[:, :, : shapes.queries], key[:, :, : shapes.keys], value[:, :, : shapes.keys]
-        mask = torch.zeros(1, 1, shapes.queries, shapes.keys, dtype=dtype, device="cpu") if shapes.masked else None
+        mask = torch.ones(1, 1, shapes.queries, shapes.keys, dtype=dtype, device="cpu") if shapes.masked else None
         rest = (query, key, value, mask, shapes.causal, None)
         return gemm.best(lambda: attend(*rest), lambda: _attention(*rest))

@@ -4,12 +4,14 @@
 
 Queries, keys and values of many models are three layers of one value. Each entry of the result is computed as before,
 by the same numbers; one product has fewer calls and fills the cores better. The weight is a kept value that would be
-packed in any case, so it takes no more memory. The parts are not contiguous: where that could be seen (the caller gets
+packed in any case; it takes more memory only where a graph joins what another one, or another layer of the graph, keeps
+apart. The parts are not contiguous: where that could be seen (the caller gets
 one, or a view of one would fail) the layers stay apart.
 """
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -25,7 +27,7 @@ from normfx.graph.nodes import BAKED, entries, is_getitem, shape, size_hint, ten
 from normfx.graph.order import Order
 from normfx.graph.regions import is_autocast
 from normfx.graph.views import run_again, settle
-from normfx.lower.gemm import mkl_is_faster, packed_is_faster
+from normfx.lower.gemm import packed_is_faster
 from normfx.lower.linear import Product, linear_product
 from normfx.lower.packing import Packable, is_packed_size, packable_weights
 from normfx.lower.wide import is_wide
@@ -74,10 +76,12 @@ def join_linears(gm: GraphModule, free: frozenset[Node], plain_row: Callable[[to
         ]
         near = [node for node in known if node is known[0] or order.can_lift(node, known[0])]
         members = _with_possible_views(graph, near, storages)
-        if len(members) > 1 and all(order.can_lift(node, members[0]) for node in members[1:]):
+        several = len({_key(products[node]) for node in members}) > 1
+        if several and all(order.can_lift(node, members[0]) for node in members[1:]):
             decided.append(members)
+    made: dict[tuple[Any, ...], tuple[Node, Node | None]] = {}
     for members in decided:
-        _join(graph, members, order)
+        _join(graph, members, order, made)
     if decided:
         settle(gm)
 
@@ -85,12 +89,15 @@ def join_linears(gm: GraphModule, free: frozenset[Node], plain_row: Callable[[to
 def split_up(graph: Graph, packed: Node, layers: Sequence[Product]) -> None:
     """Let the layers of a joined weight compute for themselves again, in place, where it is packed but does not fit."""
     for product in list(packed.users):
-        with graph.inserting_before(product):
-            parts = []
-            for layer in layers:
+        (parts,) = product.users  # written by `_join`
+        for part in list(parts.users):
+            index: Any = part.args[1]
+            layer = layers[index]
+            with graph.inserting_before(product):
                 given = (product.args[0], _upright(graph, layer, product), layer.bias)
-                parts.append(add_call(graph, torch.ops.aten.linear.default, given, product))
-            product.replace_all_uses_with(add_call(graph, cat, (parts, -1), product))
+                part.replace_all_uses_with(add_call(graph, torch.ops.aten.linear.default, given, product))
+            graph.erase_node(part)
+        graph.erase_node(parts)
         graph.erase_node(product)
     graph.erase_node(packed)
 
@@ -104,7 +111,7 @@ def _may_join(product: Product, packable: Packable, plain_row: Callable[[torch.d
         return False
     if product.of_one_row and plain_row(dtype):
         return False
-    packs = packed_is_faster(dtype) or (dtype == torch.float32 and mkl_is_faster())
+    packs = packed_is_faster(dtype)  # by oneDNN, which serves any number of rows; by MKL where that is faster still
     return packs and packable(weight) and (bias is None or packable(bias))
 
 
@@ -116,22 +123,23 @@ def _with_possible_views(graph: Graph, nodes: Sequence[Node], storages: Mapping[
     """Those whose views exist of a part of the joint result, too."""
     left = list(nodes)
     while len(left) > 1:
-        sizes = [int(tensor(node).shape[-1]) for node in left]
-        possible = [node for node in left if _views_exist(graph, node, sum(sizes), storages)]
+        ends = list(itertools.accumulate(int(tensor(node).shape[-1]) for node in left))
+        possible = [n for n, end in zip(left, ends, strict=True) if _views_exist(graph, n, end, ends[-1], storages)]
         if len(possible) == len(left):
             return left
         left = possible
     return []
 
 
-def _views_exist(graph: Graph, node: Node, width: int, storages: Mapping[Node, frozenset[Any]]) -> bool:
-    """Whether every view of a result exists if its rows lie in rows of `width` entries."""
+def _views_exist(graph: Graph, node: Node, end: int, width: int, storages: Mapping[Node, frozenset[Any]]) -> bool:
+    """Whether every view of a result exists if its rows end at entry `end` of rows of `width` entries."""
     fake = tensor(node)
     if not isinstance(fake, FakeTensor):
         return False
     shapes = fake.fake_mode.shape_env
     with fake.fake_mode, torch.no_grad(), shapes.suppress_guards() if shapes is not None else nullcontext():
-        part = torch.empty((*fake.shape[:-1], width), dtype=fake.dtype, device=fake.device)[..., : fake.shape[-1]]
+        whole = torch.empty((*fake.shape[:-1], width), dtype=fake.dtype, device=fake.device)
+        part = whole[..., end - int(fake.shape[-1]) : end]
     values: dict[Node, Any] = {node: part}
     for user in graph.nodes:
         read = [n for n in user.all_input_nodes if n in values]
@@ -152,22 +160,58 @@ def _upright(graph: Graph, product: Product, like: Node) -> Node:
     return add_call(graph, torch.ops.aten.t.default, (product.weight,), like) if product.out else product.weight
 
 
-def _join(graph: Graph, nodes: Sequence[Node], order: Order) -> None:
-    """Let these layers compute in one product; what they read may be a part of another one by now."""
-    layers, first = [product for node in nodes if (product := linear_product(node))], nodes[0]
+def _join(
+    graph: Graph, nodes: Sequence[Node], order: Order, made: dict[tuple[Any, ...], tuple[Node, Node | None]]
+) -> None:
+    """Let these layers compute in one product; what they read may be a part of another one by now.
+
+    A layer that is called more than once has one part.
+
+    made: the joint weights and biases so far, by the layers that they are made of
+    """
+    products = [product for node in nodes if (product := linear_product(node))]
+    calls: dict[tuple[str, ...], list[Node]] = {}
+    layers: list[Product] = []
+    for node, product in zip(nodes, products, strict=True):
+        key = _key(product)
+        if key not in calls:
+            layers.append(product)
+        calls.setdefault(key, []).append(node)
+    first = nodes[0]
     for layer in layers:
         for operand in _weights(layer):
             order.lift(operand, first)
     with graph.inserting_before(first):
-        weight = add_call(graph, cat, ([_upright(graph, layer, first) for layer in layers], 0), first)
-        bias = None
-        if layers[0].bias is not None:
-            bias = add_call(graph, cat, ([layer.bias for layer in layers], 0), first)
-            bias.meta[BAKED] = True
-        weight.meta[BAKED], weight.meta[JOINED] = True, tuple(layers)
-        joint = add_call(graph, torch.ops.aten.linear.default, (layers[0].x, weight, bias), first)
-        parts = add_call(graph, split, (joint, [int(tensor(node).shape[-1]) for node in nodes], -1), first)
-        picked = [add_call(graph, operator.getitem, (parts, i), first) for i in range(len(nodes))]
-    for node, part in zip(nodes, picked, strict=True):
-        node.replace_all_uses_with(part)
-        graph.erase_node(node)
+        if tuple(calls) not in made:
+            made[tuple(calls)] = _stack(graph, layers, first)
+        for operand in filter(None, made[tuple(calls)]):
+            order.lift(operand, first)
+        joint = add_call(graph, torch.ops.aten.linear.default, (layers[0].x, *made[tuple(calls)]), first)
+        parts = add_call(graph, split, (joint, [int(shape(same[0])[-1]) for same in calls.values()], -1), first)
+        picked = [add_call(graph, operator.getitem, (parts, i), first) for i in range(len(calls))]
+    for same, part in zip(calls.values(), picked, strict=True):
+        for node in same:
+            node.replace_all_uses_with(part)
+            graph.erase_node(node)
+
+
+def _key(product: Product) -> tuple[str, ...]:
+    """The same for two layers with the same weight and bias, which may be computed by nodes of their own."""
+    return (*map(_written, _weights(product)), str(product.out))
+
+
+def _written(node: Node) -> str:
+    if node.op != "call_function":
+        return node.name
+    return f"{node.target}{torch.fx.node.map_arg((node.args, node.kwargs), _written)}"
+
+
+def _stack(graph: Graph, layers: Sequence[Product], like: Node) -> tuple[Node, Node | None]:
+    """The weights of layers one below the other, and their biases if they have some: values that are kept."""
+    weight = add_call(graph, cat, ([_upright(graph, layer, like) for layer in layers], 0), like)
+    weight.meta[BAKED], weight.meta[JOINED] = True, tuple(layers)
+    if layers[0].bias is None:
+        return weight, None
+    bias = add_call(graph, cat, ([layer.bias for layer in layers], 0), like)
+    bias.meta[BAKED] = True
+    return weight, bias

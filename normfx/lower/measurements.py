@@ -44,12 +44,12 @@ Pair = tuple[float, float]
 
 
 def path(name: str) -> Path:
-    machine = (platform.processor(), _processor(), torch.__version__, torch.get_num_threads())
+    machine = (platform.processor(), processor(), torch.__version__, torch.get_num_threads())
     return Path(cache_dir()) / "normfx" / f"{name}-{hashlib.sha256(repr(machine).encode()).hexdigest()[:16]}.json"
 
 
 @functools.cache
-def _processor() -> str:
+def processor() -> str:
     """The model and the instruction sets of the processor, as far as torch and the system tell."""
     capability = torch.backends.cpu.get_cpu_capability()
     try:

@@ -124,6 +124,7 @@ def pack_linears(
 def take_gelus(gm: GraphModule) -> None:
     """Let oneDNN compute a GELU in the product before it, in place, where that is faster: its kernel is the one that
     eager runs, so it is as exact, and keeps NaN. (Its ReLU does not.)"""
+    taken = False
     for node in gm.graph.find_nodes(op="call_function", target=PACKED_LINEAR):
         reader = next(iter(node.users)) if len(node.users) == 1 else None
         if reader is None or op_name(reader) != "aten::gelu" or arguments(reader)["approximate"] != "none":
@@ -135,7 +136,9 @@ def take_gelus(gm: GraphModule) -> None:
         node.meta = reader.meta
         reader.replace_all_uses_with(node)
         gm.graph.erase_node(reader)
-    settle(gm)
+        taken = True
+    if taken:
+        settle(gm)
 
 
 def unpack(gm: GraphModule, packed: Node) -> None:

@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import scaled_dot_product_attention
 
-from normfx.compat.attention import attend, flash
+from normfx.compat.attention import attend, empty_results, flash
 from normfx.lower import attention, measurements
 from normfx.lower.attention import ATTENTION, FasterAttention, Shapes, with_attention
 from normfx.lower.passes import HOOK
@@ -186,6 +186,18 @@ def test_numbers_that_are_none(operand: int, value: float) -> None:
     torch.testing.assert_close(out, theirs, equal_nan=True)
 
 
+@pytest.mark.parametrize("queries", [1, 40])
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7FC00001])
+def test_any_nan_stays(bits: int, queries: int) -> None:
+    """Whatever bits a NaN has."""
+    torch.manual_seed(0)
+    q, k, v = (heads(1, 2, tokens, 16) for tokens in (queries, 40, 40))
+    k.view(torch.int32)[0, 1, 7, 3] = bits
+    out, _ = ATTENTION(q, k, v, None, False, None)
+    theirs, _ = attend(q, k, v, None, False, None)
+    assert torch.equal(out.isnan(), theirs.isnan()) and out.isnan().any()
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_threads(threads: int) -> None:
     torch.manual_seed(0)
@@ -222,6 +234,10 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = (heads(1, 2, 40, 16) for _ in range(3))
     for one, other in zip(ATTENTION(q, k, v, None, True, None), attend(q, k, v, None, True, None), strict=True):
         assert torch.equal(one, other)
+    compare(heads(1, 4, 40, 16), k, v)  # heads of keys for groups of queries
+    apart = torch.randn(1, 2, 16, 40).transpose(2, 3)  # entries of a row do not lie side by side
+    compare(apart, apart * 2, v)
+    assert ATTENTION(apart, k, v, None, False, None)[0].stride() == empty_results(apart)[0].stride()
     assert not replaced(scaled_dot_product_attention, q, k, v)
 
 
@@ -325,7 +341,7 @@ def test_a_measurement(shapes: Shapes) -> None:
     """It measures even where a caller traces, records nothing and runs autocast."""
     with torch.inference_mode(), torch.autocast("cpu"):
         assert attention.is_faster(shapes) in (True, False)
-    known = json.loads(measurements.path(attention.FILE).read_text())
+    known = json.loads(measurements.path(attention._file()).read_text())
     ((torchs, own, *_),) = [found for key, found in known.items() if not key.startswith("bfloat16")]
     assert 0 < torchs < 100 and 0 < own < 100
 
@@ -335,6 +351,7 @@ def test_classes(count: int, queries: int, keys: int, width: int) -> None:
     """Bounded work, and a class is its own class."""
     of_class = attention._class(Shapes(False, count, queries, keys, width, False, False))
     assert 4 * math.prod(of_class[1:5]) <= attention.MOST
+    assert 3 * of_class.heads * max(of_class.queries, of_class.keys) * of_class.width <= attention.MOST_ENTRIES
     assert attention._class(of_class) == of_class
 
 

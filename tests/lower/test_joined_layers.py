@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from writes import WRITES
 
 from normfx.lower import affordable, joined
+from normfx.weights.store import STORE
 
 WIDTH = 12
 
@@ -26,6 +28,7 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 def _pack_all(monkeypatch: pytest.MonkeyPatch) -> None:
     pack_all(monkeypatch)
     torch._dynamo.reset()
+    gc.collect()
 
 
 class Layers(nn.Module):
@@ -130,6 +133,45 @@ def test_layers_of_a_part(swapped: bool) -> None:
             return c(first).relu() * d(first).relu() + (e(second).relu() - f(second).relu())
 
     assert products(Tree(), X)[0] == 3
+
+
+def test_a_view_that_its_place_forbids() -> None:
+    """Pairs that are read as complex numbers have to begin at an even entry."""
+
+    def use(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        return torch.view_as_complex(b.unflatten(-1, (6, 2))).abs() + a.sum() + c.sum()
+
+    assert products(Layers(use, (7, 12, 7)), X)[0] == 2
+    torch._dynamo.reset()
+    assert products(Layers(use, (8, 12, 6)), X)[0] == 1
+
+
+def test_one_layer_twice() -> None:
+    """It has one part, and its weight stands once in the joint one."""
+
+    class Twice(Layers):
+        def forward(self, x: Tensor) -> Any:
+            y = self.norm(x)
+            a, b = self.layers
+            return a(y).relu() + a(y).sigmoid() + b(y).tanh()
+
+    found, _ = products(Twice(lambda: None, (12, 12)), X)
+    assert found == 1 and STORE.bytes == 4 * (2 * 12 * 12 + 2 * 12)
+
+
+def test_layers_of_a_loop() -> None:
+    """Layers that are called for several values keep one joint weight."""
+
+    class Loop(Layers):
+        def forward(self, x: Tensor) -> Any:
+            for _ in range(3):
+                y = self.norm(x)
+                a, b = self.layers
+                x = x + a(y).relu() * b(y).sigmoid()
+            return x
+
+    found, _ = products(Loop(lambda: None, (12, 12)), X)
+    assert found == 3 and STORE.bytes == 4 * (2 * 12 * 12 + 2 * 12)
 
 
 def test_a_value_that_is_written_between() -> None:

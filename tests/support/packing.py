@@ -24,7 +24,6 @@ def pack_all(monkeypatch: pytest.MonkeyPatch, mkl: bool = False) -> None:
     monkeypatch.setattr(packed, "packed_is_faster", gemm.onednn_works)
     monkeypatch.setattr(packed, "mkl_is_faster", lambda: mkl)
     monkeypatch.setattr(joined, "packed_is_faster", gemm.onednn_works)
-    monkeypatch.setattr(joined, "mkl_is_faster", lambda: mkl)
     monkeypatch.setattr(rates, "plain_row_is_fast", lambda: False)
     monkeypatch.setattr(packing, "LEAST", dict.fromkeys(packing.LEAST, 1))
     monkeypatch.setattr(packed_convolution, "convolution_is_faster", gemm.onednn_works)
