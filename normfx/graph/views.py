@@ -45,7 +45,7 @@ def renew_views(graph: Graph) -> None:
 def run_again(node: Node, mode: FakeTensorMode, values: Mapping[Node, Any] = MappingProxyType({})) -> Any:
     """What the op of a call makes of its operands' values. No guard is added, and the values stay as they are.
 
-    values: those that operands are to have instead of their own
+    values: of operands; those that are given here replace what the graph records
     """
     target: Any = node.target
     args, kwargs = operands(node, values)
